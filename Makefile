@@ -1,0 +1,47 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-slow lint format docs bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
+
+demo: $(VENV)/.examples  ## run the gap decomposition example (options in DEMO_ARGS)
+	$(BIN)/python examples/gap_decomposition.py $(DEMO_ARGS)
+
+test: $(VENV)/.test  ## run the default test suite
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.test  ## run the slow tests
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.lint  ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy pyro_amortized
+
+format: $(VENV)/.lint  ## format the code and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.docs  ## build the documentation into docs/_build/html
+	$(BIN)/sphinx-build -W --keep-going docs docs/_build/html
+
+bench: $(VENV)/.examples  ## run the benchmarks
+	$(BIN)/python benchmarks/run.py
+
+clean:  ## remove the virtual environment and everything built
+	rm -rf $(VENV) build dist *.egg-info docs/_build .coverage .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per extra: install once, and again when the dependencies or their pins change.
+$(VENV)/.examples $(VENV)/.test $(VENV)/.lint $(VENV)/.docs: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	@touch $@

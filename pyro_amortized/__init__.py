@@ -1,0 +1,36 @@
+"""Amortized variational inference for Pyro: guides with encoders, and diagnostics that say how far they are from exact.
+
+A short map: ``layout`` finds a model's local latents, ``families`` are the shapes of q, ``encoders`` and ``inference``
+say where its parameters come from, ``guides`` put them together for Pyro, ``diagnostics`` measure the result.
+"""
+
+from pyro_amortized.diagnostics import (
+    GapEstimate,
+    LocalOptimum,
+    estimate_gaps,
+    log_evidence,
+    optimize_local,
+    psis,
+)
+from pyro_amortized.encoders import DeepSetEncoder, MLPEncoder
+from pyro_amortized.families import LowRankMultivariateNormal, MultivariateNormal, Normal, VariationalFamily
+from pyro_amortized.guides import AmortizedGuide, PerDatapointGuide
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AmortizedGuide",
+    "DeepSetEncoder",
+    "GapEstimate",
+    "LocalOptimum",
+    "LowRankMultivariateNormal",
+    "MLPEncoder",
+    "MultivariateNormal",
+    "Normal",
+    "PerDatapointGuide",
+    "VariationalFamily",
+    "estimate_gaps",
+    "log_evidence",
+    "optimize_local",
+    "psis",
+]

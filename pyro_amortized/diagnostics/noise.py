@@ -1,0 +1,69 @@
+"""Standard normal noise for Monte Carlo: randomised quasi-random points, and plain draws that leave the global seed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.quasirandom import SobolEngine
+
+from pyro_amortized.families import VariationalFamily
+
+__all__ = ["draw", "generator", "quasi_normal", "seeded"]
+
+
+def generator(*seed: int) -> torch.Generator:
+    """A generator on the CPU whose stream depends on all the given integers."""
+    state = 0
+    for part in seed:
+        state = (state * 1_000_003 + part + 1) % (2**63 - 1)
+    return torch.Generator().manual_seed(state)
+
+
+def quasi_normal(num_draws: int, num_datapoints: int, dim: int, rng: torch.Generator) -> Tensor:
+    r"""Whitened antithetic Sobol points, mapped to the normal distribution.
+
+    Every datapoint gets the same scrambled Sobol points under a random shift of its own, so that errors are independent
+    between datapoints. Each datapoint's points have mean exactly 0 and second moments exactly I, so that they integrate
+    quadratic functions without error.
+
+    Args:
+        num_draws: K, even, at least twice ``dim``.
+        num_datapoints: N.
+        dim: Number of noise variables.
+        rng: Source of the scramble and the shifts.
+
+    Returns:
+        float64 noise of shape ``(K, N, dim)``.
+
+    References:
+        Randomization of Number Theoretic Methods for Multiple Integration, R. Cranley, T. N. L. Patterson (1976).
+    """
+    seed = int(torch.randint(2**31 - 1, (), generator=rng))
+    points = SobolEngine(dim, scramble=True, seed=seed).draw(num_draws // 2, dtype=torch.float64)
+    shift = torch.rand(num_datapoints, dim, generator=rng, dtype=torch.float64)
+    uniform = (points.unsqueeze(1) + shift).remainder(1.0).clamp(1e-12, 1 - 1e-12)
+    half = torch.special.ndtri(uniform).transpose(0, 1)
+    moments = half.transpose(-1, -2) @ half / half.shape[1]
+    white = torch.linalg.solve_triangular(torch.linalg.cholesky(moments), half.transpose(-1, -2), upper=False)
+    half = white.permute(2, 0, 1)
+    return torch.cat([half, -half])
+
+
+@contextmanager
+def seeded(rng: torch.Generator) -> Iterator[None]:
+    """Draws from torch's global generators under a seed taken from ``rng``, and restores their state."""
+    with torch.random.fork_rng():
+        torch.manual_seed(int(torch.randint(2**31 - 1, (), generator=rng)))
+        yield
+
+
+def draw(family: VariationalFamily, phi: Tensor, num_draws: int, rng: torch.Generator) -> Tensor:
+    """Independent draws from the family, of shape ``(K, N, D)``, without touching torch's global seed."""
+    if family.noise_dim is not None:
+        noise = torch.randn(num_draws, len(phi), family.noise_dim, generator=rng, dtype=torch.float64)
+        return family.rsample(phi, noise.to(phi))
+    with seeded(rng):
+        return family(phi).rsample((num_draws,))

@@ -1,0 +1,98 @@
+"""What every per-datapoint diagnostic starts from: a call bound to its log-joint, its family and the guide's phi."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyro_amortized.diagnostics.noise import draw, generator
+from pyro_amortized.guides import LocalGuide
+from pyro_amortized.objective import LocalLogJoint, LocalObjective
+
+if TYPE_CHECKING:
+    import xarray
+
+__all__ = ["LocalProblem", "bind", "progress_bar", "to_dataset"]
+
+
+@dataclass
+class LocalProblem:
+    """The inference problem of every datapoint in one call of a model.
+
+    Attributes:
+        objective: The per-datapoint ELBO.
+        phi: The guide's variational parameters ``(N, P)``, without gradients.
+        plate: Name of the datapoint plate.
+        index: Positions of the datapoints in the full data set, ``(N,)``.
+        global_sites: Names of the global latents that are held at their median.
+    """
+
+    objective: LocalObjective
+    phi: Tensor
+    plate: str
+    index: Tensor
+    global_sites: tuple[str, ...]
+
+
+def bind(
+    model: Callable[..., Any],
+    guide: LocalGuide,
+    model_args: Sequence[Any],
+    model_kwargs: Mapping[str, Any] | None,
+    seed: int,
+) -> LocalProblem:
+    """Binds a call, and checks that its numbers can be trusted.
+
+    Raises:
+        ValueError: If the guide is none of this package, the model has no local latents, its log-joint is not finite at
+            draws from the guide, or it is not the same in two runs.
+    """
+    if not isinstance(guide, LocalGuide):
+        raise ValueError(
+            f"Cannot diagnose a {type(guide).__name__} because its variational parameters per datapoint are unknown; "
+            "try an AmortizedGuide or PerDatapointGuide."
+        )
+    if isinstance(model_args, Tensor):
+        raise ValueError(
+            "Cannot call the model with model_args=<tensor> because arguments are passed as a tuple; try (x,)."
+        )
+    args, kwargs = tuple(model_args), dict(model_kwargs or {})
+    with torch.no_grad():
+        structure, phi = guide._infer(args, kwargs)
+        global_values = guide.global_median(*args, **kwargs)
+    log_joint = LocalLogJoint(model, args, kwargs, structure, global_values)
+    log_joint.check(draw(guide.family, phi, 2, generator(seed, 0)))
+    frame = structure.datapoints
+    index = structure.indices.get(frame.name, torch.arange(frame.size))
+    return LocalProblem(
+        LocalObjective(log_joint, guide.family), phi.detach(), frame.name, index.cpu(), structure.global_sites
+    )
+
+
+def to_dataset(problem: LocalProblem, variables: Mapping[str, Tensor], **attributes: Any) -> xarray.Dataset:
+    """Per-datapoint results as a dataset over the plate's dimension, with units and settings in its attributes."""
+    import xarray
+
+    held = ", ".join(problem.global_sites)
+    return xarray.Dataset(
+        {name: (problem.plate, value.detach().cpu().numpy()) for name, value in variables.items()},
+        coords={problem.plate: problem.index.numpy()},
+        attrs={
+            "units": "nats per datapoint",
+            "family": type(problem.objective.family).__name__,
+            "latent_dim": problem.objective.family.latent_dim,
+            "global_latents": f"held at the guide's median: {held}" if held else "none",
+            **attributes,
+        },
+    )
+
+
+def progress_bar(total: int, description: str, progress: bool) -> Any:
+    """A tqdm bar, as in Pyro's MCMC; silent unless ``progress``."""
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc=description, disable=not progress)

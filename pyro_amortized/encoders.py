@@ -1,0 +1,191 @@
+"""Encoders: networks from a datapoint's values to features, one row per datapoint.
+
+An encoder ends in features ``(N, H)``; the guide adds the linear head that makes variational parameters of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["DeepSetEncoder", "MLPEncoder"]
+
+
+class Standardize(nn.Module):
+    r"""Shifts and scales features: :math:`(x - m) / s`, with m and s taken once from data by :meth:`fit`.
+
+    Features that hardly vary in that data are scaled by a tenth of the typical deviation instead of their own, so that
+    a pixel that was dark in the first batch and is lit later does not blow up.
+
+    Args:
+        dim: Number of features F.
+    """
+
+    loc: Tensor
+    scale: Tensor
+    fitted: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("loc", torch.zeros(dim))
+        self.register_buffer("scale", torch.ones(dim))
+        self.register_buffer("fitted", torch.tensor(False))
+
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> None:
+        """Takes location and scale from ``x`` of shape ``(..., F)``, once: a second call changes nothing."""
+        if self.fitted:
+            return
+        self.fitted.fill_(True)
+        x = x.reshape(-1, x.shape[-1]).to(self.loc)
+        deviation = x.std(0, correction=0)
+        floor = 0.1 * deviation.square().mean().sqrt()
+        self.loc.copy_(x.mean(0))
+        self.scale.copy_(torch.where(floor > 0, deviation.clamp(min=floor), torch.ones_like(deviation)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Standardised features of the shape of ``x``."""
+        return (x - self.loc) / self.scale
+
+
+def _layers(input_dim: int, hidden_dims: Sequence[int], activation: Callable[[], nn.Module]) -> nn.Sequential:
+    dims = [input_dim, *hidden_dims]
+    layers = [[nn.Linear(dims[i], dims[i + 1]), activation()] for i in range(len(hidden_dims))]
+    return nn.Sequential(*(layer for pair in layers for layer in pair))
+
+
+def _check_width(module: nn.Module, x: Tensor, input_dim: int) -> None:
+    if x.shape[-1] != input_dim:
+        raise ValueError(
+            f"Cannot encode inputs with {x.shape[-1]} features because this {type(module).__name__} was built for "
+            f"{input_dim}; try input_dim={x.shape[-1]}, or bring the data to the shape of the first call."
+        )
+
+
+class StandardizedEncoder(nn.Module):
+    """Base class of encoders that shift and scale their inputs by what they saw in :meth:`fit`."""
+
+    def fit(self, *inputs: Tensor) -> None:
+        """Takes the standardisation from ``inputs`` of shapes ``(N, ...)``; guides call it in their ``setup``."""
+        raise NotImplementedError
+
+
+class MLPEncoder(StandardizedEncoder):
+    """A multilayer perceptron over the flattened values of a datapoint.
+
+    Args:
+        input_dim: Number of values per datapoint F, summed over the inputs if there are several.
+        hidden_dims: Widths of the hidden layers; the last one is the number of features H.
+        activation: Constructor of the activation after each layer.
+        standardize: Whether to shift and scale the inputs with the mean and deviation found by :meth:`fit`, which
+            guides call on the data of their ``setup``.
+
+    Example:
+        >>> encoder = MLPEncoder(784, hidden_dims=(400,))
+        >>> encoder(torch.zeros(3, 28, 28)).shape
+        torch.Size([3, 400])
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dims: Sequence[int] = (200, 200),
+        *,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        standardize: bool = True,
+    ) -> None:
+        super().__init__()
+        self.input_dim = input_dim
+        self.standardize = Standardize(input_dim) if standardize else None
+        self.layers = _layers(input_dim, hidden_dims, activation)
+
+    @staticmethod
+    def flatten(*inputs: Tensor) -> Tensor:
+        """Inputs of shapes ``(N, ...)`` as one matrix ``(N, F)``."""
+        flat = [x.reshape(x.shape[0], -1) for x in inputs]
+        return flat[0] if len(flat) == 1 else torch.cat(flat, -1)
+
+    def _matrix(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        x = self.flatten(*inputs)
+        _check_width(self, x, self.input_dim)
+        dtype = next(self.parameters()).dtype
+        return x if x.dtype == dtype else x.to(dtype)
+
+    def fit(self, *inputs: Tensor) -> None:
+        """Takes the standardisation from ``inputs`` of shapes ``(N, ...)``."""
+        if self.standardize is not None:
+            self.standardize.fit(self._matrix(inputs))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Features ``(N, H)`` of inputs of shapes ``(N, ...)``."""
+        x = self._matrix(inputs)
+        return self.layers(x if self.standardize is None else self.standardize(x))
+
+
+class DeepSetEncoder(StandardizedEncoder):
+    r"""A permutation-invariant encoder of a datapoint that is a set of elements.
+
+    .. math:: f(x_n) = \rho\Big(\frac{1}{M_n} \sum_m \psi(x_{nm}),\; \log M_n\Big)
+
+    Args:
+        input_dim: Number of values per element F.
+        hidden_dims: Widths of the element network :math:`\psi`.
+        output_dims: Widths of the set network :math:`\rho`; the last one is the number of features H.
+        activation: Constructor of the activation after each layer.
+        standardize: As in :class:`MLPEncoder`.
+
+    Example:
+        >>> encoder = DeepSetEncoder(2)
+        >>> encoder(torch.zeros(3, 7, 2)).shape
+        torch.Size([3, 64])
+
+    References:
+        Deep Sets, Manzil Zaheer, Satwik Kottur, Siamak Ravanbakhsh, Barnabas Poczos, Ruslan Salakhutdinov, Alexander
+        Smola (2017), https://arxiv.org/abs/1703.06114
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dims: Sequence[int] = (64, 64),
+        output_dims: Sequence[int] = (64,),
+        *,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        standardize: bool = True,
+    ) -> None:
+        super().__init__()
+        self.input_dim = input_dim
+        self.standardize = Standardize(input_dim) if standardize else None
+        self.element_layers = _layers(input_dim, hidden_dims, activation)
+        self.set_layers = _layers(hidden_dims[-1] + 1, output_dims, activation)
+
+    def _elements(self, x: Tensor) -> Tensor:
+        x = (x.unsqueeze(-1) if x.dim() == 2 else x.flatten(2)).to(next(self.parameters()).dtype)
+        _check_width(self, x, self.input_dim)
+        return x
+
+    def fit(self, *inputs: Tensor) -> None:
+        """Takes the standardisation from elements ``(N, M, F)``, those under a mask ``(N, M)`` if it is given."""
+        if self.standardize is not None:
+            x = self._elements(inputs[0])
+            self.standardize.fit(x if len(inputs) == 1 else x[inputs[1].bool()])
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Features of sets.
+
+        Args:
+            x: Elements of shape ``(N, M, F)``, or ``(N, M)`` for scalar ones.
+            mask: Which elements belong to the set, shape ``(N, M)``; all of them if None.
+
+        Returns:
+            Features of shape ``(N, H)``; they do not depend on the order of the elements nor on those masked out.
+        """
+        x = self._elements(x)
+        member = x.new_ones(x.shape[:2]) if mask is None else mask.to(x.dtype)
+        x = x if mask is None else x.masked_fill(member.unsqueeze(-1) == 0, 0.0)
+        hidden = self.element_layers(x if self.standardize is None else self.standardize(x))
+        count = member.sum(1, keepdim=True)
+        mean = (hidden * member.unsqueeze(-1)).sum(1) / count.clamp(min=1.0)
+        return self.set_layers(torch.cat([mean, count.clamp(min=1.0).log()], -1))

@@ -1,0 +1,17 @@
+"""Variational families: what shape q(z | x) may take.
+
+A family maps a vector of variational parameters phi, one per datapoint, to a distribution over the flat unconstrained
+latent of that datapoint. It knows torch, not Pyro, and nothing of encoders: where phi comes from is not its business.
+"""
+
+from pyro_amortized.families.base import VariationalFamily, build_family, register_family
+from pyro_amortized.families.normal import LowRankMultivariateNormal, MultivariateNormal, Normal
+
+__all__ = [
+    "LowRankMultivariateNormal",
+    "MultivariateNormal",
+    "Normal",
+    "VariationalFamily",
+    "build_family",
+    "register_family",
+]

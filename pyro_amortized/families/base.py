@@ -1,0 +1,162 @@
+"""The abstract variational family and the registry of named ones."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+
+__all__ = ["FamilySpec", "VariationalFamily", "build_family", "register_family"]
+
+
+class VariationalFamily(nn.Module, ABC):
+    r"""A parametric set of distributions :math:`q_\phi(z)` over a flat unconstrained latent :math:`z \in R^D`.
+
+    To write a member, set ``num_params`` and implement :meth:`forward`. That is enough for training and for every
+    diagnostic. Override :meth:`initial` to start at a given location and scale (the default starts at zeros),
+    :meth:`rsample` with ``noise_dim`` to let randomised quasi-Monte-Carlo drive the sampling, and :meth:`quantile`
+    where quantiles are known.
+
+    Args:
+        latent_dim: D, the number of unconstrained latent dimensions per datapoint.
+
+    Attributes:
+        latent_dim: D.
+        num_params: P, the length of phi.
+        noise_dim: Number of standard normal variables that :meth:`rsample` turns into one draw, or None if the family
+            can only draw its own noise.
+    """
+
+    num_params: int
+    noise_dim: int | None = None
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        self.latent_dim = latent_dim
+
+    @abstractmethod
+    def forward(self, phi: Tensor) -> TorchDistribution:
+        """The distribution at ``phi``.
+
+        Args:
+            phi: Variational parameters of shape ``(*, P)``.
+
+        Returns:
+            A reparameterised distribution of batch shape ``(*)`` and event shape ``(D,)``.
+        """
+
+    def initial(self, loc: Tensor, scale: float) -> Tensor:
+        """A start: phi of the member closest to independent normals.
+
+        Args:
+            loc: Locations of shape ``(*, D)``.
+            scale: Standard deviation of every dimension.
+
+        Returns:
+            phi of shape ``(*, P)``; zeros unless a member knows better.
+        """
+        return loc.new_zeros(*loc.shape[:-1], self.num_params)
+
+    def rsample(self, phi: Tensor, noise: Tensor) -> Tensor:
+        """Turns standard normal noise into draws, differentiably in phi.
+
+        Args:
+            phi: Variational parameters of shape ``(*, P)``.
+            noise: Standard normal noise of shape ``(K, *, noise_dim)``.
+
+        Returns:
+            Draws of shape ``(K, *, D)``.
+
+        Raises:
+            NotImplementedError: If the family can only draw its own noise (``noise_dim`` is None).
+        """
+        raise NotImplementedError(f"{type(self).__name__} draws its own noise")
+
+    def quantile(self, phi: Tensor, probs: Tensor, num_samples: int = 1000) -> Tensor:
+        """Marginal quantiles of every latent dimension, from draws unless a member knows them exactly.
+
+        Args:
+            phi: Variational parameters of shape ``(*, P)``.
+            probs: Probabilities of shape ``(Q,)``.
+            num_samples: Number of draws.
+
+        Returns:
+            Quantiles of shape ``(Q, *, D)``.
+        """
+        return self(phi).sample((num_samples,)).quantile(probs, dim=0)
+
+    def extra_repr(self) -> str:
+        """The sizes, for ``repr``."""
+        return f"latent_dim={self.latent_dim}, num_params={self.num_params}"
+
+
+FamilySpec = str | VariationalFamily | Callable[[int], VariationalFamily]
+"""A registered name, a family, or a function from ``latent_dim`` to a family."""
+
+_REGISTRY: dict[str, Callable[[int], VariationalFamily]] = {}
+
+
+def register_family(
+    name: str,
+) -> Callable[[Callable[[int], VariationalFamily]], Callable[[int], VariationalFamily]]:
+    """Decorator that makes a family available by name to every guide.
+
+    Args:
+        name: The string that guides accept as ``family``.
+    """
+
+    def register(factory: Callable[[int], VariationalFamily]) -> Callable[[int], VariationalFamily]:
+        _REGISTRY[name] = factory
+        return factory
+
+    return register
+
+
+def check_family_spec(spec: FamilySpec) -> None:
+    """Raises a ValueError when ``spec`` is an unknown family name, before any model has run."""
+    if isinstance(spec, str) and spec not in _REGISTRY:
+        raise ValueError(
+            f"Cannot use family {spec!r} because no variational family has that name; "
+            f"try one of {sorted(_REGISTRY)} or pass a VariationalFamily."
+        )
+    if not isinstance(spec, str) and not callable(spec):
+        raise ValueError(
+            f"Cannot use family {spec!r} because it is neither a name nor a VariationalFamily; "
+            f"try one of {sorted(_REGISTRY)}."
+        )
+
+
+def build_family(spec: FamilySpec, latent_dim: int) -> VariationalFamily:
+    """Builds the family that a guide was asked for.
+
+    Args:
+        spec: A registered name, a :class:`VariationalFamily`, or a function from ``latent_dim`` to one.
+        latent_dim: D, as found from the model.
+
+    Returns:
+        A family over D dimensions.
+
+    Raises:
+        ValueError: If the name is unknown or the family's ``latent_dim`` is not D.
+    """
+    check_family_spec(spec)
+    if isinstance(spec, str):
+        family = _REGISTRY[spec](latent_dim)
+    else:
+        family = spec if isinstance(spec, VariationalFamily) else spec(latent_dim)
+    if not isinstance(family, VariationalFamily):
+        raise ValueError(
+            f"Cannot use family {spec!r} because it gave a {type(family).__name__}; "
+            "try a function that returns a VariationalFamily."
+        )
+    if family.latent_dim != latent_dim:
+        raise ValueError(
+            f"Cannot use {type(family).__name__}(latent_dim={family.latent_dim}) because the model's local latents have "
+            f"{latent_dim} unconstrained dimensions per datapoint; try latent_dim={latent_dim}, or pass the class."
+        )
+    return family
+
+

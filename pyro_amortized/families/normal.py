@@ -1,0 +1,156 @@
+r"""Gaussian families: mean-field, full rank and low rank plus diagonal.
+
+All three start phi with the location; they differ in how the rest of phi makes a covariance.
+"""
+
+from __future__ import annotations
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_amortized.families.base import VariationalFamily, register_family
+
+__all__ = ["LowRankMultivariateNormal", "MultivariateNormal", "Normal"]
+
+
+class _Gaussian(VariationalFamily):
+    """What Gaussian families share: a location first in phi, and marginals that are normal."""
+
+    def forward(self, phi: Tensor) -> dist.TorchDistribution:
+        raise NotImplementedError
+
+    def quantile(self, phi: Tensor, probs: Tensor, num_samples: int = 1000) -> Tensor:
+        """Exact marginal quantiles; ``num_samples`` is not needed."""
+        loc, scale = self.marginals(phi)
+        return loc + scale * torch.special.ndtri(probs.to(phi)).reshape(-1, *[1] * phi.dim())
+
+    def marginals(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        """Locations and standard deviations of every dimension, each of shape ``(*, D)``."""
+        distribution = self(phi)
+        return phi[..., : self.latent_dim], distribution.variance.sqrt()
+
+
+@register_family("normal")
+class Normal(_Gaussian):
+    r"""Mean-field normal, :math:`q(z) = \prod_d N(z_d; \mu_d, \sigma_d^2)`, with :math:`\phi = (\mu, \log\sigma)`.
+
+    Args:
+        latent_dim: D; ``num_params`` is 2D.
+    """
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__(latent_dim)
+        self.num_params = 2 * latent_dim
+        self.noise_dim = latent_dim
+
+    def marginals(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        """Locations and scales, each of shape ``(*, D)``."""
+        loc, log_scale = phi.split(self.latent_dim, -1)
+        return loc, log_scale.exp()
+
+    def forward(self, phi: Tensor) -> dist.TorchDistribution:
+        """Independent normals of batch shape ``(*)`` and event shape ``(D,)``."""
+        return dist.Normal(*self.marginals(phi)).to_event(1)
+
+    def initial(self, loc: Tensor, scale: float) -> Tensor:
+        """phi of independent normals."""
+        return torch.cat([loc, torch.full_like(loc, scale).log()], -1)
+
+    def rsample(self, phi: Tensor, noise: Tensor) -> Tensor:
+        """``loc + scale * noise``."""
+        loc, scale = self.marginals(phi)
+        return loc + scale * noise
+
+
+@register_family("multivariate_normal")
+class MultivariateNormal(_Gaussian):
+    r"""Full-rank normal, :math:`q(z) = N(z; \mu, L L^T)`.
+
+    phi holds :math:`\mu`, the logarithm of the diagonal of L, and the rows of its strict lower triangle relative to the
+    diagonal entry of their row: :math:`L = \operatorname{diag}(s) (I + A)`, so that the scale of a dimension can change
+    without its correlations.
+
+    Args:
+        latent_dim: D; ``num_params`` is 2D + D(D - 1)/2.
+    """
+
+    lower: Tensor
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__(latent_dim)
+        self.num_params = 2 * latent_dim + latent_dim * (latent_dim - 1) // 2
+        self.noise_dim = latent_dim
+        rows, columns = torch.tril_indices(latent_dim, latent_dim, -1)
+        self.register_buffer("lower", rows * latent_dim + columns, persistent=False)
+
+    def scale_tril(self, phi: Tensor) -> Tensor:
+        """L, of shape ``(*, D, D)``."""
+        dim = self.latent_dim
+        relative = phi.new_zeros(*phi.shape[:-1], dim * dim)
+        relative = relative.index_copy(-1, self.lower, phi[..., 2 * dim :]).unflatten(-1, (dim, dim))
+        scale = phi[..., dim : 2 * dim].exp()
+        return scale.unsqueeze(-1) * relative + torch.diag_embed(scale)
+
+    def forward(self, phi: Tensor) -> dist.TorchDistribution:
+        """A multivariate normal of batch shape ``(*)``."""
+        return dist.MultivariateNormal(phi[..., : self.latent_dim], scale_tril=self.scale_tril(phi))
+
+    def initial(self, loc: Tensor, scale: float) -> Tensor:
+        """phi of independent normals."""
+        start = loc.new_zeros(*loc.shape[:-1], self.num_params)
+        start[..., : 2 * self.latent_dim] = torch.cat([loc, torch.full_like(loc, scale).log()], -1)
+        return start
+
+    def rsample(self, phi: Tensor, noise: Tensor) -> Tensor:
+        """``loc + L @ noise``."""
+        return phi[..., : self.latent_dim] + (self.scale_tril(phi) @ noise.unsqueeze(-1)).squeeze(-1)
+
+
+@register_family("low_rank_multivariate_normal")
+class LowRankMultivariateNormal(_Gaussian):
+    r"""Normal with low-rank plus diagonal covariance, :math:`q(z) = N(z; \mu, S (I + B B^T) S)`.
+
+    phi holds :math:`\mu`, :math:`\log` of the diagonal of S, and the D x R factor B.
+
+    Args:
+        latent_dim: D; ``num_params`` is 2D + DR.
+        rank: R; by default the square root of D, rounded up.
+    """
+
+    def __init__(self, latent_dim: int, rank: int | None = None) -> None:
+        super().__init__(latent_dim)
+        self.rank = int((latent_dim - 1) ** 0.5) + 1 if rank is None else rank
+        if self.rank < 1:
+            raise ValueError(f"Cannot use rank={rank} because a low-rank factor needs a column; try rank=1.")
+        self.num_params = 2 * latent_dim + latent_dim * self.rank
+        self.noise_dim = latent_dim + self.rank
+
+    def _split(self, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dim = self.latent_dim
+        loc, log_scale, factor = phi.split([dim, dim, dim * self.rank], -1)
+        scale = log_scale.exp()
+        return loc, scale, scale.unsqueeze(-1) * factor.unflatten(-1, (dim, self.rank))
+
+    def forward(self, phi: Tensor) -> dist.TorchDistribution:
+        """A low-rank multivariate normal of batch shape ``(*)``."""
+        loc, scale, factor = self._split(phi)
+        return dist.LowRankMultivariateNormal(loc, factor, scale.square())
+
+    def initial(self, loc: Tensor, scale: float) -> Tensor:
+        """phi of nearly independent normals.
+
+        At a factor of zeros the gradient with respect to the factor vanishes, so that it starts at small values, of
+        alternating sign and different in each column.
+        """
+        start = loc.new_zeros(*loc.shape[:-1], self.num_params)
+        start[..., : 2 * self.latent_dim] = torch.cat([loc, torch.full_like(loc, scale).log()], -1)
+        position = torch.arange(self.latent_dim * self.rank, dtype=loc.dtype, device=loc.device)
+        start[..., 2 * self.latent_dim :] = 0.05 * torch.sin(1.0 + 2.4 * position)
+        return start
+
+    def rsample(self, phi: Tensor, noise: Tensor) -> Tensor:
+        """``loc + S @ (e1 + B @ e2)`` for ``noise = (e1, e2)``."""
+        loc, scale, factor = self._split(phi)
+        diagonal, low_rank = noise.split([self.latent_dim, self.rank], -1)
+        return loc + scale * diagonal + (factor @ low_rank.unsqueeze(-1)).squeeze(-1)

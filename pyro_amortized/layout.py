@@ -1,0 +1,305 @@
+"""SiteLayout: which latents of a model are local to a datapoint, and where they lie in its flat latent vector.
+
+A datapoint is one index of the datapoint plate. The latent sites inside that plate, with any further plates they are
+in folded into the datapoint, are local; every datapoint's local values, unconstrained and flattened, make one vector of
+``latent_dim`` numbers. All other latent sites are global.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.distributions.util import sum_rightmost
+from pyro.infer.autoguide.utils import helpful_support_errors
+from pyro.poutine import Trace
+from torch import Tensor
+from torch.distributions import Transform, biject_to
+
+from pyro_amortized.tracing import PlateFrame, Site, sample_sites
+
+__all__ = ["LocalSite", "SiteLayout", "datapoint_plate", "is_data", "latent_sites"]
+
+
+@dataclass(frozen=True)
+class LocalSite:
+    """One local latent site.
+
+    Attributes:
+        name: Name of the site.
+        transform: From unconstrained space to the site's support.
+        event_dim: Number of event dimensions of the (constrained) value.
+        shape: Event shape of the unconstrained value.
+        inner: Dimension and size of the plates, other than the datapoint plate, that hold the site, leftmost first.
+        plates: Names of those plates.
+        start: Where the site's values start in the flat latent.
+        stop: Where they end.
+    """
+
+    name: str
+    transform: Transform
+    event_dim: int
+    shape: torch.Size
+    inner: tuple[tuple[int, int], ...]
+    plates: tuple[str, ...]
+    start: int
+    stop: int
+
+    @property
+    def is_real(self) -> bool:
+        """Whether the support is all of real space, so that nothing needs to be transformed."""
+        return _is_identity(self.transform)
+
+    def unflatten(self, flat: Tensor) -> Tensor:
+        """This site's unconstrained values, in the batch shape that Pyro expects.
+
+        Args:
+            flat: Flat latents of shape ``(*batch, D)``, with the datapoints at their plate's dimension of ``batch`` and
+                size 1 at the dimensions of the site's inner plates.
+
+        Returns:
+            Values of shape ``(*batch, *shape)``, with the inner plates' sizes filled in.
+        """
+        x = flat[..., self.start : self.stop]
+        if not self.inner:
+            return x.reshape(x.shape[:-1] + self.shape)
+        rank = max(x.dim() - 1, -self.inner[0][0])
+        sizes = [size for _, size in self.inner]
+        x = x.reshape([1] * (rank + 1 - x.dim()) + list(x.shape[:-1]) + sizes + list(self.shape))
+        for i, (dim, _) in enumerate(self.inner):
+            x = x.transpose(rank + dim, rank + i)
+        return x.reshape(x.shape[:rank] + self.shape)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the support has no bounds of its own, such as those of a uniform, that may change between calls."""
+        return not _holds_tensors(self.transform)
+
+    def flatten(self, value: Tensor, dim: int) -> Tensor:
+        """The inverse of :meth:`unflatten`: unconstrained values ``(*batch, *shape)`` to ``(N, stop - start)``.
+
+        Args:
+            value: Unconstrained values with no batch dimension beyond the site's plates.
+            dim: Batch dimension of the datapoint plate.
+        """
+        rank = max([value.dim() - len(self.shape), -dim, *(-d for d, _ in self.inner)])
+        batch = [1] * (rank + len(self.shape) - value.dim()) + list(value.shape)
+        x = value.reshape(batch[:rank] + [1] * len(self.inner) + list(self.shape))
+        for i, (inner_dim, _) in enumerate(self.inner):
+            x = x.transpose(rank + inner_dim, rank + i)
+        return x.reshape(-1, self.stop - self.start)
+
+    def constrain(self, unconstrained: Tensor) -> tuple[Tensor, Tensor]:
+        """The site's value and the log absolute determinant of the transform's Jacobian.
+
+        Args:
+            unconstrained: Values of shape ``(*batch, *shape)``.
+
+        Returns:
+            The value in the support, and log |dT/du| of shape ``(*batch)``.
+        """
+        value = self.transform(unconstrained)
+        batch_dim = value.dim() - self.event_dim
+        if self.is_real:
+            return value, value.new_zeros(value.shape[:batch_dim])
+        log_det = self.transform.log_abs_det_jacobian(unconstrained, value)
+        return value, sum_rightmost(log_det, log_det.dim() - batch_dim)
+
+
+def _is_identity(transform: Transform) -> bool:
+    base = getattr(transform, "base_transform", transform)
+    return getattr(base, "parts", None) == []
+
+
+def _holds_tensors(transform: Any) -> bool:
+    if isinstance(transform, Tensor):
+        return True
+    if isinstance(transform, list | tuple):
+        return any(map(_holds_tensors, transform))
+    if not isinstance(transform, Transform):
+        return False
+    if type(transform).__name__ == "_InverseTransform":
+        return _holds_tensors(transform.inv)
+    return any(_holds_tensors(value) for name, value in vars(transform).items() if not name.startswith("_"))
+
+
+def latent_sites(trace: Trace) -> dict[str, Site]:
+    """The latent sites that a guide must provide: not observed, and not enumerated in the model."""
+    return {
+        name: site
+        for name, site in sample_sites(trace).items()
+        if not site["is_observed"] and site["infer"].get("enumerate") != "parallel"
+    }
+
+
+def is_data(site: Site) -> bool:
+    """Whether a site is observed, rather than latent or merely recorded by ``pyro.deterministic``."""
+    return site["is_observed"] and not site["infer"].get("_deterministic", False)
+
+
+def datapoint_plate(trace: Trace, frames: Mapping[str, PlateFrame], requested: str | None) -> str | None:
+    """Decides which plate's indices are the datapoints.
+
+    Args:
+        trace: A run of the model.
+        frames: The plates in it.
+        requested: The user's choice, or None for the outermost plate that holds an observed site.
+
+    Returns:
+        The plate's name; None if no observed site lies in a plate.
+
+    Raises:
+        ValueError: If the requested plate does not exist or holds no observed site, or if several plates qualify.
+    """
+    holders: dict[str, None] = {}
+    outermost: dict[str, None] = {}
+    for site in sample_sites(trace).values():
+        names = [frame.name for frame in site["cond_indep_stack"]]
+        if is_data(site) and names:
+            holders.update(dict.fromkeys(names))
+            outermost[names[0]] = None
+    if requested is None:
+        if len(outermost) > 1:
+            raise ValueError(
+                f"Cannot choose the datapoint plate because several plates hold observed sites: {sorted(outermost)}; "
+                "try plate=... with one of these names."
+            )
+        return next(iter(outermost), None)
+    if requested not in frames:
+        raise ValueError(
+            f"Cannot use plate {requested!r} because the model has no plate of that name; try one of {sorted(holders)}."
+        )
+    if requested not in holders:
+        raise ValueError(
+            f"Cannot use plate {requested!r} as the datapoint plate because no observed site lies in it; "
+            f"try one of {sorted(holders)}, or call the guide with the data that the model observes."
+        )
+    return requested
+
+
+@dataclass(frozen=True)
+class SiteLayout:
+    """The local latent sites of one model structure and their places in the flat unconstrained latent.
+
+    Attributes:
+        plate: Name of the datapoint plate.
+        dim: Its batch dimension, negative.
+        sites: The local sites, in the order of the model.
+        latent_dim: D, the length of a datapoint's flat latent.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        ...         weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
+        ...         pyro.sample("x", dist.Poisson(rate * weights[..., 0]), obs=x)
+        >>> from pyro_amortized.tracing import probe
+        >>> trace, frames, _ = probe(model, (torch.ones(5),), {})
+        >>> layout = SiteLayout.from_trace(trace, frames, "data")
+        >>> layout.latent_dim
+        3
+        >>> {name: tuple(value.shape) for name, value in layout.values(torch.zeros(5, 3)).items()}
+        {'rate': (5,), 'weights': (5, 3)}
+    """
+
+    plate: str
+    dim: int
+    sites: tuple[LocalSite, ...]
+    latent_dim: int
+
+    @classmethod
+    def from_trace(cls, trace: Trace, frames: Mapping[str, PlateFrame], plate: str) -> SiteLayout:
+        """Reads the layout off a run of the model.
+
+        Args:
+            trace: A run of the model.
+            frames: The plates in it.
+            plate: Name of the datapoint plate.
+
+        Raises:
+            ValueError: If a local site is discrete or has no transform to its support, or lies in a further plate that
+                is subsampled.
+        """
+        sites: list[LocalSite] = []
+        for name, site in latent_sites(trace).items():
+            names = [frame.name for frame in site["cond_indep_stack"]]
+            if plate in names:
+                inner = sorted((frames[n] for n in names if n != plate), key=lambda frame: frame.dim)
+                sites.append(_local_site(name, site, inner, sites[-1].stop if sites else 0))
+        return cls(plate, frames[plate].dim, tuple(sites), sites[-1].stop if sites else 0)
+
+    def batch(self, flat: Tensor) -> Tensor:
+        """Puts datapoints at their plate's dimension: ``(*, N, P)`` to ``(*, N, 1, ..., 1, P)``."""
+        return flat.reshape(flat.shape[:-1] + (1,) * (-self.dim - 1) + flat.shape[-1:])
+
+    def split(self, flat: Tensor, depth: int | None = None) -> dict[str, Tensor]:
+        """Unconstrained values by site.
+
+        Args:
+            flat: Flat latents of shape ``(*sample, N, D)``.
+            depth: Number of batch dimensions to keep free for plates between ``sample`` and the event dimensions; by
+                default what each site needs.
+
+        Returns:
+            Values of shape ``(*sample, *plates, *unconstrained event)``.
+        """
+        values = {}
+        for site in self.sites:
+            plates = depth or max([-self.dim, *(-dim for dim, _ in site.inner)])
+            shape = flat.shape[:-2] + (1,) * (plates + self.dim) + flat.shape[-2:-1] + (1,) * (-self.dim - 1)
+            values[site.name] = site.unflatten(flat.reshape(shape + flat.shape[-1:]))
+        return values
+
+    def values(self, flat: Tensor, depth: int | None = None) -> dict[str, Tensor]:
+        """Values in their supports by site; arguments as for :meth:`split`."""
+        parts = self.split(flat, depth)
+        return {site.name: site.transform(parts[site.name]) for site in self.sites}
+
+    def flatten(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Values in their supports ``(*plates, *event)`` by site, to flat unconstrained latents ``(N, D)``."""
+        return torch.cat([s.flatten(s.transform.inv(values[s.name]), self.dim) for s in self.sites], -1)
+
+    def check_same(self, other: SiteLayout) -> None:
+        """Raises a ValueError naming what changed if ``other``, found in a later call, is laid out differently."""
+        mine, theirs = ({site.name: site for site in layout.sites} for layout in (self, other))
+        remedy = "try the same structure in every call, or one guide per structure."
+        for name in [*mine, *theirs]:
+            if name not in theirs or name not in mine:
+                state = "is no longer a latent site of" if name in mine else "has become a latent site of"
+                raise ValueError(
+                    f"Cannot run this guide because site {name!r} {state} plate {self.plate!r} since the guide was "
+                    f"set up (it may have changed between observed and latent); {remedy}"
+                )
+            before, after = ((s.shape, s.inner, s.event_dim, type(s.transform)) for s in (mine[name], theirs[name]))
+            if before != after:
+                raise ValueError(
+                    f"Cannot run this guide because local site {name!r} now has unconstrained event shape "
+                    f"{tuple(after[0])} and inner plates {list(after[1])}, and had {tuple(before[0])} and "
+                    f"{list(before[1])} when the guide was set up; {remedy}"
+                )
+        if (self.plate, self.dim) != (other.plate, other.dim):
+            raise ValueError(
+                f"Cannot run this guide because the datapoint plate is now {other.plate!r} at dim {other.dim}, and was "
+                f"{self.plate!r} at dim {self.dim} when the guide was set up; {remedy}"
+            )
+
+
+def _local_site(name: str, site: dict[str, Any], inner: list[PlateFrame], start: int) -> LocalSite:
+    for frame in inner:
+        if frame.subsampled:
+            raise ValueError(
+                f"Cannot fold plate {frame.name!r} of local site {name!r} into the datapoint because it is subsampled; "
+                "try running the model over all of that plate, or make it the datapoint plate."
+            )
+    with helpful_support_errors(site):
+        transform = biject_to(site["fn"].support)
+    value = site["value"]
+    event_dim = site["fn"].event_dim
+    unconstrained = transform.inv(value)
+    shape = unconstrained.shape[value.dim() - event_dim :]
+    size = torch.Size([frame.size for frame in inner]).numel() * shape.numel()
+    dims = tuple((frame.dim, frame.size) for frame in inner)
+    return LocalSite(name, transform, event_dim, shape, dims, tuple(f.name for f in inner), start, start + size)

@@ -1,0 +1,227 @@
+"""The structure of one call: its plates, their indices and the observed values, with as few model runs as possible.
+
+The first call with arguments of given shapes runs the model once without log-probabilities. The result is kept for later
+calls of equal shapes unless the run read values of tensors in Python, and then needs no further run where everything
+asked for (indices of subsampled plates, observed values) is found among the arguments.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_amortized.layout import SiteLayout, datapoint_plate, is_data, latent_sites
+from pyro_amortized.tracing import (
+    PlateFrame,
+    Source,
+    call_key,
+    find_source,
+    probe,
+    read_source,
+    sample_sites,
+    subsample_indices,
+)
+
+__all__ = ["Structure", "StructureCache", "check_observed", "observed_values"]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What one call of the model looks like.
+
+    Attributes:
+        frames: The vectorised plates by name.
+        plate: Name of the datapoint plate, or None if the model has no local latents.
+        layout: The local latents, or None if there are none.
+        global_sites: Names of the global latent sites.
+        global_plates: Names of the plates that hold them.
+        indices: Indices of the explicitly subsampled plates.
+        observed: Observed values in the datapoint plate by site, each of shape ``(N, ...)``; None if they were not
+            asked for, or cannot be known before a random subsample is drawn.
+    """
+
+    frames: Mapping[str, PlateFrame]
+    plate: str | None
+    layout: SiteLayout | None
+    global_sites: tuple[str, ...]
+    global_plates: tuple[str, ...] = ()
+    indices: Mapping[str, Tensor] = field(default_factory=dict)
+    observed: Mapping[str, Tensor] | None = None
+
+    @property
+    def datapoints(self) -> PlateFrame:
+        """The datapoint plate of a structure that has local latents."""
+        return self.frames[self.layout.plate]  # type: ignore[union-attr]
+
+    @property
+    def is_static(self) -> bool:
+        """Whether no local latent has a support with bounds of its own."""
+        return self.layout is None or all(site.is_static for site in self.layout.sites)
+
+    @property
+    def random_plates(self) -> list[str]:
+        """Plates whose indices are drawn anew in every run."""
+        return [name for name, frame in self.frames.items() if frame.kind == "random"]
+
+
+def observed_values(trace: Trace, frame: PlateFrame) -> dict[str, Tensor]:
+    """The observed values in a plate by site, datapoints first: each of shape ``(N, ...)``."""
+    values = {}
+    for name, site in sample_sites(trace).items():
+        if is_data(site) and any(f.name == frame.name for f in site["cond_indep_stack"]):
+            value = torch.as_tensor(site["value"])
+            if value.numel() > 0:
+                values[name] = _datapoints_first(value, frame, site["fn"].event_dim)
+    return values
+
+
+def _datapoints_first(value: Tensor, frame: PlateFrame, event_dim: int) -> Tensor:
+    axis = value.dim() - event_dim + frame.dim
+    if axis < 0 or value.shape[axis] != frame.size:
+        value = value.expand(torch.broadcast_shapes(value.shape, (frame.size,) + (1,) * (event_dim - frame.dim - 1)))
+        axis = value.dim() - event_dim + frame.dim
+    return value if axis == 0 else value.movedim(axis, 0)
+
+
+def check_observed(trace: Trace) -> None:
+    """Raises a ValueError naming the site and the datapoints if observed values are NaN and not masked out."""
+    for name, site in sample_sites(trace).items():
+        value = site["value"]
+        if not is_data(site) or not isinstance(value, Tensor) or not value.is_floating_point() or site["mask"] is False:
+            continue
+        missing = value.isnan()
+        if missing.any() and site["mask"] is None and not hasattr(site["fn"], "_mask"):
+            rows = missing.reshape(len(value), -1).any(-1).nonzero().squeeze(-1).tolist() if value.dim() else []
+            raise ValueError(
+                f"Cannot infer latents because observed site {name!r} holds {int(missing.sum())} NaN values "
+                f"(first rows: {rows[:5]}); try dropping or imputing them, or mask them in the model with "
+                "`obs_mask` or `poutine.mask`."
+            )
+
+
+@dataclass(frozen=True)
+class _Template:
+    """A structure without its tensors, and where in the arguments to find them."""
+
+    structure: Structure
+    indices: Mapping[str, Source | None]
+    observed: Mapping[str, tuple[Source, int] | None]
+
+
+class StructureCache:
+    """Finds the structure of a call, from what earlier calls showed where that is certain.
+
+    Args:
+        plate: The datapoint plate that the user asked for, or None.
+        max_size: Number of structures kept.
+    """
+
+    def __init__(self, plate: str | None = None, max_size: int = 128) -> None:
+        self.requested_plate = plate
+        self.max_size = max_size
+        self._templates: OrderedDict[Any, _Template] = OrderedDict()
+        self._volatile: set[Any] = set()
+
+    def find(
+        self,
+        model: Callable[..., Any] | None,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        observed: bool,
+    ) -> Structure:
+        """The structure of a call.
+
+        Args:
+            model: The model, or None if it is not at hand (a guide loaded from a file).
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            observed: Whether the observed values are asked for.
+
+        Raises:
+            ValueError: If the structure cannot be known, or is one that no guide can serve.
+        """
+        owner = getattr(model, "__self__", model)
+        key = call_key((args, dict(kwargs)))
+        key = None if key is None else (key, getattr(owner, "training", None))
+        template = self._templates.get(key)
+        if template is not None:
+            structure = _fill(template, (args, kwargs), observed)
+            if structure is not None:
+                return structure
+        if model is None:
+            raise ValueError(
+                "Cannot run a guide that was loaded without its model on arguments of new shapes because guides are "
+                "saved without their model; try `guide.model = model`."
+            )
+        structure, trace, reads = self.look(model, args, kwargs, watch=key is not None and key not in self._volatile)
+        if key is not None and (reads or not structure.is_static):
+            self._volatile.add(key)
+        elif key is not None and template is None:
+            self._templates[key] = _template(structure, trace, (args, kwargs))
+            if len(self._templates) > self.max_size:
+                self._templates.popitem(last=False)
+        return replace(structure, observed=None) if structure.random_plates else structure
+
+    def look(
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        values: Mapping[str, Tensor] | None = None,
+        *,
+        watch: bool = False,
+    ) -> tuple[Structure, Trace, bool]:
+        """Runs the model once and reads the structure off the run; arguments and results as for :func:`probe`."""
+        trace, frames, reads = probe(model, args, kwargs, values, watch=watch)
+        plate = datapoint_plate(trace, frames, self.requested_plate)
+        layout = None if plate is None else SiteLayout.from_trace(trace, frames, plate)
+        if layout is not None and not layout.sites:
+            layout = None
+        local = set() if layout is None else {site.name for site in layout.sites}
+        global_sites = {name: site for name, site in latent_sites(trace).items() if name not in local}
+        structure = Structure(
+            frames=frames,
+            plate=plate,
+            layout=layout,
+            global_sites=tuple(global_sites),
+            global_plates=tuple({f.name for site in global_sites.values() for f in site["cond_indep_stack"]}),
+            indices=subsample_indices(trace, frames),
+            observed={} if plate is None else observed_values(trace, frames[plate]),
+        )
+        return structure, trace, reads
+
+
+def _template(structure: Structure, trace: Trace, arguments: Any) -> _Template:
+    explicit = [name for name, frame in structure.frames.items() if frame.kind == "explicit"]
+    indices = {name: find_source(structure.indices[name], arguments) for name in explicit}
+    observed = {}
+    for name in structure.observed or {}:
+        site = trace.nodes[name]
+        source = find_source(site["value"], arguments) if isinstance(site["value"], Tensor) else None
+        observed[name] = None if source is None else (source, site["fn"].event_dim)
+    return _Template(replace(structure, indices={}, observed=None), indices, observed)
+
+
+def _fill(template: _Template, arguments: Any, observed: bool) -> Structure | None:
+    """The structure of a call like an earlier one, or None if the model must run again to know it."""
+    structure = template.structure
+    if not template.indices and not observed:
+        return structure
+    indices, values = {}, {}
+    for name, source in template.indices.items():
+        if source is None:
+            return None
+        indices[name] = read_source(source, arguments)
+    for name, place in template.observed.items() if observed else ():
+        if place is None:
+            return replace(structure, indices=indices) if structure.random_plates else None
+        source, event_dim = place
+        values[name] = _datapoints_first(read_source(source, arguments), structure.datapoints, event_dim)
+    return replace(structure, indices=indices, observed=values if observed else None)

@@ -1,0 +1,323 @@
+"""Running a Pyro model apart from the caller, and learning from one run what its structure is.
+
+Everything that runs the user's model outside the caller's own inference goes through :func:`run_model`: with Pyro's
+handlers and plate dimensions set aside, with given values for some of its sites. Guides use it to see the plates, the
+subsample indices and the observed values of a call, diagnostics to evaluate log-joints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine import Trace, runtime
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = [
+    "PlateFrame",
+    "call_key",
+    "find_source",
+    "isolated",
+    "probe",
+    "read_source",
+    "run_model",
+    "sample_sites",
+    "subsample_indices",
+]
+
+Site = dict[str, Any]
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Sets the caller's Pyro handlers and plate dimensions aside, and puts them back at the end."""
+    stack, dims = runtime._PYRO_STACK, runtime._DIM_ALLOCATOR._stack
+    saved = stack[:], dims[:]
+    stack[:], dims[:] = [], []
+    try:
+        yield
+    finally:
+        stack[:], dims[:] = saved
+
+
+class _Substitute(Messenger):
+    """Gives sites their values: latent ones, and the indices of subsampled plates."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if not msg["is_observed"] and msg["name"] in self.values:
+            msg["value"] = self.values[msg["name"]]
+
+
+class _PlateKinds(Messenger):
+    """Notes for each plate how its indices come about, which the finished trace does not tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds: dict[str, str] = {}
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if site_is_subsample(msg):
+            size = msg["fn"].subsample_size
+            if size is None and msg["value"] is None or size is not None and size >= msg["fn"].size:
+                self.kinds[msg["name"]] = "full"
+            else:
+                self.kinds[msg["name"]] = "random" if msg["value"] is None else "explicit"
+
+
+def run_model(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    values: Mapping[str, Tensor] | None = None,
+    handlers: Sequence[Any] = (),
+) -> Trace:
+    """Runs a model once with the caller's handlers set aside.
+
+    Args:
+        model: A Pyro model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        values: Values for latent sites, and indices for subsampled plates, by name.
+        handlers: Further handlers to put around the model, outermost first, inside those that give values.
+
+    Returns:
+        The trace, without log-probabilities.
+
+    Raises:
+        ValueError: If a plate of the model is empty.
+    """
+    with isolated(), ExitStack() as stack:
+        tracer = stack.enter_context(poutine.trace())
+        for handler in (_Substitute(values or {}), *handlers):
+            stack.enter_context(handler)
+        try:
+            model(*args, **kwargs)
+        except ZeroDivisionError as error:
+            if "size cannot be zero" not in str(error):
+                raise
+            raise ValueError(
+                "Cannot run the model on an empty batch because one of its plates then has size zero; "
+                "try skipping empty batches."
+            ) from error
+    return tracer.trace
+
+
+@dataclass(frozen=True)
+class PlateFrame:
+    """A vectorised plate as one run of the model showed it.
+
+    Attributes:
+        name: Name of the plate.
+        dim: Its batch dimension, negative.
+        size: Number of datapoints in this run.
+        full_size: Number of datapoints in all.
+        kind: ``"full"``, ``"explicit"`` (``subsample=``), ``"random"`` (``subsample_size=``), or ``"unsized"``.
+    """
+
+    name: str
+    dim: int
+    size: int
+    full_size: int
+    kind: str
+
+    @property
+    def subsampled(self) -> bool:
+        """Whether the plate holds a part of its datapoints."""
+        return self.kind in ("explicit", "random")
+
+    def create(self, indices: Tensor | None = None) -> pyro.plate:
+        """A plate like this one, with the given indices if it is subsampled explicitly."""
+        if self.kind == "unsized":
+            return pyro.plate(self.name, dim=self.dim)
+        if self.kind == "explicit":
+            return pyro.plate(self.name, self.full_size, subsample=indices, dim=self.dim)
+        return pyro.plate(self.name, self.full_size, subsample_size=self.size, dim=self.dim)
+
+
+def sample_sites(trace: Trace) -> dict[str, Site]:
+    """The sample sites of a trace without those that only draw the indices of a plate."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site_is_subsample(site)
+    }
+
+
+def plate_frames(trace: Trace, kinds: Mapping[str, str]) -> dict[str, PlateFrame]:
+    """The vectorised plates in a trace by name, outermost first within each site.
+
+    Raises:
+        ValueError: If a latent or observed site lies in a sequential plate.
+    """
+    frames: dict[str, PlateFrame] = {}
+    for name, site in sample_sites(trace).items():
+        for frame in site["cond_indep_stack"]:
+            if not frame.vectorized:
+                raise ValueError(
+                    f"Cannot build a guide for site {name!r} because it lies in the sequential plate {frame.name!r}; "
+                    f"try the vectorised form, `with pyro.plate({frame.name!r}, ...):`."
+                )
+            size, full_size, kind = frame.size, frame.full_size, kinds.get(frame.name, "unsized")
+            if kind == "unsized":
+                size = full_size = max(_sizes_at(site, frame.dim), getattr(frames.get(frame.name), "size", 1))
+            frames[frame.name] = PlateFrame(frame.name, frame.dim, int(size), int(full_size), kind)
+    return frames
+
+
+def _sizes_at(site: Site, dim: int) -> int:
+    shape = site["fn"].batch_shape
+    return shape[dim] if len(shape) >= -dim else 1
+
+
+def subsample_indices(trace: Trace, frames: Mapping[str, PlateFrame]) -> dict[str, Tensor]:
+    """The indices of the subsampled plates, by name, each of shape ``(size,)``."""
+    return {
+        name: torch.as_tensor(trace.nodes[name]["value"]) for name, frame in frames.items() if frame.subsampled
+    }
+
+
+_VALUE_READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim"}
+_PYTHON_READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
+
+
+class ValueReads:
+    """Watches whether code lets the values of tensors decide what Python does.
+
+    If it does not, then two calls with arguments of equal shapes have equal structure, and the structure of the first
+    may be kept for the second.
+
+    Attributes:
+        seen: Whether a tensor's value was read.
+    """
+
+    def __init__(self) -> None:
+        self.seen = False
+        self._stack = ExitStack()
+
+    def __enter__(self) -> ValueReads:
+        self._stack.enter_context(_PythonReads(self))
+        self._stack.enter_context(_OperatorReads(self))
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
+
+
+class _PythonReads(TorchFunctionMode):
+    def __init__(self, watch: ValueReads) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.watch.seen |= func in _PYTHON_READS
+        return func(*args, **(kwargs or {}))
+
+
+class _OperatorReads(TorchDispatchMode):
+    def __init__(self, watch: ValueReads) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.watch.seen |= func.overloadpacket.__name__ in _VALUE_READS
+        return func(*args, **(kwargs or {}))
+
+
+def call_key(value: Any) -> Any:
+    """What of a call's arguments may decide the structure, hashable: shapes of tensors, values of everything else.
+
+    Returns:
+        A key, or None if the value holds something whose influence cannot be seen from outside.
+    """
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, value.device
+    if value is None or isinstance(value, bool | int | float | str):
+        return type(value), value
+    if isinstance(value, dict):
+        value = [*value.items()]
+    if isinstance(value, list | tuple):
+        keys = tuple(map(call_key, value))
+        return None if any(key is None for key in keys) else (type(value), keys)
+    return None
+
+
+Source = tuple[tuple[Any, ...], torch.Size]
+"""Where in the arguments a tensor lies and the shape to view it in."""
+
+
+def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, dict | list | tuple):
+        for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(child, (*path, key))
+
+
+def find_source(value: Tensor, arguments: Any) -> Source | None:
+    """Finds the argument that a tensor is, or is a reshaped view of.
+
+    Args:
+        value: A tensor met in the model.
+        arguments: The model's arguments, nested in lists, tuples and dicts.
+
+    Returns:
+        What :func:`read_source` needs to find the same tensor in another call's arguments, or None.
+    """
+    for path, leaf in _leaves(arguments):
+        same_memory = (
+            leaf.data_ptr() == value.data_ptr()
+            and leaf.numel() == value.numel() > 0
+            and leaf.dtype == value.dtype
+            and leaf.is_contiguous()
+            and value.is_contiguous()
+        )
+        if leaf is value or same_memory:
+            return path, value.shape
+    return None
+
+
+def read_source(source: Source, arguments: Any) -> Tensor:
+    """The tensor of another call that :func:`find_source` found in this one."""
+    path, shape = source
+    for key in path:
+        arguments = arguments[key]
+    return arguments if arguments.shape == shape else arguments.reshape(shape)
+
+
+def probe(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    values: Mapping[str, Tensor] | None = None,
+    *,
+    watch: bool = False,
+) -> tuple[Trace, dict[str, PlateFrame], bool]:
+    """Runs the model without gradients, log-probabilities or validation to see its structure.
+
+    Args:
+        model: A Pyro model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        values: Values to give to sites, such as the indices of a plate.
+        watch: Whether to look for reads of tensor values (see :class:`ValueReads`).
+
+    Returns:
+        The trace, its plates by name, and whether values of tensors were read (True if it was not watched).
+    """
+    kinds, reads = _PlateKinds(), ValueReads()
+    with torch.no_grad(), pyro.validation_enabled(False), reads if watch else nullcontext():
+        trace = run_model(model, args, kwargs, values, handlers=(kinds,))
+    return trace, plate_frames(trace, kinds.kinds), reads.seen or not watch
