@@ -8,6 +8,7 @@ scales the model.
 from __future__ import annotations
 
 import inspect
+import math
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -74,6 +75,7 @@ class LocalGuide(AutoGuide):
         self._structures = StructureCache(plate)
         self._ready = False
         self._global_sites: tuple[str, ...] = ()
+        self._first_parameter = ""
         self._pending_state: dict[str, Tensor] = {}
 
     # Building
@@ -106,7 +108,13 @@ class LocalGuide(AutoGuide):
             with isolated():
                 self._prepare(args, kwargs)
 
-    def _build(self, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _build(
+        self,
+        structure: Structure,
+        plates: Mapping[str, pyro.plate],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
         if structure.layout is None and not structure.global_sites:
             raise ValueError(
                 "Cannot build a guide because the model has no latent sites; try an empty guide, "
@@ -119,8 +127,9 @@ class LocalGuide(AutoGuide):
         if structure.layout is not None:
             init_loc = structure.layout.flatten({s.name: init.nodes[s.name]["value"] for s in structure.layout.sites})
             self.family = build_family(self._family_spec, structure.layout.latent_dim).to(init_loc)
-            inputs = self._inputs(structure, args, kwargs) if self._needs_inputs else ()
+            inputs = self._inputs(structure, plates, args, kwargs) if self._needs_inputs else ()
             self.inference = self._build_strategy(inputs, init_loc, structure)
+            self._first_parameter = next((name for name, _ in self.inference.named_parameters()), "")
         if structure.global_sites:
             self._build_global_guide(structure, args, kwargs)
         self.layout = structure.layout
@@ -147,15 +156,14 @@ class LocalGuide(AutoGuide):
         model = None if self._model is None else self.model
         structure = self._structures.find(model, args, kwargs, observed=observed or not self._ready)
         plates = self._call_plates(structure, args, kwargs)
-        redrawn = {name for name in structure.random_plates if name in plates}
-        redrawn |= {name for name, frame in structure.frames.items() if frame.subsampled and self.create_plates}
+        redrawn = structure.random_plates if self.create_plates is None else list(plates)
         if redrawn:
             indices = {**structure.indices, **{name: plates[name].indices for name in redrawn if name in plates}}
             if not structure.is_static or (structure.observed is None and (observed or not self._ready)):
                 structure = self._structures.look(self.model, args, kwargs, indices)[0]
             structure = replace(structure, indices=indices)
         if not self._ready:
-            self._build(structure, args, kwargs)
+            self._build(structure, plates, args, kwargs)
         elif structure.layout is not self.layout:
             self._check_same(structure)
         return structure, plates
@@ -171,21 +179,15 @@ class LocalGuide(AutoGuide):
                         "batches of equal size, or this guide on its own with global_guide=..."
                     )
             return plates
-        created: Any = () if self.create_plates is None else self.create_plates(*args, **kwargs)
-        plates = {plate.name: plate for plate in ([created] if isinstance(created, pyro.plate) else created)}
-        needed = self._latent_plates(structure)
-        for name, frame in structure.frames.items():
-            if name not in plates and name in needed:
-                plates[name] = frame.create(structure.indices.get(name))
-        self.plates = plates
+        plates = {}
+        if self.create_plates is not None:
+            created = self.create_plates(*args, **kwargs)
+            plates = {plate.name: plate for plate in ([created] if isinstance(created, pyro.plate) else created)}
+        for name in structure.latent_plates:
+            if name not in plates:
+                plates[name] = structure.frames[name].create(structure.indices.get(name))
+        self.__dict__["plates"] = plates
         return plates
-
-    def _latent_plates(self, structure: Structure) -> set[str]:
-        """Names of the plates that hold latent sites; a guide opens no others."""
-        names = set(structure.global_plates)
-        if structure.layout is not None:
-            names |= {structure.layout.plate, *(name for site in structure.layout.sites for name in site.plates)}
-        return names
 
     def _check_same(self, structure: Structure) -> None:
         remedy = "try the same structure in every call, or one guide per structure."
@@ -205,13 +207,20 @@ class LocalGuide(AutoGuide):
                 f"since it was set up; {remedy}"
             )
 
-    def _inputs(self, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-        """The encoder's positional inputs; to be called inside the datapoint plate."""
+    def _inputs(
+        self,
+        structure: Structure,
+        plates: Mapping[str, pyro.plate],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, ...]:
+        """The encoder's positional inputs."""
         spec = self._encoder_input
         if spec is None:
             return tuple((structure.observed or {}).values())
         if callable(spec):
-            found = spec(*args, **kwargs)
+            with plates[structure.datapoints.name]:
+                found = spec(*args, **kwargs)
         else:
             names = [spec] if isinstance(spec, str) else list(spec)
             found = [self._argument(name, structure, args, kwargs) for name in names]
@@ -232,20 +241,25 @@ class LocalGuide(AutoGuide):
             return value[structure.indices[frame.name].to(value.device)]
         return value
 
-    def _phi(self, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """phi of this call's datapoints, ``(N, P)``; to be called inside the datapoint plate."""
-        frame, strategy = structure.datapoints, self.inference
-        inputs = self._inputs(structure, args, kwargs) if self._needs_inputs else ()
-        index = structure.indices.get(frame.name)
-        phi = strategy(inputs, index)
-        if phi.shape != (frame.size, self.family.num_params):
+    def _phi(
+        self,
+        structure: Structure,
+        plates: Mapping[str, pyro.plate],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """phi of this call's datapoints, ``(N, P)``; reading ``self.inference`` registers its parameters with Pyro."""
+        frame, num_params = structure.datapoints, self._modules["family"].num_params
+        inputs = self._inputs(structure, plates, args, kwargs) if self._needs_inputs else ()
+        phi = self.inference(inputs, structure.indices.get(frame.name))
+        if phi.shape != (frame.size, num_params):
             raise ValueError(
                 f"Cannot sample the latents of {frame.size} datapoints in plate {frame.name!r} because the encoder "
                 f"returned variational parameters of shape {tuple(phi.shape)} and not "
-                f"{(frame.size, self.family.num_params)}; try an encoder and an encoder_input whose first dimension "
+                f"{(frame.size, num_params)}; try an encoder and an encoder_input whose first dimension "
                 f"runs over the plate (inputs have shapes {[tuple(x.shape) for x in inputs]})."
             )
-        if not torch._C._get_tracing_state() and not phi.detach().sum().isfinite():
+        if not torch._C._get_tracing_state() and not math.isfinite(phi.detach().sum().item()):
             self._check_finite(phi, inputs)
         return phi
 
@@ -283,8 +297,8 @@ class LocalGuide(AutoGuide):
             result.update(self._global()(*args, **kwargs))
         if structure.layout is not None:
             self._check_parameter_store()
+            phi = self._phi(structure, plates, args, kwargs)
             with plates[structure.layout.plate]:
-                phi = self._phi(structure, args, kwargs)
                 result.update(self._sample(structure.layout, phi, plates))
         return result
 
@@ -296,22 +310,23 @@ class LocalGuide(AutoGuide):
 
     def _sample(self, layout: SiteLayout, phi: Tensor, plates: Mapping[str, pyro.plate]) -> dict[str, Tensor]:
         phi = layout.batch(phi)
-        if isinstance(self.family, Normal):
-            loc, scale = self.family.marginals(phi)
+        family = self._modules["family"]
+        if isinstance(family, Normal):
+            loc, scale = family.marginals(phi)
             return {s.name: _sample_site(s, _site_normal(s, loc, scale), plates) for s in layout.sites}
-        latent = pyro.sample(f"{self._pyro_name}_latent", self.family(phi), infer={"is_auxiliary": True})
+        family = self.family  # reading the attribute registers the family's own parameters, if it has any, with Pyro
+        latent = pyro.sample(f"{self._pyro_name}_latent", family(phi), infer={"is_auxiliary": True})
         return {s.name: _sample_site(s, _site_delta(s, latent), plates) for s in layout.sites}
 
     def _check_parameter_store(self) -> None:
         """Refuses to train on a parameter store that holds other parameters under this guide's names."""
-        if pyro.settings.get("module_local_params"):
+        if not self._first_parameter:
             return
-        name, parameter = next(self._modules["inference"].named_parameters(), (None, None))
-        if name is None:
-            return
-        full_name = param_with_module_name(self._pyro_get_fullname("inference"), name)
+        full_name = param_with_module_name(self._pyro_get_fullname("inference"), self._first_parameter)
         stored = pyro.get_param_store()._params.get(full_name)
-        if stored is not None and stored is not parameter:
+        if stored is None or stored is self._modules["inference"].get_parameter(self._first_parameter):
+            return
+        if not pyro.settings.get("module_local_params"):
             raise ValueError(
                 f"Cannot run this guide because the parameter store already holds other parameters named "
                 f"{full_name!r}, from another guide of the same name or from a file; try a name=... of its own for each "
@@ -330,8 +345,7 @@ class LocalGuide(AutoGuide):
                     "Cannot give variational parameters per datapoint because the model has no local latents; "
                     "try guide.global_guide."
                 )
-            with plates[structure.layout.plate]:
-                return structure, self._phi(structure, args, kwargs)
+            return structure, self._phi(structure, plates, args, kwargs)
 
     def variational_parameters(self, *args: Any, **kwargs: Any) -> Tensor:
         """The variational parameters phi of the datapoints in a call.
@@ -380,8 +394,7 @@ class LocalGuide(AutoGuide):
             if self._global_sites:
                 result.update(_global_quantiles(self._global(), quantiles, args, kwargs))
             if structure.layout is not None:
-                with plates[structure.layout.plate]:
-                    phi = self._phi(structure, args, kwargs)
+                phi = self._phi(structure, plates, args, kwargs)
                 probs = torch.as_tensor(quantiles, dtype=phi.dtype, device=phi.device)
                 result.update(structure.layout.values(self.family.quantile(phi, probs)))
         return result
@@ -535,7 +548,13 @@ class PerDatapointGuide(LocalGuide):
         rows = torch.arange(structure.datapoints.full_size, device=init_loc.device) % len(init_loc)
         return PerDatapoint(self.family.initial(init_loc, self.init_scale)[rows].contiguous(), sparse=self.sparse)
 
-    def _phi(self, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _phi(
+        self,
+        structure: Structure,
+        plates: Mapping[str, pyro.plate],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
         frame, known = structure.datapoints, len(self._modules["inference"].table)
         if frame.full_size != known:
             raise ValueError(
@@ -543,7 +562,7 @@ class PerDatapointGuide(LocalGuide):
                 f"datapoints and PerDatapointGuide was set up with {known}: it knows nothing of unseen data; try "
                 "AmortizedGuide, or pyro.plate(name, full_size, subsample=indices) for a batch of the same data."
             )
-        return super()._phi(structure, args, kwargs)
+        return super()._phi(structure, plates, args, kwargs)
 
 
 def _signature_owner(model: Any) -> Any:

@@ -62,9 +62,9 @@ class LocalSite:
         Returns:
             Values of shape ``(*batch, *shape)``, with the inner plates' sizes filled in.
         """
-        x = flat[..., self.start : self.stop]
+        x = flat if self.stop - self.start == flat.shape[-1] else flat[..., self.start : self.stop]
         if not self.inner:
-            return x.reshape(x.shape[:-1] + self.shape)
+            return x if x.shape[-1:] == self.shape else x.reshape(x.shape[:-1] + self.shape)
         rank = max(x.dim() - 1, -self.inner[0][0])
         sizes = [size for _, size in self.inner]
         x = x.reshape([1] * (rank + 1 - x.dim()) + list(x.shape[:-1]) + sizes + list(self.shape))
@@ -233,6 +233,8 @@ class SiteLayout:
 
     def batch(self, flat: Tensor) -> Tensor:
         """Puts datapoints at their plate's dimension: ``(*, N, P)`` to ``(*, N, 1, ..., 1, P)``."""
+        if self.dim == -1:
+            return flat
         return flat.reshape(flat.shape[:-1] + (1,) * (-self.dim - 1) + flat.shape[-1:])
 
     def split(self, flat: Tensor, depth: int | None = None) -> dict[str, Tensor]:

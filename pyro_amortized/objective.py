@@ -10,13 +10,15 @@ is defined for each datapoint on its own. :class:`LocalLogJoint` evaluates :math
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pyro
 import torch
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_amortized.families import VariationalFamily
@@ -67,6 +69,7 @@ class LocalLogJoint:
         self.global_values = dict(global_values)
         self.depth = max(-frame.dim for frame in structure.frames.values())
         self.vectorized = True
+        self._validate = True
         self.dtype = torch.get_default_dtype()
         self._selectable: bool | None = None
 
@@ -91,12 +94,17 @@ class LocalLogJoint:
             if not site.is_real:
                 log_joint = log_joint + self._per_datapoint(log_det, z.shape[0])
         handlers = () if one_by_one else (pyro.plate("_local_draws", z.shape[0], dim=-self.depth - 1),)
-        trace = run_model(self.model, self.args, self.kwargs, values, handlers)
+        with nullcontext() if self._validate else pyro.validation_enabled(False):
+            trace = run_model(self.model, self.args, self.kwargs, values, handlers)
+            return log_joint + self._sum_sites(trace, z.shape[0])
+
+    def _sum_sites(self, trace: Trace, num_draws: int) -> Tensor | float:
+        total: Tensor | float = 0.0
         for site in sample_sites(trace).values():
             frame = next((f for f in site["cond_indep_stack"] if f.name == self.layout.plate), None)
             if frame is not None:
-                log_joint = log_joint + self._per_datapoint(_log_prob(site, frame), z.shape[0])
-        return log_joint
+                total = total + self._per_datapoint(_log_prob(site, frame), num_draws)
+        return total
 
     def _per_datapoint(self, log_prob: Tensor, num_draws: int) -> Tensor:
         """Sums over all batch dimensions but those of the draws and of the datapoints: ``(K, N)``."""
@@ -132,6 +140,7 @@ class LocalLogJoint:
             self.vectorized = _close(self(z), reference)
         except (RuntimeError, ValueError, IndexError, AssertionError):
             self.vectorized = False
+        self._validate = False
 
     def _check_finite(self, log_joint: Tensor) -> None:
         bad = (~log_joint.isfinite()).any(0).nonzero().squeeze(-1).tolist()
@@ -167,7 +176,7 @@ class LocalLogJoint:
         indices = {k: v[rows.to(v.device)] if k == name else v for k, v in self.structure.indices.items()}
         structure = replace(self.structure, frames=frames, indices=indices, observed=None)
         part = LocalLogJoint(self.model, args, kwargs, structure, self.global_values)
-        part.vectorized, part.dtype, part._selectable = self.vectorized, self.dtype, True
+        part._validate, part.vectorized, part.dtype, part._selectable = self._validate, self.vectorized, self.dtype, True
         return part
 
     @torch.no_grad()

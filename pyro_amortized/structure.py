@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,12 +61,20 @@ class Structure:
         """The datapoint plate of a structure that has local latents."""
         return self.frames[self.layout.plate]  # type: ignore[union-attr]
 
-    @property
+    @cached_property
+    def latent_plates(self) -> tuple[str, ...]:
+        """Names of the plates that hold latent sites; a guide opens no others."""
+        local: list[str] = []
+        if self.layout is not None:
+            local = [self.layout.plate, *(name for site in self.layout.sites for name in site.plates)]
+        return tuple(dict.fromkeys([*self.global_plates, *local]))
+
+    @cached_property
     def is_static(self) -> bool:
         """Whether no local latent has a support with bounds of its own."""
         return self.layout is None or all(site.is_static for site in self.layout.sites)
 
-    @property
+    @cached_property
     def random_plates(self) -> list[str]:
         """Plates whose indices are drawn anew in every run."""
         return [name for name, frame in self.frames.items() if frame.kind == "random"]
@@ -224,4 +234,6 @@ def _fill(template: _Template, arguments: Any, observed: bool) -> Structure | No
             return replace(structure, indices=indices) if structure.random_plates else None
         source, event_dim = place
         values[name] = _datapoints_first(read_source(source, arguments), structure.datapoints, event_dim)
-    return replace(structure, indices=indices, observed=values if observed else None)
+    filled = copy(structure)  # keeps what has been computed of the structure already
+    filled.__dict__.update(indices=indices, observed=values if observed else None)
+    return filled

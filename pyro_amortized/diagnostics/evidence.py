@@ -27,11 +27,10 @@ if TYPE_CHECKING:
 
 __all__ = ["log_evidence"]
 
-_DEGREES_OF_FREEDOM = 10.0
 _LIGHT_TAIL = 0.5
 _ROUND = 1000
 _PATIENCE = 4
-"""Rounds that a heavy-tailed proposal gets before it is adapted."""
+"""Rounds that a proposal gets before it is adapted."""
 
 
 def log_evidence(
@@ -90,17 +89,19 @@ class Proposal:
     Attributes:
         loc: ``(N, D)``, float64.
         scale_tril: ``(N, D, D)``, float64.
+        df: Degrees of freedom.
     """
 
     loc: Tensor
     scale_tril: Tensor
+    df: float = 10.0
 
     def __getitem__(self, rows: Tensor) -> Proposal:
-        return Proposal(self.loc[rows], self.scale_tril[rows])
+        return Proposal(self.loc[rows], self.scale_tril[rows], self.df)
 
     def sample(self, num_draws: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draws ``(K, N, D)`` and their log-densities ``(K, N)``."""
-        df, (size, dim) = _DEGREES_OF_FREEDOM, self.loc.shape
+        df, (size, dim) = self.df, self.loc.shape
         normal = torch.randn(num_draws, size, dim, generator=rng, dtype=torch.float64)
         half_df = torch.full((num_draws, size), df / 2, dtype=torch.float64)
         mixing = torch._standard_gamma(half_df, generator=rng) / half_df
@@ -119,16 +120,15 @@ def estimate_evidence(
     proposal = hessian_proposal(log_joint, *_moments(family, phi, generator(seed, 5)))
     size = len(phi)
     with progress_bar(size, "log evidence", progress) as bar:
-        result, draws = _sample_rounds(
-            problem, proposal, torch.arange(size), tolerance, max_samples, generator(seed, 6), bar
-        )
-        heavy = torch.as_tensor([n for n in range(size) if result["khat"][n] > _LIGHT_TAIL], dtype=torch.long)
-        if len(heavy):
-            adapted = _adapt(problem, proposal, heavy, generator(seed, 7))
-            retry, _ = _sample_rounds(problem, adapted, heavy, tolerance, max_samples, generator(seed, 8), bar)
-            better = retry["khat"] < result["khat"][heavy]
-            for name, values in result.items():
-                values[heavy] = torch.where(better, retry[name], values[heavy])
+        rounds = _Rounds(problem, tolerance, max_samples, bar)
+        result = rounds.run(proposal, torch.arange(size), generator(seed, 6), patience=_PATIENCE)
+        poor = (~rounds.done(result)).nonzero().squeeze(-1)
+        if len(poor):
+            adapted = _adapt(problem, proposal, poor, generator(seed, 7))
+            _keep_better(result, rounds.run(adapted, poor, generator(seed, 8)), poor)
+        stuck = (~rounds.done(result) & (result["khat"] <= _LIGHT_TAIL)).nonzero().squeeze(-1)
+        if len(stuck):  # the first proposal was the better one, and only lacks draws
+            _keep_better(result, rounds.run(proposal, stuck, generator(seed, 9)), stuck)
     return result
 
 
@@ -164,13 +164,8 @@ def hessian_proposal(log_joint: LocalLogJoint, mean: Tensor, scale_tril: Tensor)
     relative = torch.where(usable[:, None, None], 0.5 * (relative + relative.transpose(-1, -2)), identity)
     curvature, directions = torch.linalg.eigh(relative)
     root = scale_tril @ directions * curvature.abs().clamp(min=0.01).rsqrt().unsqueeze(-2)
-    return Proposal(mean, torch.linalg.qr(root.transpose(-1, -2)).R.transpose(-1, -2) * _signs(root))
-
-
-def _signs(root: Tensor) -> Tensor:
-    """Signs that make the diagonal of the triangular factor of ``root`` positive, one per column."""
     triangular = torch.linalg.qr(root.transpose(-1, -2)).R.transpose(-1, -2)
-    return triangular.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    return Proposal(mean, triangular * triangular.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2))
 
 
 def _hessian(log_joint: LocalLogJoint, mean: Tensor) -> Tensor:
@@ -223,33 +218,63 @@ def _summary(log_weights: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _sample_rounds(
-    problem: LocalProblem,
-    proposal: Proposal,
-    rows: Tensor,
-    tolerance: float,
-    max_samples: int,
-    rng: torch.Generator,
-    bar: Any,
-) -> tuple[dict[str, Tensor], None]:
-    """Rounds of importance sampling until each row is done; ``proposal`` covers all datapoints."""
-    result: dict[str, Tensor] = {}
-    active = torch.arange(len(rows))
-    collected = torch.empty(0, len(rows), dtype=torch.float64)
-    for number in range(1, math.ceil(max_samples / _ROUND) + 1):
-        num_draws = min(_ROUND, max_samples - len(collected))
-        _, fresh = _log_weights(problem, proposal[rows[active]], rows[active], num_draws, rng)
-        collected = torch.cat([collected, fresh])
-        summary = _summary(collected)
-        for name, values in summary.items():
-            result.setdefault(name, values.new_zeros(len(rows)))[active] = values
-        light = summary["khat"] <= _LIGHT_TAIL
-        done = light & (summary["log_evidence_se"] <= tolerance / 4) | ~light & (number >= _PATIENCE)
-        active, collected = active[~done], collected[:, ~done]
-        bar.update(int(done.sum()) if bar.n < bar.total else 0)
-        if len(active) == 0:
-            break
-    return result, None
+@dataclass
+class _Rounds:
+    """Rounds of importance sampling until every datapoint is done or has had ``max_samples`` draws."""
+
+    problem: LocalProblem
+    tolerance: float
+    max_samples: int
+    bar: Any
+
+    def run(
+        self, proposal: Proposal, rows: Tensor, rng: torch.Generator, patience: int | None = None
+    ) -> dict[str, Tensor]:
+        """Results of ``rows``; after ``patience`` rounds those that will not be done are left.
+
+        Args:
+            proposal: Proposals of all datapoints.
+            rows: Which datapoints to work on.
+            rng: Source of the draws.
+            patience: Number of rounds; None for as many as it takes.
+        """
+        result: dict[str, Tensor] = {}
+        active = torch.arange(len(rows))
+        collected = torch.empty(0, len(rows), dtype=torch.float64)
+        while len(active) and len(collected) < self.max_samples:
+            num_draws = min(_ROUND, self.max_samples - len(collected))
+            fresh = _log_weights(self.problem, proposal[rows[active]], rows[active], num_draws, rng)[1]
+            collected = torch.cat([collected, fresh])
+            summary = _summary(collected)
+            for name, values in summary.items():
+                result.setdefault(name, values.new_zeros(len(rows)))[active] = values
+            done = self.done(summary)
+            self.bar.update(int(done.sum()))
+            if patience is not None and len(collected) >= patience * _ROUND:
+                done = done | self._hopeless(summary)
+            active, collected = active[~done], collected[:, ~done]
+        return result
+
+    def done(self, summary: Mapping[str, Tensor]) -> Tensor:
+        """Which datapoints have light-tailed weights and a small standard error."""
+        return (summary["khat"] <= _LIGHT_TAIL) & (summary["log_evidence_se"] <= self.tolerance / 4)
+
+    def _hopeless(self, summary: Mapping[str, Tensor]) -> Tensor:
+        """Which datapoints will not be done within ``max_samples`` draws."""
+        ratio = summary["log_evidence_se"] / (self.tolerance / 4)
+        return (summary["khat"] > _LIGHT_TAIL) | (summary["num_samples"] * ratio.square() > self.max_samples)
+
+
+def _keep_better(result: dict[str, Tensor], other: Mapping[str, Tensor], rows: Tensor) -> None:
+    """Puts the estimates of ``rows`` in ``other`` into ``result`` where they are the better ones."""
+    better = _badness(other) < _badness(result)[rows]
+    for name, values in result.items():
+        values[rows] = torch.where(better, other[name], values[rows])
+
+
+def _badness(summary: Mapping[str, Tensor]) -> Tensor:
+    """What to choose the better of two estimates by: the tail first, where it is heavy, then the standard error."""
+    return summary["khat"].clamp(min=_LIGHT_TAIL) + summary["log_evidence_se"].clamp(max=1.0) * 0.1
 
 
 def _adapt(problem: LocalProblem, proposal: Proposal, rows: Tensor, rng: torch.Generator) -> Proposal:
