@@ -22,9 +22,11 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide, AutoNormal, init_to_feasible
 from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.poutine.messenger import Messenger
 from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
-from torch.distributions import Distribution, TransformedDistribution
+from torch.distributions import Distribution
+from torch.distributions.kl import register_kl
 
 from pyro_amortized.encoders import MLPEncoder, StandardizedEncoder
 from pyro_amortized.families import Normal, VariationalFamily, build_family
@@ -37,6 +39,28 @@ from pyro_amortized.tracing import isolated, run_model
 __all__ = ["AmortizedGuide", "LocalGuide", "PerDatapointGuide"]
 
 EncoderInput = str | Sequence[str] | Callable[..., Any] | None
+
+
+class PushedDelta(dist.Delta):
+    """A value drawn elsewhere and transformed; ``log_density`` holds the Jacobian of the transform.
+
+    Pyro's KL divergence of a ``Delta`` leaves its ``log_density`` out, so that ``TraceMeanField_ELBO`` is wrong for all
+    of Pyro's autoguides with constrained latents. This class has no closed-form KL: the ELBO samples it, correctly.
+    """
+
+
+@register_kl(PushedDelta, dist.Distribution)
+def _no_closed_form(p: PushedDelta, q: dist.Distribution) -> Tensor:
+    raise NotImplementedError
+
+
+class _KeepLogDensity(Messenger):
+    """Makes the autoguide for the global latents use :class:`PushedDelta`."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        if type(fn) is dist.Delta and isinstance(fn.log_density, Tensor):
+            msg["fn"] = PushedDelta(fn.v, log_density=fn.log_density, event_dim=fn.event_dim)
 
 
 class LocalGuide(AutoGuide):
@@ -141,9 +165,9 @@ class LocalGuide(AutoGuide):
 
     def _build_global_guide(self, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         model = InitMessenger(self.init_loc_fn)(poutine.block(self.model, expose=list(structure.global_sites)))
-        self.plates = {name: frame.create(structure.indices.get(name)) for name, frame in structure.frames.items()}
         self.global_guide = self._global_guide_factory(model)
-        self.global_guide(*args, **kwargs)
+        with isolated(), torch.no_grad():
+            self.global_guide(*args, **kwargs)  # makes its parameters
 
     def _check_prototype(self, part_trace: Any) -> None:
         """Called by the global guide on its own look at the model; the structure has been checked already."""
@@ -294,7 +318,8 @@ class LocalGuide(AutoGuide):
         structure, plates = self._prepare(args, kwargs)
         result: dict[str, Tensor] = {}
         if self._global_sites:
-            result.update(self._global()(*args, **kwargs))
+            with _KeepLogDensity():
+                result.update(self._global()(*args, **kwargs))
         if structure.layout is not None:
             self._check_parameter_store()
             phi = self._phi(structure, plates, args, kwargs)
@@ -418,6 +443,8 @@ class LocalGuide(AutoGuide):
 
     def __getstate__(self) -> dict[str, Any]:
         """The guide without its model, as in Pyro; set ``guide.model`` after loading to go on with new shapes."""
+        for parameter in nn.Module.parameters(self):  # weak references that the store sets anew at every access
+            parameter.__dict__.pop("unconstrained", None)
         return {**self.__dict__, "_model": None, "master": None, "plates": {}}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -605,7 +632,7 @@ def _site_normal(site: LocalSite, loc: Tensor, scale: Tensor) -> Distribution:
 
 def _site_delta(site: LocalSite, latent: Tensor) -> Distribution:
     value, log_det = site.constrain(site.unflatten(latent))
-    return dist.Delta(value, log_density=-log_det, event_dim=site.event_dim)
+    return PushedDelta(value, log_density=-log_det, event_dim=site.event_dim)
 
 
 def _sample_site(site: LocalSite, fn: Distribution, plates: Mapping[str, pyro.plate]) -> Tensor:
