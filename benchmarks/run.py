@@ -17,7 +17,7 @@ from pyro_amortized import AmortizedGuide, PerDatapointGuide
 
 
 def paired_ratio(first: Callable[[], object], second: Callable[[], object], repeats: int = 15, inner: int = 40) -> str:
-    """Time of ``first`` over time of ``second``: the median over alternating blocks, and the range between quartiles."""
+    """Time of ``first`` over time of ``second``: the median over alternating blocks, and the quartiles."""
     for function in (first, second):
         for _ in range(inner):
             function()

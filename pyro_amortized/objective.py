@@ -34,8 +34,9 @@ MAX_ROWS = 8192
 class LocalLogJoint:
     r"""Evaluates :math:`\log p(x_n, T(z_n)) + \log|\det T'(z_n)|` for every datapoint, at flat unconstrained latents z.
 
-    The sum runs over the sites inside the datapoint plate: local latents and observations. The plate's subsampling scale
-    is removed, masks and the model's own ``poutine.scale`` are kept. The model runs apart from the caller's handlers.
+    The sum runs over the sites inside the datapoint plate: local latents and observations. The plate's subsampling
+    scale is removed, masks and the model's own ``poutine.scale`` are kept. The model runs apart from the caller's
+    handlers.
 
     Many draws are evaluated in one run, in an outermost plate, if the model gives the same numbers that way as one draw
     at a time (:meth:`check`); else one by one.
@@ -122,7 +123,7 @@ class LocalLogJoint:
             z: Two different draws, of shape ``(2, N, D)``.
 
         Raises:
-            ValueError: If the model gives different numbers for equal latents, or the log-joint of a datapoint is NaN or
+            ValueError: If the model gives different numbers for equal latents, or the log-joint of a datapoint is
                 not finite.
         """
         self.vectorized = False
@@ -176,7 +177,12 @@ class LocalLogJoint:
         indices = {k: v[rows.to(v.device)] if k == name else v for k, v in self.structure.indices.items()}
         structure = replace(self.structure, frames=frames, indices=indices, observed=None)
         part = LocalLogJoint(self.model, args, kwargs, structure, self.global_values)
-        part._validate, part.vectorized, part.dtype, part._selectable = self._validate, self.vectorized, self.dtype, True
+        part._validate, part.vectorized, part.dtype, part._selectable = (
+            self._validate,
+            self.vectorized,
+            self.dtype,
+            True,
+        )
         return part
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
 """The structure of one call: its plates, their indices and the observed values, with as few model runs as possible.
 
-The first call with arguments of given shapes runs the model once without log-probabilities. The result is kept for later
-calls of equal shapes unless the run read values of tensors in Python, and then needs no further run where everything
-asked for (indices of subsampled plates, observed values) is found among the arguments.
+The first call with arguments of given shapes runs the model once without log-probabilities. The result is kept for
+later calls of equal shapes unless the run read values of tensors in Python, and no further run is needed where all that
+is asked for (indices of subsampled plates, observed values) is found among the arguments.
 """
 
 from __future__ import annotations
@@ -60,6 +60,28 @@ class Structure:
     def datapoints(self) -> PlateFrame:
         """The datapoint plate of a structure that has local latents."""
         return self.frames[self.layout.plate]  # type: ignore[union-attr]
+
+    def without_tensors(self) -> Structure:
+        """The structure without indices and observed values, which may be kept without keeping data alive."""
+        return replace(self, indices={}, observed=None)
+
+    def check_same(self, other: Structure) -> None:
+        """Raises a ValueError naming what changed if ``other``, found in a later call, has other latents."""
+        remedy = "try the same structure in every call, or one guide per structure."
+        if self.layout is not None and other.layout is not None:
+            self.layout.check_same(other.layout)
+        elif self.layout is not other.layout:
+            before, now = ("some", "none") if other.layout is None else ("none", "some")
+            raise ValueError(
+                f"Cannot run this guide because the model now has {now} local latents and had {before} when the guide "
+                f"was set up; {remedy}"
+            )
+        changed = sorted(set(self.global_sites) ^ set(other.global_sites))
+        if changed:
+            raise ValueError(
+                f"Cannot run this guide because global latent sites {changed} have appeared or disappeared since it "
+                f"was set up; {remedy}"
+            )
 
     @cached_property
     def latent_plates(self) -> tuple[str, ...]:
@@ -213,10 +235,10 @@ def _template(structure: Structure, trace: Trace, arguments: Any) -> _Template:
     indices = {name: find_source(structure.indices[name], arguments) for name in explicit}
     observed = {}
     for name in structure.observed or {}:
-        site = trace.nodes[name]
+        site: Any = trace.nodes[name]
         source = find_source(site["value"], arguments) if isinstance(site["value"], Tensor) else None
         observed[name] = None if source is None else (source, site["fn"].event_dim)
-    return _Template(replace(structure, indices={}, observed=None), indices, observed)
+    return _Template(structure.without_tensors(), indices, observed)
 
 
 def _fill(template: _Template, arguments: Any, observed: bool) -> Structure | None:

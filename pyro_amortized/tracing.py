@@ -69,7 +69,7 @@ class _PlateKinds(Messenger):
         self.kinds: dict[str, str] = {}
 
     def _pyro_sample(self, msg: Site) -> None:
-        if site_is_subsample(msg):
+        if site_is_subsample(msg):  # type: ignore[arg-type]
             size = msg["fn"].subsample_size
             if size is None and msg["value"] is None or size is not None and size >= msg["fn"].size:
                 self.kinds[msg["name"]] = "full"
@@ -149,11 +149,8 @@ class PlateFrame:
 
 def sample_sites(trace: Trace) -> dict[str, Site]:
     """The sample sites of a trace without those that only draw the indices of a plate."""
-    return {
-        name: site
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site_is_subsample(site)
-    }
+    nodes: dict[str, Any] = trace.nodes
+    return {name: site for name, site in nodes.items() if site["type"] == "sample" and not site_is_subsample(site)}
 
 
 def plate_frames(trace: Trace, kinds: Mapping[str, str]) -> dict[str, PlateFrame]:
@@ -184,9 +181,7 @@ def _sizes_at(site: Site, dim: int) -> int:
 
 def subsample_indices(trace: Trace, frames: Mapping[str, PlateFrame]) -> dict[str, Tensor]:
     """The indices of the subsampled plates, by name, each of shape ``(size,)``."""
-    return {
-        name: torch.as_tensor(trace.nodes[name]["value"]) for name, frame in frames.items() if frame.subsampled
-    }
+    return {name: torch.as_tensor(trace.nodes[name]["value"]) for name, frame in frames.items() if frame.subsampled}
 
 
 _VALUE_READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim"}

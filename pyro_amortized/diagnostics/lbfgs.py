@@ -35,7 +35,7 @@ class Minimum:
 
 
 class _History:
-    """The last pairs of steps and gradient changes of every row, and the product with the inverse Hessian they imply."""
+    """The last steps and gradient changes of every row, and the product with the inverse Hessian they imply."""
 
     def __init__(self, size: int, like: Tensor) -> None:
         self.size = size
@@ -61,7 +61,9 @@ class _History:
 
     def direction(self, rows: Tensor, gradient: Tensor) -> Tensor:
         """The two-loop recursion (Nocedal 1980) for every row."""
-        pairs = [(s[rows], y[rows], c[rows, None]) for s, y, c in zip(self.steps, self.changes, self.curvatures, strict=True)]
+        pairs = [
+            (s[rows], y[rows], c[rows, None]) for s, y, c in zip(self.steps, self.changes, self.curvatures, strict=True)
+        ]
         q, weights = gradient, []
         for step, change, curvature in reversed(pairs):
             weight = curvature * (step * q).sum(-1, keepdim=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,8 +76,8 @@ def optimize_local(
     r"""Maximises every datapoint's ELBO over the guide's family, from the guide's own phi.
 
     For families that turn noise into draws, the ELBO on fixed whitened quasi-random noise is maximised by L-BFGS, twice
-    with different noise; where the two optima differ by more than 0.005 nats, again with twice the draws. Other families,
-    and more than 128 latent dimensions, are optimised by Adam. The reported ELBOs come from fresh draws.
+    with different noise; where the two optima differ by more than 0.005 nats, again with twice the draws. Other
+    families, and more than 128 latent dimensions, are optimised by Adam. The reported ELBOs come from fresh draws.
 
     Args:
         model: The Pyro model.
@@ -140,7 +141,7 @@ def _smooth_optimum(problem: LocalProblem, seed: int, progress: bool) -> tuple[T
                 found = minimize_rows(
                     _FixedNoiseLoss(objective, noise, rows, problem.phi),
                     phi[rows],
-                    on_step=lambda finished, bar=bar: bar.update(finished - bar.n),
+                    on_step=partial(_show, bar),
                 )
             phi = phi.index_copy(0, rows, found.x)
             num_steps[rows] += found.num_steps
@@ -157,6 +158,10 @@ def _smooth_optimum(problem: LocalProblem, seed: int, progress: bool) -> tuple[T
             break
     converged[rows] = False
     return phi, converged, num_steps
+
+
+def _show(bar: Any, finished: int) -> None:
+    bar.update(finished - bar.n)
 
 
 class _FixedNoiseLoss:
@@ -191,15 +196,11 @@ class _FixedNoiseLoss:
 
 def _stochastic_optimum(problem: LocalProblem, seed: int, progress: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Adam with a cosine schedule, a short and a long run; they must agree for a datapoint to count as converged."""
-    size, results = len(problem.phi), []
-    for stage, num_steps in enumerate((300, 1000)):
-        start = results[-1] if results else problem.phi
-        results.append(_adam(problem.objective, start, num_steps, generator(seed, 3, stage), progress))
-    with torch.no_grad():
-        values, errors, gain, gain_se = estimate_elbo(problem.objective, tuple(results), 0.01, seed + 1, False)
-    phi = torch.where((gain > 0)[:, None], results[1], results[0])
-    converged = gain < 0.01 + 2 * gain_se
-    return phi, converged, torch.full((size,), 1300)
+    short = _adam(problem.objective, problem.phi, 300, generator(seed, 3, 0), progress)
+    long = _adam(problem.objective, short, 1000, generator(seed, 3, 1), progress)
+    _, _, gain, gain_se = estimate_elbo(problem.objective, (short, long), 0.01, seed + 1, False)
+    phi = torch.where((gain > 0)[:, None], long, short)
+    return phi, gain < 0.01 + 2 * gain_se, torch.full((len(phi),), 1300)
 
 
 def _adam(objective: LocalObjective, phi: Tensor, num_steps: int, rng: torch.Generator, progress: bool) -> Tensor:
@@ -252,7 +253,7 @@ def estimate_elbo(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor, Tensor]:
     """ELBOs at two phis per datapoint from common draws, with standard errors.
 
-    Each round is a newly randomised set of quasi-random points; the standard errors come from the spread between rounds.
+    Each round is a newly randomised set of quasi-random points; standard errors come from the spread between rounds.
     Rounds go on for the datapoints whose error is above ``target``.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Standard normal noise for Monte Carlo: randomised quasi-random points, and plain draws that leave the global seed alone."""
+"""Standard normal noise: randomised quasi-random points, and plain draws that leave torch's global seed alone."""
 
 from __future__ import annotations
 

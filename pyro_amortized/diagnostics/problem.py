@@ -41,7 +41,7 @@ class LocalProblem:
 def bind(
     model: Callable[..., Any],
     guide: LocalGuide,
-    model_args: Sequence[Any],
+    model_args: Sequence[Any] | Tensor,
     model_kwargs: Mapping[str, Any] | None,
     seed: int,
 ) -> LocalProblem:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
@@ -154,9 +153,7 @@ def build_family(spec: FamilySpec, latent_dim: int) -> VariationalFamily:
         )
     if family.latent_dim != latent_dim:
         raise ValueError(
-            f"Cannot use {type(family).__name__}(latent_dim={family.latent_dim}) because the model's local latents have "
-            f"{latent_dim} unconstrained dimensions per datapoint; try latent_dim={latent_dim}, or pass the class."
+            f"Cannot use {type(family).__name__}(latent_dim={family.latent_dim}) because the model's local latents "
+            f"have {latent_dim} unconstrained dimensions per datapoint; try latent_dim={latent_dim}, or pass the class."
         )
     return family
-
-

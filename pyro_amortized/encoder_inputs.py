@@ -1,0 +1,92 @@
+"""What the encoder sees of a call: observed values, named arguments, or a function of the arguments."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyro_amortized.structure import Structure
+
+__all__ = ["Call", "EncoderInput", "encoder_inputs"]
+
+EncoderInput = str | Sequence[str] | Callable[..., Any] | None
+"""None (the observed values), an argument's name, several names, or a function of the model's arguments."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a guide.
+
+    Attributes:
+        args: The model's positional arguments.
+        kwargs: The model's keyword arguments.
+        structure: What the model looks like in this call, with the indices of all subsampled plates.
+        plates: The plates by name, opened by nobody yet.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    structure: Structure
+    plates: Mapping[str, pyro.plate]
+
+    @property
+    def index(self) -> Tensor | None:
+        """Positions of the datapoints in the full data set; None if the plate holds all of them."""
+        return self.structure.indices.get(self.structure.datapoints.name)
+
+
+def encoder_inputs(spec: EncoderInput, model: Callable[..., Any] | None, call: Call) -> tuple[Tensor, ...]:
+    """The encoder's positional inputs.
+
+    Args:
+        spec: What the user asked for.
+        model: The model, for the names of its arguments; None if it is not at hand.
+        call: The call.
+
+    Raises:
+        ValueError: If the model has no argument of a given name.
+    """
+    if spec is None:
+        return tuple((call.structure.observed or {}).values())
+    if callable(spec):
+        with call.plates[call.structure.datapoints.name]:
+            found = spec(*call.args, **call.kwargs)
+    else:
+        found = [_argument(name, model, call) for name in ([spec] if isinstance(spec, str) else spec)]
+    return tuple(found) if isinstance(found, list | tuple) else (found,)
+
+
+def _argument(name: str, model: Callable[..., Any] | None, call: Call) -> Any:
+    """An argument by name, and of one with an entry per datapoint of a subsampled plate the entries at hand."""
+    if model is None:
+        raise ValueError(
+            f"Cannot find argument {name!r} because this guide was loaded without its model; try `guide.model = model`."
+        )
+    signature = inspect.signature(_named_function(model))
+    bound = signature.bind_partial(*call.args, **call.kwargs)
+    bound.apply_defaults()
+    arguments = dict(bound.arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments.update(arguments.pop(parameter.name))
+    if name not in arguments:
+        raise ValueError(
+            f"Cannot use encoder_input={name!r} because the model has no argument of that name; try one of "
+            f"{list(arguments)}, or a function of the model's arguments."
+        )
+    value, frame = arguments[name], call.structure.datapoints
+    if call.index is not None and isinstance(value, Tensor) and len(value) == frame.full_size != frame.size:
+        return value[call.index.to(value.device)]
+    return value
+
+
+def _named_function(model: Any) -> Any:
+    """The function whose parameters name a model's arguments, under Pyro's handlers and inside modules."""
+    model = poutine.unwrap(model)
+    return model.forward if isinstance(model, nn.Module) else model

@@ -1,0 +1,12 @@
+"""The Pyro guides: each puts together a layout, a variational family and an inference strategy.
+
+A guide samples the global latents with an autoguide of Pyro's, asks its strategy for phi, one row per datapoint, and
+samples the local latents from its family at phi, inside the datapoint plate, so that subsampling scales them as it
+scales the model.
+"""
+
+from pyro_amortized.guides.amortized import AmortizedGuide
+from pyro_amortized.guides.base import LocalGuide
+from pyro_amortized.guides.per_datapoint import PerDatapointGuide
+
+__all__ = ["AmortizedGuide", "LocalGuide", "PerDatapointGuide"]

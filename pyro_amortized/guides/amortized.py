@@ -1,0 +1,120 @@
+"""The amortized guide: a network from data to variational parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from pyro_amortized.encoders import MLPEncoder, StandardizedEncoder
+from pyro_amortized.families import Normal
+from pyro_amortized.guides.base import GuideOptions, LocalGuide
+from pyro_amortized.inference import Encoded, InferenceStrategy
+from pyro_amortized.structure import Structure
+
+__all__ = ["AmortizedGuide"]
+
+
+class AmortizedGuide(LocalGuide):
+    r"""Amortized variational inference: a network maps each datapoint to the parameters of its q(z | x).
+
+    .. math:: q(z_{1:N}, \theta) = q(\theta) \prod_n q(z_n;\, \phi_n = f(x_n))
+
+    Works on any Pyro model with a plate over datapoints, any batch size in any call. Latents inside that plate are
+    amortized, with any inner plates folded into the datapoint; the others go to ``global_guide``.
+
+    Args:
+        model: A Pyro model.
+        encoder: A module from inputs to features ``(N, H)``, to which the guide adds the linear head; or one that
+            returns ``(loc, scale)``, each of shape ``(N, D)``, for the normal family. By default an
+            :class:`~pyro_amortized.MLPEncoder` of standardised inputs.
+        family: The shape of q: ``"normal"``, ``"multivariate_normal"``, ``"low_rank_multivariate_normal"``, a
+            :class:`~pyro_amortized.VariationalFamily`, or a function from ``latent_dim`` to one.
+        plate: Name of the datapoint plate; by default the outermost plate that holds an observed site.
+        encoder_input: What the encoder sees: by default the observed values in the plate; or the name of a model
+            argument, a list of names, or a function of the model's arguments, run inside the plate so that
+            ``pyro.subsample`` works in it. Several inputs are passed as positional arguments.
+        global_guide: A function from a model to an autoguide, for the latents outside the plate.
+        create_plates: A function of the model's arguments that returns the plates to use, as in Pyro's autoguides.
+        init_loc_fn: Where q starts, one of Pyro's initialisation functions.
+        init_scale: Standard deviation of q at the start, in unconstrained space.
+        name: Name under which parameters go to Pyro's parameter store; by default that of the class.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> _ = pyro.set_rng_seed(0); pyro.clear_param_store()
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> guide = AmortizedGuide(model)
+        >>> svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), pyro.infer.Trace_ELBO())
+        >>> loss = svi.step(torch.randn(8))
+        >>> guide.median(torch.randn(3))["z"].shape
+        torch.Size([3])
+
+    References:
+        Auto-Encoding Variational Bayes, Diederik P. Kingma, Max Welling (2013), https://arxiv.org/abs/1312.6114
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], encoder: nn.Module | None = None, **options: Unpack[GuideOptions]
+    ) -> None:
+        if encoder is not None and not isinstance(encoder, nn.Module):
+            raise ValueError(
+                f"Cannot use encoder {encoder!r} because it is not a torch.nn.Module instance; try passing a "
+                "constructed module, for example MLPEncoder(input_dim)."
+            )
+        super().__init__(model, **options)
+        self._encoder_spec = (encoder,)
+
+    def _build_strategy(self, inputs: tuple[Tensor, ...], init_loc: Tensor, structure: Structure) -> InferenceStrategy:
+        encoder = self._encoder_spec[0] or self._default_encoder(inputs, init_loc)
+        if isinstance(encoder, StandardizedEncoder):
+            encoder.fit(*inputs)
+        features = _first_output(encoder, inputs)
+        if isinstance(features, tuple):
+            self._check_pair(features, init_loc)
+            return Encoded(encoder, None)
+        if features.dim() != 2 or len(features) != len(init_loc):
+            raise ValueError(
+                f"Cannot encode the {len(init_loc)} datapoints of plate {structure.datapoints.name!r} because the "
+                f"encoder returned features of shape {tuple(features.shape)} for inputs of shapes "
+                f"{[tuple(x.shape) for x in inputs]}; try an encoder from (N, ...) to (N, H), a row per datapoint."
+            )
+        head = nn.Linear(features.shape[1], self.family.num_params).to(features)
+        with torch.no_grad():
+            head.bias.copy_(self.family.initial(init_loc.mean(0), self.init_scale))
+        return Encoded(encoder, head)
+
+    def _default_encoder(self, inputs: tuple[Tensor, ...], init_loc: Tensor) -> nn.Module:
+        if not inputs:
+            raise ValueError(
+                "Cannot build a default encoder because no site in the datapoint plate is observed with values; "
+                "try encoder_input=..."
+            )
+        return MLPEncoder(MLPEncoder.flatten(*inputs).shape[1]).to(init_loc)
+
+    def _check_pair(self, pair: tuple[Tensor, ...], init_loc: Tensor) -> None:
+        shapes = [tuple(part.shape) for part in pair]
+        if not isinstance(self.family, Normal) or shapes != [tuple(init_loc.shape)] * 2:
+            raise ValueError(
+                f"Cannot use the encoder's output, a tuple of tensors of shapes {shapes}, because a (loc, scale) pair "
+                f'must have shapes {tuple(init_loc.shape)} and needs family="normal" (this guide has '
+                f"{type(self.family).__name__}); try an encoder that returns features of shape (N, H)."
+            )
+
+
+@torch.no_grad()
+def _first_output(encoder: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    """The encoder's output, without dropout or an update of running statistics."""
+    training = {module: module.training for module in encoder.modules()}
+    encoder.eval()
+    try:
+        return encoder(*inputs)
+    finally:
+        for module, mode in training.items():
+            module.training = mode

@@ -1,0 +1,395 @@
+"""What all guides share: building, running one call, the posterior's summaries, saving."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, TypedDict
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide, AutoNormal, init_to_feasible
+from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.params.param_store import param_with_module_name
+from torch import Tensor, nn
+
+from pyro_amortized.encoder_inputs import Call, EncoderInput, encoder_inputs
+from pyro_amortized.families import Normal, VariationalFamily, build_family
+from pyro_amortized.families.base import FamilySpec, check_family_spec
+from pyro_amortized.inference import InferenceStrategy
+from pyro_amortized.layout import SiteLayout
+from pyro_amortized.sampling import KeepLogDensity, sample_local
+from pyro_amortized.structure import Structure, StructureCache, check_observed
+from pyro_amortized.tracing import isolated, run_model
+
+__all__ = ["GuideOptions", "LocalGuide"]
+
+
+class GuideOptions(TypedDict, total=False):
+    """The options that all guides share, explained at :class:`AmortizedGuide`."""
+
+    family: FamilySpec
+    plate: str | None
+    encoder_input: EncoderInput
+    global_guide: Callable[[Callable[..., Any]], AutoGuide]
+    create_plates: Callable[..., pyro.plate | Iterable[pyro.plate]] | None
+    init_loc_fn: Callable[..., Any]
+    init_scale: float
+    name: str | None
+
+
+class LocalGuide(AutoGuide):
+    """What all guides of this package share; see :class:`AmortizedGuide` for the arguments.
+
+    A member says where phi comes from by building an inference strategy in :meth:`_build_strategy`.
+    """
+
+    family: VariationalFamily
+    inference: InferenceStrategy
+    global_guide: AutoGuide
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        family: FamilySpec = "normal",
+        plate: str | None = None,
+        encoder_input: EncoderInput = None,
+        global_guide: Callable[[Callable[..., Any]], AutoGuide] = AutoNormal,
+        create_plates: Callable[..., pyro.plate | Iterable[pyro.plate]] | None = None,
+        init_loc_fn: Callable[..., Any] = init_to_feasible,
+        init_scale: float = 0.1,
+        name: str | None = None,
+    ) -> None:
+        if not callable(model):
+            raise ValueError(f"Cannot guide {model!r} because it is not callable; try passing the Pyro model itself.")
+        check_family_spec(family)
+        if not init_scale > 0:
+            raise ValueError(f"Cannot use init_scale={init_scale} because a scale must be positive; try 0.1.")
+        super().__init__(model, create_plates=create_plates)
+        if name is not None:
+            self._pyro_name = name
+        self.init_loc_fn = init_loc_fn
+        self.init_scale = init_scale
+        self.layout: SiteLayout | None = None
+        self._family_spec = family
+        self._encoder_input = encoder_input
+        self._global_guide_factory = global_guide
+        self._structures = StructureCache(plate)
+        self._ready = False
+        self._global_sites: tuple[str, ...] = ()
+        self._first_parameter = ""
+        self._pending_state: dict[str, Tensor] = {}
+
+    # Building
+
+    @abstractmethod
+    def _build_strategy(self, inputs: tuple[Tensor, ...], init_loc: Tensor, structure: Structure) -> InferenceStrategy:
+        """The strategy, sized for the data at hand.
+
+        Args:
+            inputs: The encoder's inputs of shapes ``(N, ...)``.
+            init_loc: Initial locations of the flat latent, shape ``(N, D)``.
+            structure: The structure of the first call.
+        """
+
+    @property
+    def _needs_inputs(self) -> bool:
+        return True
+
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        """Builds every parameter and buffer from one look at the model; the first call does so otherwise.
+
+        Args:
+            *args: The model's arguments: a batch, or all data so that inputs are standardised with all of it.
+            **kwargs: The model's keyword arguments.
+
+        Raises:
+            ValueError: If the model has no latents, or none that this guide can serve.
+        """
+        if not self._ready:
+            with isolated():
+                self._prepare(args, kwargs)
+
+    def _build(self, call: Call) -> None:
+        structure = call.structure
+        if structure.layout is None and not structure.global_sites:
+            raise ValueError(
+                "Cannot build a guide because the model has no latent sites; try an empty guide, "
+                "`lambda *args, **kwargs: None`."
+            )
+        handlers = (InitMessenger(self.init_loc_fn),)
+        with torch.no_grad():
+            init = run_model(self.model, call.args, call.kwargs, structure.indices, handlers)
+        nodes: dict[str, Any] = init.nodes
+        check_observed(init)
+        if structure.layout is not None:
+            init_loc = structure.layout.flatten({s.name: nodes[s.name]["value"] for s in structure.layout.sites})
+            self.family = build_family(self._family_spec, structure.layout.latent_dim).to(init_loc)
+            self.inference = self._build_strategy(self._inputs(call), init_loc, structure)
+            self._first_parameter = next((name for name, _ in self.inference.named_parameters()), "")
+        if structure.global_sites:
+            self._build_global_guide(call)
+        self.layout = structure.layout
+        self._global_sites = structure.global_sites
+        self._built_structure = structure.without_tensors()
+        self._ready = True
+        if self._pending_state:
+            state, self._pending_state = self._pending_state, {}
+            self.load_state_dict(state)
+
+    def _build_global_guide(self, call: Call) -> None:
+        expose = list(call.structure.global_sites)
+        self.global_guide = self._global_guide_factory(
+            InitMessenger(self.init_loc_fn)(poutine.block(self.model, expose=expose))
+        )
+        with isolated(), torch.no_grad():
+            self.global_guide(*call.args, **call.kwargs)  # makes its parameters
+
+    @property
+    def _model_at_hand(self) -> Callable[..., Any] | None:
+        """The model, or None in a guide that was loaded without it."""
+        return None if self._model is None else self._model[0]
+
+    def _check_prototype(self, part_trace: Any) -> None:
+        """Called by the global guide on its own look at the model; the structure has been checked already."""
+
+    # One call
+
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Finds the structure of a call and opens its plates; builds the guide in the first one."""
+        observed = not self._ready or (self._encoder_input is None and self._needs_inputs)
+        structure = self._structures.find(self._model_at_hand, args, kwargs, observed=observed)
+        plates = self._call_plates(structure, args, kwargs)
+        drawn = structure.random_plates if self.create_plates is None else [n for n in plates if n in structure.frames]
+        if drawn:
+            indices = {**structure.indices, **{name: plates[name].indices for name in drawn if name in plates}}
+            if not structure.is_static or (observed and structure.observed is None):
+                structure = self._structures.look(self.model, args, kwargs, indices)[0]
+            structure = replace(structure, indices=indices)
+        call = Call(args, kwargs, structure, plates)
+        if not self._ready:
+            self._build(call)
+        elif structure.layout is not self.layout:
+            self._built_structure.check_same(structure)
+        return call
+
+    def _call_plates(
+        self, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, pyro.plate]:
+        if self.master is not None:
+            plates = dict(self.master().plates)
+            for name, frame in structure.frames.items():
+                if name in plates and plates[name].subsample_size != frame.size:
+                    raise ValueError(
+                        f"Cannot run this guide inside an AutoGuideList because plate {name!r} now has size "
+                        f"{frame.size}, and the list fixed it at {plates[name].subsample_size} in its first call; try "
+                        "batches of equal size, or this guide on its own with global_guide=..."
+                    )
+            return plates
+        plates = {}
+        if self.create_plates is not None:
+            created = self.create_plates(*args, **kwargs)
+            plates = {plate.name: plate for plate in ([created] if isinstance(created, pyro.plate) else created)}
+        for name in structure.latent_plates:
+            if name not in plates:
+                plates[name] = structure.frames[name].create(structure.indices.get(name))
+        self.__dict__["plates"] = plates
+        return plates
+
+    def _inputs(self, call: Call) -> tuple[Tensor, ...]:
+        return encoder_inputs(self._encoder_input, self._model_at_hand, call) if self._needs_inputs else ()
+
+    def _phi(self, call: Call) -> Tensor:
+        """phi of a call's datapoints, ``(N, P)``; reading ``self.inference`` registers its parameters with Pyro."""
+        frame, num_params = call.structure.datapoints, self._family.num_params
+        inputs = self._inputs(call)
+        phi = self.inference(inputs, call.index)
+        if phi.shape != (frame.size, num_params):
+            raise ValueError(
+                f"Cannot sample the latents of {frame.size} datapoints in plate {frame.name!r} because the encoder "
+                f"returned variational parameters of shape {tuple(phi.shape)} and not "
+                f"{(frame.size, num_params)}; try an encoder and an encoder_input whose first dimension "
+                f"runs over the plate (inputs have shapes {[tuple(x.shape) for x in inputs]})."
+            )
+        if not torch._C._get_tracing_state() and not math.isfinite(phi.detach().sum().item()):
+            self._check_finite(phi, inputs)
+        return phi
+
+    @property
+    def _family(self) -> VariationalFamily:
+        """The family; reading ``self.family`` instead registers its own parameters, if it has any, with Pyro."""
+        return self._modules["family"]  # type: ignore[return-value]
+
+    def _check_finite(self, phi: Tensor, inputs: tuple[Tensor, ...]) -> None:
+        bad = (~phi.isfinite()).any(-1).nonzero().squeeze(-1).tolist()
+        if not bad:
+            return
+        cause, remedy = "its parameters have diverged", "a smaller learning rate or clipped gradients"
+        for i, x in enumerate(inputs):
+            if x.is_floating_point() and not x.isfinite().all():
+                cause = f"its input number {i} holds NaN or infinite values"
+                remedy = "dropping or imputing them, or an encoder_input that fills them in"
+        raise ValueError(
+            f"Cannot sample the latents of {len(bad)} datapoints (first: {bad[:10]}) because the variational "
+            f"parameters from {type(self.inference).__name__} are not finite: {cause}; try {remedy}."
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Samples all latents of the model, as any Pyro guide.
+
+        Args:
+            *args: The model's arguments.
+            **kwargs: The model's keyword arguments.
+
+        Returns:
+            Sampled values by site name.
+
+        Raises:
+            ValueError: If the data are not finite, the structure has changed since the guide was set up, or another
+                guide's parameters lie in the parameter store under this guide's names.
+        """
+        call = self._prepare(args, kwargs)
+        result: dict[str, Tensor] = {}
+        if self._global_sites:
+            with KeepLogDensity():
+                result.update(self._global()(*args, **kwargs))
+        layout = call.structure.layout
+        if layout is not None:
+            self._check_parameter_store()
+            phi = self._phi(call)
+            family = self._family if isinstance(self._family, Normal) else self.family
+            with call.plates[layout.plate]:
+                result.update(sample_local(layout, family, phi, call.plates, f"{self._pyro_name}_latent"))
+        return result
+
+    def _global(self) -> AutoGuide:
+        guide = self.global_guide
+        if guide.master is None:  # saving a guide with Pyro's own __getstate__ cuts it off
+            guide._update_master(weakref.ref(self))
+        return guide
+
+    def _check_parameter_store(self) -> None:
+        """Refuses to train on a parameter store that holds other parameters under this guide's names."""
+        if not self._first_parameter:
+            return
+        full_name = param_with_module_name(self._pyro_get_fullname("inference"), self._first_parameter)
+        stored = pyro.get_param_store()._params.get(full_name)
+        strategy: Any = self._modules["inference"]
+        if stored is None or stored is strategy.get_parameter(self._first_parameter):
+            return
+        if not pyro.settings.get("module_local_params"):
+            raise ValueError(
+                f"Cannot run this guide because the parameter store already holds other parameters named "
+                f"{full_name!r}, from another guide of the same name or from a file; try a name=... of its own for "
+                "each guide, pyro.clear_param_store() before a new one, or "
+                "pyro.settings.set(module_local_params=True)."
+            )
+
+    # What is known of the posterior
+
+    def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Structure, Tensor]:
+        """The structure of a call and phi, outside any inference of the caller."""
+        with isolated():
+            call = self._prepare(args, kwargs)
+            if call.structure.layout is None:
+                raise ValueError(
+                    "Cannot give variational parameters per datapoint because the model has no local latents; "
+                    "try guide.global_guide."
+                )
+            return call.structure, self._phi(call)
+
+    def variational_parameters(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The variational parameters phi of the datapoints in a call.
+
+        Returns:
+            phi of shape ``(N, P)``.
+        """
+        return self._infer(args, kwargs)[1]
+
+    def posterior(self, *args: Any, **kwargs: Any) -> dist.TorchDistribution:
+        """q(z | x) over the flat unconstrained latent.
+
+        Returns:
+            A distribution of batch shape ``(N,)`` and event shape ``(D,)``.
+        """
+        return self.family(self.variational_parameters(*args, **kwargs))
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Marginal medians of all latents.
+
+        Returns:
+            Medians by site name, in the sites' supports.
+        """
+        return {name: value.squeeze(0) for name, value in self.quantiles([0.5], *args, **kwargs).items()}
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Marginal quantiles of all latents.
+
+        Quantiles are taken in unconstrained space and transformed, which keeps them for every one-dimensional
+        transform; for joint ones (simplexes, Cholesky factors) the values lie in the support but are not quantiles of
+        its coordinates. The same convention as Pyro's autoguides.
+
+        Args:
+            quantiles: Q probabilities between 0 and 1.
+            *args: The model's arguments.
+            **kwargs: The model's keyword arguments.
+
+        Returns:
+            Quantiles by site name, of shape ``(Q, *batch, *event)``.
+        """
+        result: dict[str, Tensor] = {}
+        with isolated():
+            call = self._prepare(args, kwargs)
+            if self._global_sites:
+                result.update(_global_quantiles(self._global(), quantiles, args, kwargs))
+            layout = call.structure.layout
+            if layout is not None:
+                phi = self._phi(call)
+                probs = torch.as_tensor(quantiles, dtype=phi.dtype, device=phi.device)
+                result.update(layout.values(self.family.quantile(phi, probs)))
+        return result
+
+    @torch.no_grad()
+    def global_median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Medians of the global latents by site name; empty if there are none."""
+        if not self._global_sites:
+            return {}
+        with isolated():
+            self._prepare(args, kwargs)
+            return self._global().median(*args, **kwargs)
+
+    # Saving
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "model":  # not registered as a submodule, as in all of Pyro's autoguides
+            self.__dict__["_model"] = (value,)
+        else:
+            super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The guide without its model, as in Pyro; set ``guide.model`` after loading to go on with new shapes."""
+        for parameter in nn.Module.parameters(self):  # weak references that the store sets anew at every access
+            parameter.__dict__.pop("unconstrained", None)
+        return {**self.__dict__, "_model": None, "master": None, "plates": {}}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Keeps the state for the first call if nothing has been built yet."""
+        if self._ready:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        else:
+            self._pending_state = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+
+
+def _global_quantiles(guide: AutoGuide, quantiles: Any, args: Any, kwargs: Any) -> dict[str, Tensor]:
+    probs = torch.as_tensor(quantiles)
+    if probs.tolist() == [0.5]:
+        return {name: value.unsqueeze(0) for name, value in guide.median(*args, **kwargs).items()}
+    return guide.quantiles(probs.tolist(), *args, **kwargs)

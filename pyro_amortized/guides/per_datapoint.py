@@ -1,0 +1,64 @@
+"""Classical variational inference: a table of variational parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from pyro_amortized.encoder_inputs import Call
+from pyro_amortized.guides.base import GuideOptions, LocalGuide
+from pyro_amortized.inference import InferenceStrategy, PerDatapoint
+from pyro_amortized.structure import Structure
+
+__all__ = ["PerDatapointGuide"]
+
+
+class PerDatapointGuide(LocalGuide):
+    """Classical variational inference: every datapoint has variational parameters of its own, without an encoder.
+
+    The baseline without amortization gap once trained to convergence. It knows only the datapoints of its table; for
+    unseen ones use :class:`AmortizedGuide`.
+
+    Args:
+        model: A Pyro model whose datapoint plate has the same full size in every call; subsampling is welcome.
+        sparse: Whether gradients of the table hold only the rows of the batch, so that a step's cost does not grow with
+            the number of datapoints; needs an optimizer that takes sparse gradients beside dense ones, such as
+            ``pyro.optim.Adagrad``. Give the indices with ``pyro.plate(..., subsample=indices)`` then, since Pyro's own
+            random subsampling permutes all datapoints.
+        **options: ``family``, ``plate``, ``global_guide``, ``create_plates``, ``init_loc_fn``, ``init_scale`` and
+            ``name`` as in :class:`AmortizedGuide`.
+    """
+
+    def __init__(self, model: Callable[..., Any], *, sparse: bool = False, **options: Unpack[GuideOptions]) -> None:
+        if "encoder_input" in options:
+            raise ValueError(
+                "Cannot use encoder_input with PerDatapointGuide because it has no encoder; try AmortizedGuide."
+            )
+        super().__init__(model, **options)
+        self.sparse = sparse
+
+    @property
+    def _needs_inputs(self) -> bool:
+        return False
+
+    def _build_strategy(self, inputs: tuple[Tensor, ...], init_loc: Tensor, structure: Structure) -> InferenceStrategy:
+        rows = torch.arange(structure.datapoints.full_size, device=init_loc.device) % len(init_loc)
+        return PerDatapoint(self.family.initial(init_loc, self.init_scale)[rows].contiguous(), sparse=self.sparse)
+
+    def _phi(self, call: Call) -> Tensor:
+        frame, known = call.structure.datapoints, self._table.shape[0]
+        if frame.full_size != known:
+            raise ValueError(
+                f"Cannot look up variational parameters because plate {frame.name!r} now has {frame.full_size} "
+                f"datapoints and PerDatapointGuide was set up with {known}: it knows nothing of unseen data; try "
+                "AmortizedGuide, or pyro.plate(name, full_size, subsample=indices) for a batch of the same data."
+            )
+        return super()._phi(call)
+
+    @property
+    def _table(self) -> Tensor:
+        return self._modules["inference"].table  # type: ignore[union-attr, return-value]
