@@ -129,6 +129,7 @@ def estimate_evidence(
         stuck = (~rounds.done(result) & (result["khat"] <= _LIGHT_TAIL)).nonzero().squeeze(-1)
         if len(stuck):  # the first proposal was the better one, and only lacks draws
             _keep_better(result, rounds.run(proposal, stuck, generator(seed, 9)), stuck)
+        bar.update(bar.total - bar.n)
     return result
 
 
@@ -249,7 +250,7 @@ class _Rounds:
             for name, values in summary.items():
                 result.setdefault(name, values.new_zeros(len(rows)))[active] = values
             done = self.done(summary)
-            self.bar.update(int(done.sum()))
+            self.bar.update(min(int(done.sum()), self.bar.total - self.bar.n))
             if patience is not None and len(collected) >= patience * _ROUND:
                 done = done | self._hopeless(summary)
             active, collected = active[~done], collected[:, ~done]

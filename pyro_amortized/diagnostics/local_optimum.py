@@ -280,6 +280,7 @@ def estimate_elbo(
             bar.update(size - len(rows) - bar.n)
             if len(rows) == 0:
                 break
+        bar.update(size - bar.n)
     means, errors = moments[0] / count + shift, _standard_errors(moments, count)  # type: ignore[operator]
     return (means[0], means[1]), (errors[0], errors[1]), means[2], errors[2]
 

@@ -1,0 +1,325 @@
+"""Gap decomposition, log evidence and local optimum against the closed forms of the linear-Gaussian model."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pyro_amortized import (
+    AmortizedGuide,
+    GapEstimate,
+    PerDatapointGuide,
+    estimate_gaps,
+    log_evidence,
+    optimize_local,
+)
+
+pytestmark = pytest.mark.usefixtures("_float64")
+
+LATENTS, FEATURES, POINTS = 20, 100, 64
+
+
+class Oracle:
+    """x = W z + noise of variances psi; easy: weak, nearly orthogonal loadings; hard: strong correlations."""
+
+    def __init__(self, hard: bool, points: int = POINTS, seed: int = 0) -> None:
+        rng = torch.Generator().manual_seed(seed)
+        weights = torch.randn(FEATURES, LATENTS, generator=rng)
+        if hard:
+            correlation = 0.4 * torch.ones(LATENTS, LATENTS) + 0.6 * torch.eye(LATENTS)
+            weights = weights @ torch.linalg.cholesky(correlation).T
+        else:
+            weights = 0.15 * weights
+        self.weights, self.psi = weights, 0.5 + torch.rand(FEATURES, generator=rng)
+        z = torch.randn(points, LATENTS, generator=rng)
+        self.x = z @ weights.T + self.psi.sqrt() * torch.randn(points, FEATURES, generator=rng)
+        self.precision = torch.eye(LATENTS) + weights.T @ (weights / self.psi[:, None])
+        self.gap = 0.5 * (self.precision.diagonal().log().sum() - torch.logdet(self.precision)).item()
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(LATENTS), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ self.weights.T, self.psi.sqrt()).to_event(1), obs=x)
+
+    def mean(self, x: Tensor) -> Tensor:
+        return torch.linalg.solve(self.precision, self.weights.T @ (x / self.psi).T).T
+
+    def log_evidence(self) -> np.ndarray[Any, Any]:
+        covariance = self.weights @ self.weights.T + torch.diag(self.psi)
+        return dist.MultivariateNormal(torch.zeros(FEATURES), covariance).log_prob(self.x).numpy()
+
+    def encoder(self, shift: Tensor | float = 0.0) -> nn.Module:
+        """The best mean-field posterior, its mean off by ``shift``."""
+        return _Function(lambda x: (self.mean(x) + shift, self.precision.diagonal().rsqrt().expand(len(x), LATENTS)))
+
+
+class _Function(nn.Module):
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(*inputs)
+
+
+@pytest.fixture(params=[False, True], ids=["easy", "hard"])
+def oracle(request: pytest.FixtureRequest) -> Oracle:
+    return Oracle(request.param)
+
+
+def test_the_oracle_has_an_easy_and_a_hard_gap() -> None:
+    assert 0.1 < Oracle(hard=False).gap < 1.0
+    assert 3.0 < Oracle(hard=True).gap < 7.0
+
+
+def test_gaps_of_the_best_mean_field_guide(oracle: Oracle) -> None:
+    gaps = estimate_gaps(oracle.model, AmortizedGuide(oracle.model, oracle.encoder()), (oracle.x,)).dataset
+    assert np.abs(gaps["approximation_gap"] - oracle.gap).max() < 0.02
+    assert np.abs(gaps["log_evidence"] - oracle.log_evidence()).max() < 0.05
+    assert np.abs(gaps["amortization_gap"]).max() < 0.02
+    assert gaps["reliable"].all()
+
+
+def test_an_encoder_with_a_shifted_mean_has_the_amortization_gap_of_its_shift(oracle: Oracle) -> None:
+    shift = torch.linspace(-0.2, 0.2, LATENTS)
+    expected = 0.5 * (shift @ oracle.precision @ shift).item()
+    assert expected > 0.1
+    gaps = estimate_gaps(oracle.model, AmortizedGuide(oracle.model, oracle.encoder(shift)), (oracle.x,)).dataset
+    assert np.abs(gaps["amortization_gap"] - expected).max() < 0.02
+    assert np.abs(gaps["approximation_gap"] - oracle.gap).max() < 0.02
+    assert np.allclose(gaps["inference_gap"], gaps["approximation_gap"] + gaps["amortization_gap"])
+
+
+def test_the_full_rank_family_has_no_approximation_gap(oracle: Oracle) -> None:
+    guide = AmortizedGuide(oracle.model, family="multivariate_normal")
+    gaps = estimate_gaps(oracle.model, guide, (oracle.x,)).dataset
+    assert np.abs(gaps["approximation_gap"]).max() < 0.02
+    assert (gaps["amortization_gap"] > 0.1).all()  # untrained
+
+
+def test_the_low_rank_family_lies_between() -> None:
+    small = Oracle(hard=True, points=8)
+    guide = AmortizedGuide(small.model, family="low_rank_multivariate_normal")
+    gap = estimate_gaps(small.model, guide, (small.x,)).dataset["approximation_gap"].values
+    assert (gap > 0.05).all()
+    assert (gap < small.gap).all()
+
+
+def test_standard_errors_of_the_log_evidence_cover_the_truth() -> None:
+    """Of 5 x 64 independent estimates, 2-se intervals cover the truth in a share within 3 binomial s.e. of 95.4%."""
+    oracle = Oracle(hard=True)
+    guide = AmortizedGuide(oracle.model, oracle.encoder())
+    optimum = optimize_local(oracle.model, guide, (oracle.x,))
+    covered, covered_by_tenth = [], []
+    for seed in range(5):
+        result = log_evidence(oracle.model, guide, (oracle.x,), optimum=optimum, seed=seed, tolerance=0.1)
+        error = np.abs(result["log_evidence"] - oracle.log_evidence())
+        covered.append(error < 2 * result["log_evidence_se"])
+        covered_by_tenth.append(error < 0.2 * result["log_evidence_se"])
+    standard_error = math.sqrt(0.954 * 0.046 / (5 * POINTS))
+    assert abs(np.mean(covered) - 0.954) < 3 * standard_error
+    assert np.mean(covered_by_tenth) < 0.5  # the twin: intervals a tenth as wide do not cover
+
+
+class Factors:
+    """A Bernoulli factor model whose evidence a fine grid gives: two latents."""
+
+    def __init__(self, points: int = 12) -> None:
+        rng = torch.Generator().manual_seed(1)
+        self.weights = 2.0 * torch.randn(6, 2, generator=rng)
+        self.x = torch.bernoulli(torch.full((points, 6), 0.5), generator=rng)
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=z @ self.weights.T).to_event(1), obs=x)
+
+    def log_evidence(self) -> np.ndarray[Any, Any]:
+        axis = torch.linspace(-8, 8, 801)
+        z = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 1, 2)
+        log_joint = dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
+        log_joint = log_joint + dist.Bernoulli(logits=z @ self.weights.T).log_prob(self.x).sum(-1)
+        return (log_joint.logsumexp(0) + 2 * math.log(16 / 800)).numpy()
+
+
+@pytest.mark.parametrize("family", ["normal", "multivariate_normal", "low_rank_multivariate_normal"])
+@pytest.mark.parametrize("guide_class", [AmortizedGuide, PerDatapointGuide])
+def test_a_skewed_posterior_against_a_grid(family: str, guide_class: type) -> None:
+    factors = Factors()
+    guide = guide_class(factors.model, family=family)
+    gaps = estimate_gaps(factors.model, guide, (factors.x,)).dataset
+    z_scores = (gaps["log_evidence"] - factors.log_evidence()) / gaps["log_evidence_se"]
+    assert np.abs(z_scores).max() < 4.5  # 12 points
+    assert np.abs(z_scores).max() > 0  # an estimate, not the truth itself
+    assert (gaps["approximation_gap"] > 0).all()
+    assert (gaps["amortization_gap"] > 0).all()
+    assert gaps["reliable"].all()
+
+
+def test_the_local_optimum_is_one(oracle: Oracle) -> None:
+    """The closed form: mean of the posterior, precisions of its diagonal."""
+    optimum = optimize_local(oracle.model, AmortizedGuide(oracle.model, oracle.encoder(0.3)), (oracle.x,))
+    loc, log_scale = optimum.phi.chunk(2, -1)
+    scale = oracle.precision.diagonal().rsqrt()
+    assert ((loc - oracle.mean(oracle.x)) / scale).abs().max() < 0.02
+    assert (log_scale - scale.log()).abs().max() < 0.02
+    assert optimum.converged.all()
+    assert "64 converged" in str(optimum)
+
+
+def test_subsampled_plates_keep_their_coordinates_and_drop_their_scale() -> None:
+    oracle = Oracle(hard=False)
+    index = torch.tensor([5, 1, 40])
+
+    def model(x: Tensor, index: Tensor) -> None:
+        with pyro.plate("rows", len(x), subsample=index):
+            z = pyro.sample("z", dist.Normal(torch.zeros(LATENTS), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ oracle.weights.T, oracle.psi.sqrt()).to_event(1), obs=x[index])
+
+    gaps = estimate_gaps(model, AmortizedGuide(model, oracle.encoder()), (oracle.x, index)).dataset
+    assert gaps["rows"].values.tolist() == [5, 1, 40]
+    assert np.abs(gaps["log_evidence"] - oracle.log_evidence()[index.numpy()]).max() < 0.05
+
+
+def test_models_that_cannot_run_on_many_draws_or_few_rows_give_the_same_numbers() -> None:
+    """Draws are then evaluated one by one, and finished datapoints along with the others."""
+    oracle = Oracle(hard=False, points=6)
+
+    def stubborn(x: Tensor) -> None:
+        with pyro.plate("data", 6):
+            z = pyro.sample("z", dist.Normal(torch.zeros(LATENTS), 1.0).to_event(1))
+            loc = z.reshape(6, LATENTS) @ oracle.weights.T
+            pyro.sample("x", dist.Normal(loc, oracle.psi.sqrt()).to_event(1), obs=x)
+
+    results = []
+    for number, model in enumerate((oracle.model, stubborn)):
+        guide = AmortizedGuide(model, oracle.encoder(), name=f"guide_{number}")
+        results.append(optimize_local(model, guide, (oracle.x,), tolerance=0.2))
+    assert torch.allclose(results[0].phi, results[1].phi, atol=1e-3)
+    assert torch.allclose(results[0].elbo, results[1].elbo, atol=1e-6)
+
+
+def test_a_doubtful_estimate_is_flagged() -> None:
+    """Far more draws would be needed for the tolerance than are allowed."""
+    factors = Factors()
+    guide = AmortizedGuide(factors.model)
+    gaps = estimate_gaps(factors.model, guide, (factors.x,), tolerance=1e-4, max_samples=2000)
+    assert not gaps.dataset["reliable"].any()
+    assert "unreliable: 12 of 12" in str(gaps)
+
+
+@pytest.fixture
+def gaps() -> GapEstimate:
+    factors = Factors()
+    return estimate_gaps(factors.model, AmortizedGuide(factors.model), (factors.x,))
+
+
+def test_table_says_what_it_holds(gaps: GapEstimate) -> None:
+    table = str(gaps)
+    for text in ("12 datapoints", "'data'", "nats", "approximation gap", "amortization gap", "unreliable: 0 of 12"):
+        assert text in table
+    assert f"{gaps.dataset['inference_gap'].values.mean():.3f}" in table
+
+
+def test_netcdf_round_trip(gaps: GapEstimate, tmp_path: Path) -> None:
+    gaps.to_netcdf(tmp_path / "gaps.nc")
+    again = GapEstimate.from_netcdf(tmp_path / "gaps.nc")
+    assert again.dataset.identical(gaps.dataset)
+    assert again.dataset.attrs["units"] == "nats per datapoint"
+
+
+def test_plot_returns_axes(gaps: GapEstimate) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    axes = gaps.plot()
+    assert "nats" in axes.get_ylabel()
+    assert len(axes.patches) == 24
+    import matplotlib.pyplot as plt
+
+    plt.close(axes.figure)
+
+
+def test_batches_concatenate_to_the_whole() -> None:
+    oracle = Oracle(hard=False, points=10)
+    guide = AmortizedGuide(oracle.model, oracle.encoder())
+    joined = GapEstimate.concat([estimate_gaps(oracle.model, guide, (part,)) for part in oracle.x.split(4)])
+    assert joined.dataset.sizes == {"data": 10}
+    assert joined.dataset["data"].values.tolist() == list(range(10))
+    assert np.abs(joined.dataset["approximation_gap"] - oracle.gap).max() < 0.02
+    with pytest.raises(ValueError, match="there are none"):
+        GapEstimate.concat([])
+
+
+def test_global_latents_are_held_at_their_median() -> None:
+    def model(x: Tensor) -> None:
+        shift = pyro.sample("shift", dist.Normal(0.0, 5.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(shift, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.tensor([0.0, 1.0, 5.0])
+    guide = AmortizedGuide(model)
+    result = log_evidence(model, guide, (x,))
+    shift = guide.median(x)["shift"]
+    truth = dist.Normal(shift, math.sqrt(2.0)).log_prob(x).detach().numpy()
+    assert np.abs(result["log_evidence"] - truth).max() < 0.02
+    assert "shift" in result.attrs["global_latents"]
+    assert set(result) == {"log_evidence", "log_evidence_se", "khat", "ess", "num_samples"}
+
+
+def test_random_models_are_refused() -> None:
+    dropout = nn.Dropout(0.5)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(dropout(z), 1.0), obs=x)
+
+    with pytest.raises(ValueError, match=r"two runs at the same latent values.*model.eval"):
+        estimate_gaps(model, AmortizedGuide(model), (torch.randn(10),))
+
+
+def test_bad_arguments_are_refused() -> None:
+    factors = Factors()
+    with pytest.raises(ValueError, match=r"Cannot diagnose a method.*AmortizedGuide"):
+        estimate_gaps(factors.model, factors.model, (factors.x,))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"try \(x,\)"):
+        estimate_gaps(factors.model, AmortizedGuide(factors.model), factors.x)  # type: ignore[arg-type]
+
+    def no_local(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="no local latents"):
+        estimate_gaps(no_local, AmortizedGuide(no_local), (torch.randn(3),))
+
+
+def test_infinite_log_joints_are_named() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.factor("broken", torch.where(x > 1, -math.inf, 0.0) + 0 * z)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match=r"1 datapoints.*not finite.*\[2\]"):
+        estimate_gaps(model, AmortizedGuide(model), (torch.tensor([0.0, 0.5, 2.0]),))
+
+
+def test_progress_bars_on_request(capfd: pytest.CaptureFixture[str]) -> None:
+    factors = Factors()
+    guide = AmortizedGuide(factors.model)
+    estimate_gaps(factors.model, guide, (factors.x,), tolerance=0.5)
+    assert capfd.readouterr().err == ""
+    estimate_gaps(factors.model, guide, (factors.x,), tolerance=0.5, progress=True)
+    shown = capfd.readouterr().err
+    assert "log evidence: 100%" in shown
+    assert "ELBO of q and q*: 100%" in shown
