@@ -1,8 +1,8 @@
 """How far is an amortized guide from exact inference, and why? The gap decomposition of a VAE, on real images.
 
 Trains a VAE with a mean-field guide, and then a full-rank guide for the same model held fixed. Splits the slack of each
-guide's ELBO into approximation gap (what the family cannot represent) and amortization gap (what the encoder misses), on
-training images and on images the encoder has not seen. Run ``make demo``, or ``python examples/gap_decomposition.py --help``.
+guide's ELBO into approximation gap (what the family cannot represent) and amortization gap (what the encoder misses),
+on training images and on images the encoder has not seen. Run ``make demo``, or this file with ``--help``.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from torch.distributions import Transform, biject_to
 
 from pyro_amortized.tracing import PlateFrame, Site, sample_sites
 
-__all__ = ["LocalSite", "SiteLayout", "datapoint_plate", "is_data", "latent_sites"]
+__all__ = ["LocalSite", "SiteLayout", "datapoint_plate", "is_data", "is_enumerated", "latent_sites"]
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,12 @@ def _is_identity(transform: Transform) -> bool:
     return getattr(base, "parts", None) == []
 
 
+def _kind(transform: Any) -> Any:
+    """The class of a transform with those of its parts, to tell supports apart."""
+    parts = getattr(transform, "parts", None) or [getattr(transform, "base_transform", None)]
+    return type(transform), *(_kind(part) for part in parts if part is not None)
+
+
 def _holds_tensors(transform: Any) -> bool:
     if isinstance(transform, Tensor):
         return True
@@ -125,12 +131,15 @@ def _holds_tensors(transform: Any) -> bool:
     return any(_holds_tensors(value) for name, value in vars(transform).items() if not name.startswith("_"))
 
 
+def is_enumerated(site: Site) -> bool:
+    """Whether the model sums a discrete site out by itself, under an ELBO that enumerates."""
+    return site["infer"].get("enumerate") == "parallel"
+
+
 def latent_sites(trace: Trace) -> dict[str, Site]:
     """The latent sites that a guide must provide: not observed, and not enumerated in the model."""
     return {
-        name: site
-        for name, site in sample_sites(trace).items()
-        if not site["is_observed"] and site["infer"].get("enumerate") != "parallel"
+        name: site for name, site in sample_sites(trace).items() if not site["is_observed"] and not is_enumerated(site)
     }
 
 
@@ -275,12 +284,12 @@ class SiteLayout:
                     f"Cannot run this guide because site {name!r} {state} plate {self.plate!r} since the guide was "
                     f"set up (it may have changed between observed and latent); {remedy}"
                 )
-            before, after = ((s.shape, s.inner, s.event_dim, type(s.transform)) for s in (mine[name], theirs[name]))
+            before, after = ((s.shape, s.inner, s.event_dim, _kind(s.transform)) for s in (mine[name], theirs[name]))
             if before != after:
                 raise ValueError(
                     f"Cannot run this guide because local site {name!r} now has unconstrained event shape "
                     f"{tuple(after[0])} and inner plates {list(after[1])}, and had {tuple(before[0])} and "
-                    f"{list(before[1])} when the guide was set up; {remedy}"
+                    f"{list(before[1])} when the guide was set up, or has another support; {remedy}"
                 )
         if (self.plate, self.dim) != (other.plate, other.dim):
             raise ValueError(
@@ -296,8 +305,15 @@ def _local_site(name: str, site: dict[str, Any], inner: list[PlateFrame], start:
                 f"Cannot fold plate {frame.name!r} of local site {name!r} into the datapoint because it is subsampled; "
                 "try running the model over all of that plate, or make it the datapoint plate."
             )
-    with helpful_support_errors(site):
-        transform = biject_to(site["fn"].support)
+    support = site["fn"].support
+    try:
+        with helpful_support_errors(site):
+            transform = biject_to(support)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"Cannot guide local site {name!r} because no bijection from unconstrained space to its support {support} "
+            "is known; try poutine.reparam, or another prior for it."
+        ) from error
     value = site["value"]
     event_dim = site["fn"].event_dim
     unconstrained = transform.inv(value)

@@ -195,7 +195,7 @@ class StructureCache:
         structure, trace, reads = self.look(model, args, kwargs, watch=key is not None and key not in self._volatile)
         if key is not None and (reads or not structure.is_static):
             self._volatile.add(key)
-        elif key is not None and template is None:
+        elif key is not None:
             self._templates[key] = _template(structure, trace, (args, kwargs))
             if len(self._templates) > self.max_size:
                 self._templates.popitem(last=False)
@@ -244,6 +244,7 @@ def _template(structure: Structure, trace: Trace, arguments: Any) -> _Template:
 def _fill(template: _Template, arguments: Any, observed: bool) -> Structure | None:
     """The structure of a call like an earlier one, or None if the model must run again to know it."""
     structure = template.structure
+    observed = observed and structure.layout is not None
     if not template.indices and not observed:
         return structure
     indices, values = {}, {}

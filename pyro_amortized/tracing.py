@@ -184,7 +184,16 @@ def subsample_indices(trace: Trace, frames: Mapping[str, PlateFrame]) -> dict[st
     return {name: torch.as_tensor(trace.nodes[name]["value"]) for name, frame in frames.items() if frame.subsampled}
 
 
-_VALUE_READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim"}
+_VALUE_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+def _reads_values(func: Any, args: Any) -> bool:
+    """Whether the result of an operator, or its shape, is decided by values outside the graph of tensors."""
+    if func.overloadpacket is torch.ops.aten.index:  # only a mask gives a shape that depends on values
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return not _VALUE_TAGS.isdisjoint(func.tags)
+
+
 _PYTHON_READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
 
 
@@ -227,7 +236,7 @@ class _OperatorReads(TorchDispatchMode):
         self.watch = watch
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.watch.seen |= func.overloadpacket.__name__ in _VALUE_READS
+        self.watch.seen |= _reads_values(func, args)
         return func(*args, **(kwargs or {}))
 
 
@@ -271,17 +280,20 @@ def find_source(value: Tensor, arguments: Any) -> Source | None:
     Returns:
         What :func:`read_source` needs to find the same tensor in another call's arguments, or None.
     """
-    for path, leaf in _leaves(arguments):
-        same_memory = (
-            leaf.data_ptr() == value.data_ptr()
-            and leaf.numel() == value.numel() > 0
-            and leaf.dtype == value.dtype
-            and leaf.is_contiguous()
-            and value.is_contiguous()
-        )
-        if leaf is value or same_memory:
-            return path, value.shape
-    return None
+    found = [path for path, leaf in _leaves(arguments) if leaf is value or _same_memory(leaf, value)]
+    return (found[0], value.shape) if len(found) == 1 else None  # two equal arguments may differ in another call
+
+
+def _same_memory(first: Tensor, second: Tensor) -> bool:
+    if first.layout != torch.strided or second.layout != torch.strided:
+        return False
+    return (
+        first.data_ptr() == second.data_ptr()
+        and first.numel() == second.numel() > 0
+        and first.dtype == second.dtype
+        and first.is_contiguous()
+        and second.is_contiguous()
+    )
 
 
 def read_source(source: Source, arguments: Any) -> Tensor:

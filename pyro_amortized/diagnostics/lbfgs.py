@@ -47,7 +47,7 @@ class _History:
     def push(self, rows: Tensor, step: Tensor, change: Tensor) -> None:
         """Adds a pair for ``rows``; pairs without positive curvature are kept out of the product."""
         curvature = (step * change).sum(-1)
-        good = curvature > 1e-10 * change.square().sum(-1).clamp(min=1e-30)
+        good = curvature > 1e-10 * step.norm(dim=-1) * change.norm(dim=-1)
         inverse = torch.where(good, 1 / curvature.where(good, torch.ones_like(curvature)), 0.0)
         count = len(self.scale)
         for store, new in ((self.steps, step), (self.changes, change)):
@@ -104,7 +104,7 @@ def minimize_rows(
     rows = torch.arange(len(x), device=x.device)
     value, gradient = function(x, rows)
     memory, stalls = _History(history, x), torch.zeros(len(x), dtype=torch.long, device=x.device)
-    num_steps = torch.zeros_like(stalls)
+    num_steps, failures = torch.zeros_like(stalls), torch.zeros_like(stalls)
     for step in range(max_steps):
         direction = memory.direction(rows, gradient[rows])
         if step == 0:
@@ -114,10 +114,13 @@ def minimize_rows(
         new_x, new_value, new_gradient = _line_search(function, x, value, gradient, direction, rows)
         memory.push(rows, new_x - x[rows], new_gradient - gradient[rows])
         improvement = value[rows] - new_value
+        promised = -0.5 * (direction * gradient[rows]).sum(-1)
+        noise = tolerance + 1e-7 * value[rows].abs()
+        failures[rows] += (new_x == x[rows]).all(-1) & ~(promised <= noise)
         x[rows], value[rows], gradient[rows] = new_x, new_value, new_gradient
         num_steps[rows] += 1
-        stalls[rows] = torch.where(improvement < tolerance, stalls[rows] + 1, 0)
-        rows = rows[stalls[rows] < 2]
+        stalls[rows] = torch.where((improvement < tolerance) & (promised <= 10 * noise), stalls[rows] + 1, 0)
+        rows = rows[(stalls[rows] < 2) & (failures[rows] < 3)]
         on_step(len(x) - len(rows))
         if len(rows) == 0:
             break

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_amortized.diagnostics.noise import draw, generator
+from pyro_amortized.diagnostics.noise import draw, generator, seeded
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.objective import LocalLogJoint, LocalObjective
 
@@ -61,7 +61,7 @@ def bind(
             "Cannot call the model with model_args=<tensor> because arguments are passed as a tuple; try (x,)."
         )
     args, kwargs = tuple(model_args), dict(model_kwargs or {})
-    with torch.no_grad():
+    with torch.no_grad(), seeded(generator(seed, 10)):
         structure, phi = guide._infer(args, kwargs)
         global_values = guide.global_median(*args, **kwargs)
     log_joint = LocalLogJoint(model, args, kwargs, structure, global_values)

@@ -85,7 +85,8 @@ class VariationalFamily(nn.Module, ABC):
         Returns:
             Quantiles of shape ``(Q, *, D)``.
         """
-        return self(phi).sample((num_samples,)).quantile(probs, dim=0)
+        draws = self(phi).sample((num_samples,))
+        return draws.quantile(probs.to(draws), dim=0)
 
     def extra_repr(self) -> str:
         """The sizes, for ``repr``."""

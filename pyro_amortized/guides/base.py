@@ -22,7 +22,7 @@ from pyro_amortized.encoder_inputs import Call, EncoderInput, encoder_inputs
 from pyro_amortized.families import Normal, VariationalFamily, build_family
 from pyro_amortized.families.base import FamilySpec, check_family_spec
 from pyro_amortized.inference import InferenceStrategy
-from pyro_amortized.layout import SiteLayout
+from pyro_amortized.layout import SiteLayout, is_enumerated
 from pyro_amortized.sampling import KeepLogDensity, sample_local
 from pyro_amortized.structure import Structure, StructureCache, check_observed
 from pyro_amortized.tracing import isolated, run_model
@@ -123,9 +123,8 @@ class LocalGuide(AutoGuide):
                 "Cannot build a guide because the model has no latent sites; try an empty guide, "
                 "`lambda *args, **kwargs: None`."
             )
-        handlers = (InitMessenger(self.init_loc_fn),)
         with torch.no_grad():
-            init = run_model(self.model, call.args, call.kwargs, structure.indices, handlers)
+            init = run_model(self.model, call.args, call.kwargs, structure.indices, (InitMessenger(self._initial),))
         nodes: dict[str, Any] = init.nodes
         check_observed(init)
         if structure.layout is not None:
@@ -142,6 +141,10 @@ class LocalGuide(AutoGuide):
         if self._pending_state:
             state, self._pending_state = self._pending_state, {}
             self.load_state_dict(state)
+
+    def _initial(self, site: Any) -> Tensor | None:
+        """Where a latent starts; sites enumerated in the model are left to the model."""
+        return None if is_enumerated(site) else self.init_loc_fn(site)
 
     def _build_global_guide(self, call: Call) -> None:
         expose = list(call.structure.global_sites)
@@ -318,7 +321,8 @@ class LocalGuide(AutoGuide):
         Returns:
             A distribution of batch shape ``(N,)`` and event shape ``(D,)``.
         """
-        return self.family(self.variational_parameters(*args, **kwargs))
+        phi = self.variational_parameters(*args, **kwargs)  # builds the family in the first call
+        return self.family(phi)
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
