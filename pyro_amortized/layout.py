@@ -18,9 +18,9 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 
-from pyro_amortized.tracing import PlateFrame, Site, sample_sites
+from pyro_amortized.tracing import PlateFrame, Site, sample_sites, size_at
 
-__all__ = ["LocalSite", "SiteLayout", "datapoint_plate", "is_data", "is_enumerated", "latent_sites"]
+__all__ = ["LocalSite", "SiteLayout", "bounds", "datapoint_plate", "is_data", "is_enumerated", "latent_sites"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class LocalSite:
     @property
     def is_static(self) -> bool:
         """Whether the support has no bounds of its own, such as those of a uniform, that may change between calls."""
-        return not _holds_tensors(self.transform)
+        return not bounds(self.transform)
 
     def flatten(self, value: Tensor, dim: int) -> Tensor:
         """The inverse of :meth:`unflatten`: unconstrained values ``(*batch, *shape)`` to ``(N, stop - start)``.
@@ -108,6 +108,17 @@ class LocalSite:
         return value, sum_rightmost(log_det, log_det.dim() - batch_dim)
 
 
+def bounds(transform: Any) -> list[Tensor]:
+    """The tensors that a transform holds, such as the bounds of an interval."""
+    if isinstance(transform, Tensor):
+        return [transform]
+    if isinstance(transform, Transform):
+        if type(transform).__name__ == "_InverseTransform":
+            return bounds(transform.inv)
+        transform = [value for name, value in vars(transform).items() if not name.startswith("_")]
+    return [tensor for part in transform for tensor in bounds(part)] if isinstance(transform, list | tuple) else []
+
+
 def _is_identity(transform: Transform) -> bool:
     base = getattr(transform, "base_transform", transform)
     return getattr(base, "parts", None) == []
@@ -117,18 +128,6 @@ def _kind(transform: Any) -> Any:
     """The class of a transform with those of its parts, to tell supports apart."""
     parts = getattr(transform, "parts", None) or [getattr(transform, "base_transform", None)]
     return type(transform), *(_kind(part) for part in parts if part is not None)
-
-
-def _holds_tensors(transform: Any) -> bool:
-    if isinstance(transform, Tensor):
-        return True
-    if isinstance(transform, list | tuple):
-        return any(map(_holds_tensors, transform))
-    if not isinstance(transform, Transform):
-        return False
-    if type(transform).__name__ == "_InverseTransform":
-        return _holds_tensors(transform.inv)
-    return any(_holds_tensors(value) for name, value in vars(transform).items() if not name.startswith("_"))
 
 
 def is_enumerated(site: Site) -> bool:
@@ -236,6 +235,7 @@ class SiteLayout:
         for name, site in latent_sites(trace).items():
             names = [frame.name for frame in site["cond_indep_stack"]]
             if plate in names:
+                _check_local_site(name, site, frames[plate])
                 inner = sorted((frames[n] for n in names if n != plate), key=lambda frame: frame.dim)
                 sites.append(_local_site(name, site, inner, sites[-1].stop if sites else 0))
         return cls(plate, frames[plate].dim, tuple(sites), sites[-1].stop if sites else 0)
@@ -296,6 +296,21 @@ class SiteLayout:
                 f"Cannot run this guide because the datapoint plate is now {other.plate!r} at dim {other.dim}, and was "
                 f"{self.plate!r} at dim {self.dim} when the guide was set up; {remedy}"
             )
+
+
+def _check_local_site(name: str, site: Site, frame: PlateFrame) -> None:
+    mask = site["mask"]
+    if mask is not None and mask is not True:
+        raise ValueError(
+            f"Cannot guide local site {name!r} because it is masked, which would take its prior out of the ELBO and "
+            "leave its entropy in; try masking observations instead: `dist.Normal(...).mask(present)`, obs filled in."
+        )
+    if size_at(site, frame.dim) != frame.size:
+        raise ValueError(
+            f"Cannot guide local site {name!r} because its batch shape {tuple(site['fn'].batch_shape)} has no "
+            f"dimension of size {frame.size} at dim {frame.dim}, and plate {frame.name!r} has no size to expand it to; "
+            f"try `pyro.plate({frame.name!r}, {frame.size})`."
+        )
 
 
 def _local_site(name: str, site: dict[str, Any], inner: list[PlateFrame], start: int) -> LocalSite:

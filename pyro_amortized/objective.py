@@ -38,8 +38,9 @@ class LocalLogJoint:
     scale is removed, masks and the model's own ``poutine.scale`` are kept. The model runs apart from the caller's
     handlers.
 
-    Many draws are evaluated in one run, in an outermost plate, if the model gives the same numbers that way as one draw
-    at a time (:meth:`check`); else one by one.
+    Many draws are evaluated in one run: in an outermost plate, if the model gives the same numbers that way as one draw
+    at a time (:meth:`check`); else as copies of the datapoints, if its arguments can be indexed (:meth:`select`); else
+    one by one.
 
     Args:
         model: The Pyro model.
@@ -71,8 +72,9 @@ class LocalLogJoint:
         self.depth = max(-frame.dim for frame in structure.frames.values())
         self.vectorized = True
         self._validate = True
-        self.dtype = torch.get_default_dtype()
+        self.like = torch.empty(0)
         self._selectable: bool | None = None
+        self._copies: LocalLogJoint | None = None
 
     @property
     def num_datapoints(self) -> int:
@@ -83,7 +85,14 @@ class LocalLogJoint:
         """Log-joints of shape ``(K, N)``, in nats, at latents ``z`` of shape ``(K, N, D)``."""
         if self.vectorized:
             return self._evaluate(z)
+        if len(z) > 1 and self._is_selectable():
+            return self._evaluate_copies(z)
         return torch.stack([self._evaluate(draw.unsqueeze(0)).squeeze(0) for draw in z])
+
+    def _evaluate_copies(self, z: Tensor) -> Tensor:
+        if self._copies is None or self._copies.num_datapoints != z.shape[0] * z.shape[1]:
+            self._copies = self._selected(torch.arange(z.shape[1]).repeat(len(z)))
+        return self._copies._evaluate(z.reshape(1, -1, z.shape[-1])).reshape(z.shape[:2])
 
     def _evaluate(self, z: Tensor) -> Tensor:
         one_by_one = not self.vectorized
@@ -97,11 +106,16 @@ class LocalLogJoint:
         handlers = () if one_by_one else (pyro.plate("_local_draws", z.shape[0], dim=-self.depth - 1),)
         with nullcontext() if self._validate else pyro.validation_enabled(False):
             trace = run_model(self.model, self.args, self.kwargs, values, handlers)
-            return log_joint + self._sum_sites(trace, z.shape[0])
+            return log_joint + self._sum_sites(trace, z.shape[0], values)
 
-    def _sum_sites(self, trace: Trace, num_draws: int) -> Tensor | float:
+    def _sum_sites(self, trace: Trace, num_draws: int, values: Mapping[str, Tensor]) -> Tensor | float:
         total: Tensor | float = 0.0
-        for site in sample_sites(trace).values():
+        for name, site in sample_sites(trace).items():
+            if not site["is_observed"] and name not in values:
+                raise ValueError(
+                    f"Cannot evaluate the model's log-joint because site {name!r} is latent and the guide has no value "
+                    "for it, as for sites that are enumerated in the model; try summing it out in the model."
+                )
             frame = next((f for f in site["cond_indep_stack"] if f.name == self.layout.plate), None)
             if frame is not None:
                 total = total + self._per_datapoint(_log_prob(site, frame), num_draws)
@@ -127,8 +141,8 @@ class LocalLogJoint:
                 not finite.
         """
         self.vectorized = False
-        self.dtype = z.dtype
-        reference = self(z)
+        self.like = z.new_empty(0)
+        reference = torch.cat([self(draw.unsqueeze(0)) for draw in z])
         if not _close(self(z[:1]), reference[:1]):
             raise ValueError(
                 "Cannot evaluate the model's log-joint because two runs at the same latent values give different "
@@ -136,12 +150,24 @@ class LocalLogJoint:
                 "pyro.sample sites."
             )
         self._check_finite(reference)
+        self._check_independence(z, reference)
         try:
             self.vectorized = True
             self.vectorized = _close(self(z), reference)
-        except (RuntimeError, ValueError, IndexError, AssertionError):
+        except Exception:  # a model may fail in any way on a batch of draws; then it is run otherwise
             self.vectorized = False
         self._validate = False
+
+    def _check_independence(self, z: Tensor, log_joint: Tensor) -> None:
+        """Changes the latents of one datapoint; the log-joints of the others must stay."""
+        mixed = z[:1].clone()
+        mixed[:, 0] = z[1, 0]
+        if not _close(self(mixed)[:, 1:], log_joint[:1, 1:]):
+            raise ValueError(
+                f"Cannot evaluate datapoints on their own because the log-joint of one datapoint in plate "
+                f"{self.layout.plate!r} depends on the latents of others; try model.eval() if the model holds batch "
+                "normalisation, or move what datapoints share out of the plate."
+            )
 
     def _check_finite(self, log_joint: Tensor) -> None:
         bad = (~log_joint.isfinite()).any(0).nonzero().squeeze(-1).tolist()
@@ -163,9 +189,33 @@ class LocalLogJoint:
         Returns:
             The evaluator for these datapoints, or None if the model cannot be run on a part of the arguments.
         """
+        return self._selected(rows) if self._is_selectable() else None
+
+    def _is_selectable(self) -> bool:
         if self._selectable is None:
             self._selectable = self._try_selection()
-        return self._selected(rows) if self._selectable else None
+        return self._selectable
+
+    def on_rows(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
+        """The log-joint of some datapoints as a function of their latents, ``(K, n, D)`` to ``(K, n)``.
+
+        As :meth:`select`, but where the model can only run on all datapoints it does, with zeros for the others.
+        """
+        size = self.num_datapoints
+        if len(rows) == size and torch.equal(rows, torch.arange(size)):
+            return self
+        part = self.select(rows)
+        if part is not None:
+            return part
+        return lambda z: self(z.new_zeros(len(z), size, z.shape[-1]).index_copy(1, rows.to(z.device), z))[:, rows]
+
+    @torch.no_grad()
+    def prior_draw(self) -> Tensor:
+        """One draw of the local latents from the prior, flat and unconstrained, of shape ``(N, D)``."""
+        values = {**self.global_values, **self.structure.indices}
+        with pyro.validation_enabled(False):
+            nodes: dict[str, Any] = run_model(self.model, self.args, self.kwargs, values).nodes
+        return self.layout.flatten({site.name: nodes[site.name]["value"] for site in self.layout.sites})
 
     def _selected(self, rows: Tensor) -> LocalLogJoint:
         size = self.num_datapoints
@@ -177,10 +227,10 @@ class LocalLogJoint:
         indices = {k: v[rows.to(v.device)] if k == name else v for k, v in self.structure.indices.items()}
         structure = replace(self.structure, frames=frames, indices=indices, observed=None)
         part = LocalLogJoint(self.model, args, kwargs, structure, self.global_values)
-        part._validate, part.vectorized, part.dtype, part._selectable = (
+        part._validate, part.vectorized, part.like, part._selectable = (
             self._validate,
             self.vectorized,
-            self.dtype,
+            self.like,
             True,
         )
         return part
@@ -191,7 +241,9 @@ class LocalLogJoint:
         if size < 2 or not self.structure.is_static or self.structure.datapoints.kind == "random":
             return False
         rows = torch.arange(size - 1, -1, -max(1, size // 3))
-        z = torch.linspace(-0.5, 0.5, size * self.layout.latent_dim, dtype=self.dtype).reshape(1, size, -1)
+        z = torch.linspace(-0.5, 0.5, size * self.layout.latent_dim, dtype=self.like.dtype)
+        z = z.to(self.like).reshape(1, size, -1)
+        self._selectable = False
         try:
             return _close(self._selected(rows)(z[:, rows]), self(z)[:, rows])
         except Exception:  # a model may fail in any way on a part of its data; then it is run on all of it
@@ -250,6 +302,11 @@ class LocalObjective:
     def __init__(self, log_joint: LocalLogJoint, family: VariationalFamily) -> None:
         self.log_joint = log_joint
         self.family = family
+
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor of the dtype and device that the model runs with."""
+        return self.log_joint.like
 
     def __call__(self, phi: Tensor, num_particles: int = 1) -> Tensor:
         """An unbiased estimate of the ELBO from fresh draws.

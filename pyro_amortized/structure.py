@@ -18,19 +18,20 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_amortized.layout import SiteLayout, datapoint_plate, is_data, latent_sites
+from pyro_amortized.layout import SiteLayout, bounds, datapoint_plate, is_data, latent_sites
 from pyro_amortized.tracing import (
     PlateFrame,
     Source,
     call_key,
     find_source,
     probe,
+    python_state,
     read_source,
     sample_sites,
     subsample_indices,
 )
 
-__all__ = ["Structure", "StructureCache", "check_observed", "observed_values"]
+__all__ = ["Structure", "StructureCache", "check_bounds", "check_observed", "observed_values"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,17 @@ class Structure:
         return [name for name, frame in self.frames.items() if frame.kind == "random"]
 
 
+def check_bounds(first: Structure, second: Structure) -> None:
+    """Raises a ValueError if the support of a local latent differs between two runs with the same arguments."""
+    for site, again in zip(first.layout.sites, second.layout.sites, strict=True) if first.layout else ():  # type: ignore[union-attr]
+        pairs = zip(bounds(site.transform), bounds(again.transform), strict=True)
+        if not all(torch.equal(before, after) for before, after in pairs):
+            raise ValueError(
+                f"Cannot guide local site {site.name!r} because its support depends on other latents; try a latent of "
+                "fixed support and a deterministic function of it, such as a fraction of the interval."
+            )
+
+
 def observed_values(trace: Trace, frame: PlateFrame) -> dict[str, Tensor]:
     """The observed values in a plate by site, datapoints first: each of shape ``(N, ...)``."""
     values = {}
@@ -132,8 +144,8 @@ def check_observed(trace: Trace) -> None:
             rows = missing.reshape(len(value), -1).any(-1).nonzero().squeeze(-1).tolist() if value.dim() else []
             raise ValueError(
                 f"Cannot infer latents because observed site {name!r} holds {int(missing.sum())} NaN values "
-                f"(first rows: {rows[:5]}); try dropping or imputing them, or mask them in the model with "
-                "`obs_mask` or `poutine.mask`."
+                f"(first rows: {rows[:5]}); try dropping or imputing them, or mask them in the model: "
+                "`dist.Normal(...).mask(present)` with obs=... filled in."
             )
 
 
@@ -179,9 +191,9 @@ class StructureCache:
         Raises:
             ValueError: If the structure cannot be known, or is one that no guide can serve.
         """
-        owner = getattr(model, "__self__", model)
-        key = call_key((args, dict(kwargs)))
-        key = None if key is None else (key, getattr(owner, "training", None))
+        key = call_key((args, dict(kwargs))) if args or kwargs else None  # without arguments all data are elsewhere
+        if key is not None and model is not None:
+            key = (key, python_state(model))
         template = self._templates.get(key)
         if template is not None:
             structure = _fill(template, (args, kwargs), observed)

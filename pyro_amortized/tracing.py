@@ -28,9 +28,11 @@ __all__ = [
     "find_source",
     "isolated",
     "probe",
+    "python_state",
     "read_source",
     "run_model",
     "sample_sites",
+    "size_at",
     "subsample_indices",
 ]
 
@@ -71,10 +73,11 @@ class _PlateKinds(Messenger):
     def _pyro_sample(self, msg: Site) -> None:
         if site_is_subsample(msg):  # type: ignore[arg-type]
             size = msg["fn"].subsample_size
-            if size is None and msg["value"] is None or size is not None and size >= msg["fn"].size:
-                self.kinds[msg["name"]] = "full"
+            if msg["value"] is not None:
+                kind = "explicit"
             else:
-                self.kinds[msg["name"]] = "random" if msg["value"] is None else "explicit"
+                kind = "full" if size is None or size >= msg["fn"].size else "random"
+            self.kinds[msg["name"]] = kind
 
 
 def run_model(
@@ -169,12 +172,13 @@ def plate_frames(trace: Trace, kinds: Mapping[str, str]) -> dict[str, PlateFrame
                 )
             size, full_size, kind = frame.size, frame.full_size, kinds.get(frame.name, "unsized")
             if kind == "unsized":
-                size = full_size = max(_sizes_at(site, frame.dim), getattr(frames.get(frame.name), "size", 1))
+                size = full_size = max(size_at(site, frame.dim), getattr(frames.get(frame.name), "size", 1))
             frames[frame.name] = PlateFrame(frame.name, frame.dim, int(size), int(full_size), kind)
     return frames
 
 
-def _sizes_at(site: Site, dim: int) -> int:
+def size_at(site: Site, dim: int) -> int:
+    """Size of a site's batch shape at a dimension, 1 where it has none."""
     shape = site["fn"].batch_shape
     return shape[dim] if len(shape) >= -dim else 1
 
@@ -238,6 +242,26 @@ class _OperatorReads(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.watch.seen |= _reads_values(func, args)
         return func(*args, **(kwargs or {}))
+
+
+def python_state(model: Any) -> Any:
+    """What of a model's own Python state may decide its structure: flags, counts and names that it holds.
+
+    Those are the attributes of a module (or of the object of a bound method) and the variables that a function closes
+    over, where they are bool, int, str or None.
+    """
+    owner = getattr(model, "__self__", model)
+    cells = [cell.cell_contents for cell in getattr(owner, "__closure__", None) or () if _is_filled(cell)]
+    held = (*getattr(owner, "__dict__", {}).values(), *cells)
+    return tuple(value for value in held if value is None or isinstance(value, bool | int | str))
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
 
 
 def call_key(value: Any) -> Any:

@@ -158,7 +158,7 @@ def test_a_skewed_posterior_against_a_grid(family: str, guide_class: type) -> No
     z_scores = (gaps["log_evidence"] - factors.log_evidence()) / gaps["log_evidence_se"]
     assert np.abs(z_scores).max() < 4.5  # 12 points
     assert np.abs(z_scores).max() > 0  # an estimate, not the truth itself
-    assert (gaps["approximation_gap"] > 0).all()
+    assert (gaps["approximation_gap"] > -4 * gaps["approximation_gap_se"]).all()
     assert (gaps["amortization_gap"] > 0).all()
     assert gaps["reliable"].all()
 

@@ -1,8 +1,9 @@
 r"""The log evidence of every datapoint, :math:`\log p(x_n)`, by importance sampling that watches its own reliability.
 
-A proposal is a multivariate t. The first has the mean of the optimal member of the guide's family and the Hessian of
-the log-joint there; where its weights have a heavy tail, proposals are fitted to the weighted draws instead. Draws are
-taken in rounds, per datapoint, until the standard error is small and the tail of the weights is light.
+A proposal is a mixture of multivariate t's: one with the mean of the optimal member of the guide's family and the
+Hessian of the log-joint there, and one at every further mode that climbing from draws of the prior has found. Where the
+weights have a heavy tail or vary too much, a proposal is fitted to the weighted draws. Draws are taken in rounds, per
+datapoint, until the standard error is small and the tail of the weights is light.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor
 
 from pyro_amortized.diagnostics.importance import psis
+from pyro_amortized.diagnostics.laplace import covariance_root, find_modes, hessian, moments
 from pyro_amortized.diagnostics.local_optimum import LocalOptimum, solve
-from pyro_amortized.diagnostics.noise import draw, generator
+from pyro_amortized.diagnostics.noise import generator, seeded
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar, to_dataset
 from pyro_amortized.guides import LocalGuide
-from pyro_amortized.objective import LocalLogJoint, chunks
+from pyro_amortized.objective import chunks
 
 if TYPE_CHECKING:
     import xarray
@@ -29,6 +31,12 @@ __all__ = ["log_evidence"]
 
 _LIGHT_TAIL = 0.5
 _ROUND = 1000
+_BLOCK = 256
+"""Datapoints worked on at a time; bounds memory."""
+_NUM_STARTS = 4
+"""Draws from the prior, per datapoint, from which modes are looked for."""
+_SMALLEST_SHARE = 0.02
+"""Least share of a mode found in the mixture, so that a wrong guess of its weight does little harm."""
 _PATIENCE = 4
 """Rounds that a proposal gets before it is adapted."""
 
@@ -84,104 +92,127 @@ def log_evidence(
 
 @dataclass
 class Proposal:
-    """A multivariate t per datapoint.
+    """A mixture of C multivariate t's per datapoint.
 
     Attributes:
-        loc: ``(N, D)``, float64.
-        scale_tril: ``(N, D, D)``, float64.
+        loc: ``(C, N, D)``, float64.
+        scale_tril: ``(C, N, D, D)``, float64.
+        log_share: Logarithms of the mixture's weights ``(C, N)``; minus infinity for a component not in use.
         df: Degrees of freedom.
     """
 
     loc: Tensor
     scale_tril: Tensor
+    log_share: Tensor
     df: float = 10.0
 
+    @classmethod
+    def single(cls, loc: Tensor, scale_tril: Tensor) -> Proposal:
+        """One component per datapoint, of ``(N, D)`` and ``(N, D, D)``."""
+        return cls(loc.unsqueeze(0), scale_tril.unsqueeze(0), loc.new_zeros(1, len(loc)))
+
     def __getitem__(self, rows: Tensor) -> Proposal:
-        return Proposal(self.loc[rows], self.scale_tril[rows], self.df)
+        return Proposal(self.loc[:, rows], self.scale_tril[:, rows], self.log_share[:, rows], self.df)
 
     def sample(self, num_draws: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draws ``(K, N, D)`` and their log-densities ``(K, N)``."""
-        df, (size, dim) = self.df, self.loc.shape
+        _, size, dim = self.loc.shape
         normal = torch.randn(num_draws, size, dim, generator=rng, dtype=torch.float64)
-        half_df = torch.full((num_draws, size), df / 2, dtype=torch.float64)
-        mixing = torch._standard_gamma(half_df, generator=rng) / half_df
-        white = normal * mixing.rsqrt().unsqueeze(-1)
-        z = self.loc + torch.einsum("nij,knj->kni", self.scale_tril, white)
+        half_df = torch.full((num_draws, size), self.df / 2, dtype=torch.float64)
+        white = normal * (torch._standard_gamma(half_df, generator=rng) / half_df).rsqrt().unsqueeze(-1)
+        chosen = torch.multinomial(self.log_share.exp().T, num_draws, replacement=True, generator=rng).T
+        z = self.loc[0] + torch.einsum("nij,knj->kni", self.scale_tril[0], white)
+        for c, rows in self._further():
+            other = self.loc[c, rows] + torch.einsum("nij,knj->kni", self.scale_tril[c, rows], white[:, rows])
+            z[:, rows] = torch.where((chosen[:, rows] == c).unsqueeze(-1), other, z[:, rows])
+        log_density = self.log_share[0] + self._log_density(0, torch.arange(size), z)
+        for c, rows in self._further():
+            further = self.log_share[c, rows] + self._log_density(c, rows, z[:, rows])
+            log_density[:, rows] = torch.logaddexp(log_density[:, rows], further)
+        return z, log_density
+
+    def _further(self) -> list[tuple[int, Tensor]]:
+        """The components beyond the first, each with the datapoints that use it."""
+        used = [(c, self.log_share[c].isfinite().nonzero().squeeze(-1)) for c in range(1, len(self.loc))]
+        return [(c, rows) for c, rows in used if len(rows)]
+
+    def _log_density(self, c: int, rows: Tensor, z: Tensor) -> Tensor:
+        df, dim = self.df, self.loc.shape[-1]
+        centred = (z - self.loc[c, rows]).permute(1, 2, 0)
+        white = torch.linalg.solve_triangular(self.scale_tril[c, rows], centred, upper=False)
         constant = math.lgamma((df + dim) / 2) - math.lgamma(df / 2) - 0.5 * dim * math.log(df * math.pi)
-        log_det = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return z, constant - log_det - 0.5 * (df + dim) * torch.log1p(white.square().sum(-1) / df)
+        log_det = self.scale_tril[c, rows].diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return constant - log_det - 0.5 * (df + dim) * torch.log1p(white.square().sum(1).T / df)
 
 
 def estimate_evidence(
     problem: LocalProblem, phi: Tensor, tolerance: float, max_samples: int, seed: int, progress: bool
 ) -> dict[str, Tensor]:
     """:func:`log_evidence` of a call that is bound already, from the optimal phi ``(N, P)``."""
-    log_joint, family = problem.objective.log_joint, problem.objective.family
-    proposal = hessian_proposal(log_joint, *_moments(family, phi, generator(seed, 5)))
+    proposal = _first_proposal(problem, phi, seed)
     size = len(phi)
+    blocks = torch.arange(size).split(_BLOCK if problem.objective.select(torch.arange(1)) else size)
     with progress_bar(size, "log evidence", progress) as bar:
-        rounds = _Rounds(problem, tolerance, max_samples, bar)
-        result = rounds.run(proposal, torch.arange(size), generator(seed, 6), patience=_PATIENCE)
-        poor = (~rounds.done(result)).nonzero().squeeze(-1)
-        if len(poor):
-            adapted = _adapt(problem, proposal, poor, generator(seed, 7))
-            _keep_better(result, rounds.run(adapted, poor, generator(seed, 8)), poor)
-        stuck = (~rounds.done(result) & (result["khat"] <= _LIGHT_TAIL)).nonzero().squeeze(-1)
-        if len(stuck):  # the first proposal was the better one, and only lacks draws
-            _keep_better(result, rounds.run(proposal, stuck, generator(seed, 9)), stuck)
-        bar.update(bar.total - bar.n)
+        results = [
+            _estimate_rows(_Rounds(problem, tolerance, max_samples), proposal[rows], rows, (seed, number), bar)
+            for number, rows in enumerate(blocks)
+        ]
+    return {name: torch.cat([result[name] for result in results]) for name in results[0]}
+
+
+def _estimate_rows(
+    rounds: _Rounds, proposal: Proposal, rows: Tensor, seed: tuple[int, int], bar: Any
+) -> dict[str, Tensor]:
+    """Estimates for some datapoints: by the first proposal, a fitted one where that is poor, and more draws."""
+    result = rounds.run(proposal, rows, generator(*seed, 6), patience=_PATIENCE)
+    single = ~proposal.log_share[1:].isfinite().any(0)
+    poor = (~rounds.done(result) & single).nonzero().squeeze(-1)
+    if len(poor):
+        fitted = _adapt(rounds.problem, proposal[poor], rows[poor], generator(*seed, 7))
+        _keep_better(result, rounds.run(fitted, rows[poor], generator(*seed, 8)), poor)
+    stuck = (
+        (~rounds.done(result) & (result["khat"] <= _LIGHT_TAIL) | ~rounds.done(result) & ~single).nonzero().squeeze(-1)
+    )
+    if len(stuck):  # the first proposal was the better one, and only lacks draws
+        _keep_better(result, rounds.run(proposal[stuck], rows[stuck], generator(*seed, 9)), stuck)
+    bar.update(len(rows))
     return result
 
 
-@torch.no_grad()
-def _moments(family: Any, phi: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Mean ``(N, D)`` and Cholesky factor of the covariance ``(N, D, D)`` of q, in float64."""
-    q = family(phi.double()) if family.noise_dim is not None else None
-    try:
-        mean, covariance = q.mean, getattr(q, "covariance_matrix", None)  # type: ignore[union-attr]
-        covariance = torch.diag_embed(q.variance) if covariance is None else covariance  # type: ignore[union-attr]
-    except (AttributeError, NotImplementedError):
-        z = draw(family, phi, max(1000, 10 * family.latent_dim), rng).double()
-        mean, centred = z.mean(0), z - z.mean(0)
-        covariance = torch.einsum("kni,knj->nij", centred, centred) / (len(z) - 1)
-    return mean.cpu(), torch.linalg.cholesky(covariance).cpu()
+def _first_proposal(problem: LocalProblem, phi: Tensor, seed: int) -> Proposal:
+    """A t at the mean of the optimal member, and at each mode found from draws of the prior that is another one."""
+    log_joint, family = problem.objective.log_joint, problem.objective.family
+    mean, scale_tril = moments(family, phi, generator(seed, 5))
+    root = covariance_root(hessian(log_joint, mean, phi), scale_tril)
+    with seeded(generator(seed, 12)):
+        draws = torch.stack([log_joint.prior_draw() for _ in range(_NUM_STARTS)]).double().cpu()
+    modes, heights = find_modes(log_joint, torch.cat([mean.unsqueeze(0), draws]), root, phi)
+    locs, roots, masses = [mean], [root], [heights[0] + _log_volume(root)]
+    for mode, height in zip(modes[1:], heights[1:], strict=True):
+        known = torch.stack([modes[0], *locs[1:]])
+        distance = torch.linalg.solve_triangular(torch.stack(roots), (mode - known).unsqueeze(-1), upper=False)
+        new = height.isfinite() & (distance.square().sum((-2, -1)) > 1.0).all(0)
+        rows = new.nonzero().squeeze(-1)
+        other, mass = root.clone(), torch.full_like(height, -math.inf)
+        if len(rows):
+            curvature = hessian(log_joint.on_rows(rows), mode[rows], phi)
+            other[rows] = covariance_root(curvature, root[rows])
+            mass[rows] = (height + _log_volume(other))[rows]
+        locs.append(torch.where(new[:, None], mode, math.inf))
+        roots.append(other)
+        masses.append(mass)
+    log_share = torch.stack(masses).log_softmax(0)
+    floor = torch.where(log_share.isfinite(), math.log(_SMALLEST_SHARE), -math.inf)
+    negligible = log_share < math.log(1e-6)
+    log_share = torch.where(negligible, -math.inf, torch.maximum(log_share, floor))
+    log_share[0] = torch.maximum(log_share[0], torch.tensor(math.log(_SMALLEST_SHARE)))
+    return Proposal(torch.stack(locs).nan_to_num(posinf=0.0), torch.stack(roots), log_share.log_softmax(0))
 
 
-def hessian_proposal(log_joint: LocalLogJoint, mean: Tensor, scale_tril: Tensor) -> Proposal:
-    """A proposal at given means whose covariance is the inverse of the negative Hessian of the log-joint there.
-
-    The Hessian is looked at in units of the given covariance. Directions in which the log-joint is not concave get the
-    size of its curvature, and none is more than ten times as wide as the given covariance.
-
-    Args:
-        log_joint: The log-joint per datapoint.
-        mean: Where to expand, ``(N, D)``, float64.
-        scale_tril: Cholesky factor of a covariance of about the right size, ``(N, D, D)``, float64.
-    """
-    hessian = _hessian(log_joint, mean)
-    relative = -scale_tril.transpose(-1, -2) @ hessian @ scale_tril
-    usable = relative.isfinite().flatten(1).all(-1)
-    identity = torch.eye(mean.shape[-1], dtype=mean.dtype).expand_as(relative)
-    relative = torch.where(usable[:, None, None], 0.5 * (relative + relative.transpose(-1, -2)), identity)
-    curvature, directions = torch.linalg.eigh(relative)
-    root = scale_tril @ directions * curvature.abs().clamp(min=0.01).rsqrt().unsqueeze(-2)
-    triangular = torch.linalg.qr(root.transpose(-1, -2)).R.transpose(-1, -2)
-    return Proposal(mean, triangular * triangular.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2))
-
-
-def _hessian(log_joint: LocalLogJoint, mean: Tensor) -> Tensor:
-    """Second derivatives of the log-joint with respect to the flat latent, ``(N, D, D)``, float64."""
-    size, dim = mean.shape
-    identity = torch.eye(dim, dtype=mean.dtype)
-    rows = []
-    with torch.enable_grad():
-        for piece in chunks(dim, size):
-            directions = identity[piece].unsqueeze(1)
-            z = mean.to(log_joint.dtype).expand(len(directions), size, dim).clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(log_joint(z).sum(), z, create_graph=True)
-            along = (gradient * directions.to(gradient)).sum()
-            rows.append(torch.autograd.grad(along, z)[0].double().cpu())
-    return torch.cat(rows).transpose(0, 1)
+def _log_volume(scale_tril: Tensor) -> Tensor:
+    """Log of the integral of a normal's unnormalised density, ``(N,)``."""
+    dim = scale_tril.shape[-1]
+    return scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * dim * math.log(2 * math.pi)
 
 
 @torch.no_grad()
@@ -189,18 +220,9 @@ def _log_weights(
     problem: LocalProblem, proposal: Proposal, rows: Tensor, num_draws: int, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Draws ``(K, n, D)`` and log-weights ``(K, n)`` for ``rows``, where ``proposal`` has one row for each of them."""
-    log_joint = problem.objective.log_joint
-    size = log_joint.num_datapoints
-    part = log_joint if len(rows) == size else log_joint.select(rows)
+    log_joint = problem.objective.log_joint.on_rows(rows)
     z, log_q = proposal.sample(num_draws, rng)
-    values = []
-    for piece in chunks(num_draws, size if part is None else len(rows)):
-        inputs = z[piece].to(problem.phi)
-        if part is None:
-            full = inputs.new_zeros(len(inputs), size, z.shape[-1]).index_copy(1, rows, inputs)
-            values.append(log_joint(full)[:, rows])
-        else:
-            values.append(part(inputs))
+    values = [log_joint(z[piece].to(problem.phi)) for piece in chunks(num_draws, len(rows))]
     log_p = torch.cat(values).double().cpu().nan_to_num(nan=-math.inf)
     return z, log_p - log_q
 
@@ -226,7 +248,6 @@ class _Rounds:
     problem: LocalProblem
     tolerance: float
     max_samples: int
-    bar: Any
 
     def run(
         self, proposal: Proposal, rows: Tensor, rng: torch.Generator, patience: int | None = None
@@ -234,7 +255,7 @@ class _Rounds:
         """Results of ``rows``; after ``patience`` rounds those that will not be done are left.
 
         Args:
-            proposal: Proposals of all datapoints.
+            proposal: Their proposals.
             rows: Which datapoints to work on.
             rng: Source of the draws.
             patience: Number of rounds; None for as many as it takes.
@@ -244,13 +265,12 @@ class _Rounds:
         collected = torch.empty(0, len(rows), dtype=torch.float64)
         while len(active) and len(collected) < self.max_samples:
             num_draws = min(_ROUND, self.max_samples - len(collected))
-            fresh = _log_weights(self.problem, proposal[rows[active]], rows[active], num_draws, rng)[1]
+            fresh = _log_weights(self.problem, proposal[active], rows[active], num_draws, rng)[1]
             collected = torch.cat([collected, fresh])
             summary = _summary(collected)
             for name, values in summary.items():
                 result.setdefault(name, values.new_zeros(len(rows)))[active] = values
             done = self.done(summary)
-            self.bar.update(min(int(done.sum()), self.bar.total - self.bar.n))
             if patience is not None and len(collected) >= patience * _ROUND:
                 done = done | self._hopeless(summary)
             active, collected = active[~done], collected[:, ~done]
@@ -279,19 +299,19 @@ def _badness(summary: Mapping[str, Tensor]) -> Tensor:
 
 
 def _adapt(problem: LocalProblem, proposal: Proposal, rows: Tensor, rng: torch.Generator) -> Proposal:
-    """Moves the proposals of ``rows`` to the weighted mean and covariance of draws from them, three times."""
-    loc, scale_tril = proposal.loc.clone(), proposal.scale_tril.clone()
+    """Moves single-component proposals of ``rows`` to the weighted moments of draws from them, three times."""
+    loc, scale_tril = proposal.loc[0], proposal.scale_tril[0]
     for _ in range(3):
-        current = Proposal(loc, scale_tril)[rows]
-        z, log_weights = _log_weights(problem, current, rows, 2 * _ROUND, rng)
+        z, log_weights = _log_weights(problem, Proposal.single(loc, scale_tril), rows, 2 * _ROUND, rng)
         weights = psis(log_weights)[0].softmax(0)
         mean = torch.einsum("kn,knd->nd", weights, z)
         centred = z - mean
         covariance = torch.einsum("kn,kni,knj->nij", weights, centred, centred)
-        prior = current.scale_tril @ current.scale_tril.transpose(-1, -2)
         effective = 1 / weights.square().sum(0)
         trust = (effective / (effective + 2 * z.shape[-1]))[:, None, None]
-        factor, failed = torch.linalg.cholesky_ex(trust * covariance + (1 - trust) * prior)
+        shrunk = trust * covariance + (1 - trust) * scale_tril @ scale_tril.transpose(-1, -2)
+        factor, failed = torch.linalg.cholesky_ex(shrunk)
         good = failed == 0
-        loc[rows[good]], scale_tril[rows[good]] = mean[good], factor[good]
-    return Proposal(loc, scale_tril)
+        loc = torch.where(good[:, None], mean, loc)
+        scale_tril = torch.where(good[:, None, None], factor, scale_tril)
+    return Proposal.single(loc, scale_tril)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pyro_amortized.diagnostics.laplace import covariance_root, find_modes, hessian, moments
 from pyro_amortized.diagnostics.lbfgs import minimize_rows
 from pyro_amortized.diagnostics.noise import draw, generator, quasi_normal, seeded
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar, to_dataset
@@ -24,6 +25,7 @@ __all__ = ["LocalOptimum", "optimize_local"]
 
 _LBFGS_MAX_DIM = 128
 _SEED_TOLERANCE = 0.005
+_MAX_ATTEMPTS = 4
 
 
 @dataclass
@@ -73,10 +75,11 @@ def optimize_local(
     seed: int = 0,
     progress: bool = False,
 ) -> LocalOptimum:
-    r"""Maximises every datapoint's ELBO over the guide's family, from the guide's own phi.
+    r"""Maximises every datapoint's ELBO over the guide's family.
 
-    For families that turn noise into draws, the ELBO on fixed whitened quasi-random noise is maximised by L-BFGS, twice
-    with different noise; where the two optima differ by more than 0.005 nats, again with twice the draws. Other
+    For families that turn noise into draws, the ELBO on fixed whitened quasi-random noise is maximised by L-BFGS,
+    twice: from the guide's phi, and with other noise from the optimum for a Laplace approximation at the mode that the
+    guide's mean leads to. Where the two optima differ by more than 0.005 nats, again with twice the draws. Other
     families, and more than 128 latent dimensions, are optimised by Adam. The reported ELBOs come from fresh draws.
 
     Args:
@@ -126,38 +129,51 @@ def solve(problem: LocalProblem, tolerance: float, seed: int, progress: bool) ->
 
 
 def _smooth_optimum(problem: LocalProblem, seed: int, progress: bool) -> tuple[Tensor, Tensor, Tensor]:
-    objective, family = problem.objective, problem.objective.family
+    """L-BFGS on fixed noise from two starts: the guide's phi, and the optimum for a Laplace approximation."""
+    family, size = problem.objective.family, len(problem.phi)
     noise_dim = family.noise_dim or 0
-    phi, size = problem.phi.double(), len(problem.phi)
-    converged = torch.zeros(size, dtype=torch.bool)
-    num_steps = torch.zeros(size, dtype=torch.long)
+    units, laplace = _laplace_start(problem, seed)
+    starts = [problem.phi.double().cpu()] * 2 if laplace is None else [problem.phi.double().cpu(), laplace]
+    best = starts[0].clone()
+    converged, num_steps = torch.zeros(size, dtype=torch.bool), torch.zeros(size, dtype=torch.long)
     rows, num_draws = torch.arange(size), max(64, 4 * noise_dim, min(family.num_params, 512) // 2 * 2)
-    for attempt in range(4):
-        results = []
-        for half in range(2):
-            rng = generator(seed, 1, attempt, half)
-            noise = quasi_normal(num_draws, size, noise_dim, rng).to(problem.phi)
+    for attempt in range(_MAX_ATTEMPTS):
+        results, ended = [], torch.ones(len(rows), dtype=torch.bool)
+        for half, start in enumerate(starts):
+            noise = quasi_normal(num_draws, size, noise_dim, generator(seed, 1, attempt, half))
+            loss = _FixedNoiseLoss(problem, noise.to(problem.phi), rows, start[rows], units[rows])
             with progress_bar(len(rows), f"q* ({num_draws} draws, pass {half + 1})", progress) as bar:
-                found = minimize_rows(
-                    _FixedNoiseLoss(objective, noise, rows, problem.phi),
-                    phi[rows],
-                    on_step=partial(_show, bar),
-                )
-            phi = phi.index_copy(0, rows, found.x)
+                found = minimize_rows(loss, loss.origin, on_step=partial(_show, bar))
+            results.append(start.index_copy(0, rows, loss.phi_at(found.x, torch.arange(len(rows)))))
             num_steps[rows] += found.num_steps
-            converged[rows] = found.converged
-            results.append(phi)
-        check = quasi_normal(max(256, 4 * noise_dim), size, noise_dim, generator(seed, 2, attempt)).to(problem.phi)
-        with torch.no_grad():
-            first, second = (_mean_log_weight(objective, p.to(problem.phi), check) for p in results)
-        phi = torch.where((first > second)[:, None], results[0], results[1])
-        off = (first - second).abs() > _SEED_TOLERANCE
-        rows = rows[off[rows].cpu()]
-        num_draws *= 2
+            ended &= found.converged
+        values = _compare(problem, results, generator(seed, 2, attempt))
+        best[rows] = torch.where((values[0] > values[1])[:, None], *results)[rows]
+        agree = (values[0] - values[1]).abs() <= _SEED_TOLERANCE
+        converged[rows] = ended & agree[rows]
+        rows = rows[~agree[rows]]
         if len(rows) == 0:
             break
-    converged[rows] = False
-    return phi, converged, num_steps
+        starts, num_draws = [best, best], 2 * num_draws
+    return best, converged, num_steps
+
+
+@torch.no_grad()
+def _compare(problem: LocalProblem, phis: list[Tensor], rng: torch.Generator) -> list[Tensor]:
+    """ELBOs at several phis on the same fresh noise, each ``(N,)``; where undefined, minus infinity."""
+    noise_dim = problem.objective.family.noise_dim or 0
+    noise = quasi_normal(max(256, 4 * noise_dim), len(problem.phi), noise_dim, rng).to(problem.phi)
+    values = [_mean_log_weight(problem.objective, phi.to(problem.phi), noise) for phi in phis]
+    return [value.nan_to_num(nan=-torch.inf) for value in values]
+
+
+def _laplace_start(problem: LocalProblem, seed: int) -> tuple[Tensor, Tensor | None]:
+    """Units for the location ``(N, D, D)``, and the family's optimum for the posterior's Laplace approximation."""
+    log_joint, family = problem.objective.log_joint, problem.objective.family
+    mean, scale_tril = moments(family, problem.phi, generator(seed, 11))
+    modes, _ = find_modes(log_joint, mean.unsqueeze(0), scale_tril, problem.phi)
+    units = covariance_root(hessian(log_joint, modes[0], problem.phi), scale_tril)
+    return units, family.laplace(modes[0], torch.cholesky_inverse(units))
 
 
 def _show(bar: Any, finished: int) -> None:
@@ -165,28 +181,51 @@ def _show(bar: Any, finished: int) -> None:
 
 
 class _FixedNoiseLoss:
-    """The negative ELBO on fixed noise and its gradient, for some of the datapoints."""
+    """The negative ELBO on fixed noise and its gradient, for some of the datapoints.
 
-    def __init__(self, objective: LocalObjective, noise: Tensor, rows: Tensor, phi: Tensor) -> None:
-        self.objective = objective
+    Where phi begins with a location, the optimiser sees it in given units, relative to the start, so that strong
+    correlations and differences of scale between the latents do not slow it down.
+    """
+
+    def __init__(self, problem: LocalProblem, noise: Tensor, rows: Tensor, start: Tensor, units: Tensor) -> None:
+        self.problem = problem
         self.noise = noise
         self.rows = rows
-        self.phi = phi
+        self.units = units if problem.objective.family.loc_first else None
+        self.dim = problem.objective.family.latent_dim
+        self.loc = start[:, : self.dim]
+        self.origin = start.clone()
+        if self.units is not None:
+            self.origin[:, : self.dim] = 0.0
+
+    def phi_at(self, x: Tensor, positions: Tensor) -> Tensor:
+        """phi of what the optimiser sees."""
+        if self.units is None:
+            return x
+        loc = self.loc[positions] + (self.units[positions] @ x[:, : self.dim, None]).squeeze(-1)
+        return torch.cat([loc, x[:, self.dim :]], -1)
 
     def __call__(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        rows = self.rows[positions]
-        objective = self.objective if len(rows) == len(self.phi) else self.objective.select(rows)
-        if objective is None:  # the model runs only on all its data
-            full = self.phi.double().index_copy(0, rows, x)
-            value, gradient = self._evaluate(self.objective, full, self.noise)
-            return value[rows], gradient[rows]
-        return self._evaluate(objective, x, self.noise[:, rows])
+        value, gradient = self._on_rows(self.phi_at(x, positions), self.rows[positions])
+        if self.units is not None:
+            whitened = (self.units[positions].transpose(-1, -2) @ gradient[:, : self.dim, None]).squeeze(-1)
+            gradient = torch.cat([whitened, gradient[:, self.dim :]], -1)
+        return value, gradient
+
+    def _on_rows(self, phi: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        whole, size = self.problem.objective, len(self.problem.phi)
+        objective = whole if len(rows) == size else whole.select(rows)
+        if objective is not None:
+            return self._evaluate(objective, phi, self.noise[:, rows])
+        full = self.problem.phi.double().cpu().index_copy(0, rows, phi)  # the model runs only on all its data
+        value, gradient = self._evaluate(whole, full, self.noise)
+        return value[rows], gradient[rows]
 
     def _evaluate(self, objective: LocalObjective, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         value, gradient = torch.zeros(len(x), dtype=x.dtype), torch.zeros_like(x)
         for piece in chunks(len(noise), len(x)):
             with torch.enable_grad():
-                phi = x.to(self.phi).clone().requires_grad_()
+                phi = x.to(self.problem.phi).clone().requires_grad_()
                 elbo = objective.sum_elbo(phi, noise[piece])
                 (grad,) = torch.autograd.grad(elbo.sum(), phi)
             value -= elbo.detach().to(value) / len(noise)
@@ -199,7 +238,7 @@ def _stochastic_optimum(problem: LocalProblem, seed: int, progress: bool) -> tup
     short = _adam(problem.objective, problem.phi, 300, generator(seed, 3, 0), progress)
     long = _adam(problem.objective, short, 1000, generator(seed, 3, 1), progress)
     _, _, gain, gain_se = estimate_elbo(problem.objective, (short, long), 0.01, seed + 1, False)
-    phi = torch.where((gain > 0)[:, None], long, short)
+    phi = torch.where((gain > 0)[:, None].to(long.device), long, short)
     return phi, gain < 0.01 + 2 * gain_se, torch.full((len(phi),), 1300)
 
 
@@ -251,10 +290,12 @@ def estimate_elbo(
     min_rounds: int = 10,
     max_rounds: int = 80,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor, Tensor]:
-    """ELBOs at two phis per datapoint from common draws, with standard errors.
+    r"""ELBOs at two phis per datapoint from common draws, unbiased, with standard errors.
 
     Each round is a newly randomised set of quasi-random points; standard errors come from the spread between rounds.
-    Rounds go on for the datapoints whose error is above ``target``.
+    Rounds go on for the datapoints whose error is above ``target``. The quadratic part of the log weights, from the
+    Hessian of the log-joint at the mean of q, serves as a control variate whose expectation is known; its coefficient
+    in a round is fitted to the other rounds, which leaves the estimate unbiased.
 
     Returns:
         Means at both phis, their standard errors, the mean difference (second minus first) and its standard error, each
@@ -262,61 +303,97 @@ def estimate_elbo(
     """
     family, size = objective.family, len(phis[0])
     num_draws = 2 ** math.ceil(math.log2(max(128, 4 * (family.noise_dim or 0))))
-    moments = torch.zeros(2, 3, size, dtype=torch.float64)  # sums and sums of squares, of first, second, difference
-    shift: Tensor | None = None
-    count = torch.zeros(size, dtype=torch.float64)
+    quadratics = [_quadratic(objective, phi) for phi in phis]
+    rounds = torch.zeros(0, 2, 3, size, dtype=torch.float64)  # means of f, f c and c c; missing ones are NaN
+    controls = torch.zeros(0, 2, size, dtype=torch.float64)
     rows = torch.arange(size)
     with progress_bar(size, "ELBO of q and q*", progress) as bar:
         for number in range(max_rounds):
-            values = _round(objective, phis, rows, num_draws, generator(seed, 4, number))
-            shift = values.clone() if shift is None else shift
-            deviations = values - shift[:, rows]
-            moments[:, :, rows] += torch.stack([deviations, deviations.square()])
-            count[rows] += 1
+            sums, control = _round(objective, phis, quadratics, rows, num_draws, generator(seed, 4, number))
+            rounds = torch.cat([rounds, _scatter(sums, rows, size)])
+            controls = torch.cat([controls, _scatter(control, rows, size)])
             if number + 1 < min_rounds:
                 continue
-            errors = _standard_errors(moments, count)
+            means, errors = _combine(rounds, controls)
             rows = rows[(errors[:, rows] > target).any(0)]
             bar.update(size - len(rows) - bar.n)
             if len(rows) == 0:
                 break
         bar.update(size - bar.n)
-    means, errors = moments[0] / count + shift, _standard_errors(moments, count)  # type: ignore[operator]
+    means, errors = _combine(rounds, controls)
     return (means[0], means[1]), (errors[0], errors[1]), means[2], errors[2]
 
 
-def _standard_errors(moments: Tensor, count: Tensor) -> Tensor:
-    variance = (moments[1] - moments[0].square() / count).clamp(min=0.0) / (count - 1)
-    return (variance / count).sqrt()
+def _scatter(values: Tensor, rows: Tensor, size: int) -> Tensor:
+    return values.new_full((1, *values.shape[:-1], size), math.nan).index_copy(-1, rows, values.unsqueeze(0))
+
+
+def _combine(rounds: Tensor, controls: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and standard errors of first, second and difference, ``(3, N)`` each, over the rounds that a row has."""
+    present = ~rounds[:, 0, 0].isnan()
+    count = present.sum(0)
+    filled, controls = rounds.nan_to_num(nan=0.0), controls.nan_to_num(nan=0.0)
+    others = (filled.sum(0) - filled) / (count - 1)
+    control = (controls.sum(0) - controls) / (count - 1)
+    covariance = others[:, :, 1] - others[:, :, 0] * control
+    variance = others[:, :, 2] - control.square()
+    values = filled[:, :, 0] - controls * torch.where(variance > 0, covariance / variance, 0.0)
+    values = torch.cat([values, values[:, 1:] - values[:, :1]], 1)
+    mean = torch.where(present[:, None], values, 0.0).sum(0) / count
+    squares = torch.where(present[:, None], values - mean, 0.0).square().sum(0)
+    return mean, (squares / (count * (count - 1))).sqrt()
+
+
+def _quadratic(objective: LocalObjective, phi: Tensor) -> Tensor | None:
+    """Half the second derivatives of the log weight with respect to the noise at 0, ``(N, noise_dim, noise_dim)``."""
+    family = objective.family
+    if family.noise_dim is None or family.noise_dim > 2 * _LBFGS_MAX_DIM:
+        return None
+    phi = phi.double()
+    zero = phi.new_zeros(1, len(phi), family.noise_dim)
+    unit = torch.eye(family.noise_dim, dtype=phi.dtype, device=phi.device).unsqueeze(1).expand(-1, len(phi), -1)
+    mean = family.rsample(phi, zero)
+    jacobian = (family.rsample(phi, unit) - mean).permute(1, 2, 0)
+    curvature = hessian(objective.log_joint, mean[0], objective.like).to(jacobian)
+    curvature = curvature + torch.linalg.pinv(jacobian @ jacobian.transpose(-1, -2), hermitian=True)
+    quadratic = 0.5 * jacobian.transpose(-1, -2) @ curvature @ jacobian
+    return quadratic.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).cpu()
 
 
 def _round(
-    objective: LocalObjective, phis: tuple[Tensor, Tensor], rows: Tensor, num_draws: int, rng: torch.Generator
-) -> Tensor:
-    """One round of :func:`estimate_elbo` for ``rows``: first, second and difference, ``(3, n)``."""
-    size = len(phis[0])
+    objective: LocalObjective,
+    phis: tuple[Tensor, Tensor],
+    quadratics: list[Tensor | None],
+    rows: Tensor,
+    num_draws: int,
+    rng: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """One round of :func:`estimate_elbo` for ``rows``: means of f, f c and c c ``(2, 3, n)``, and of c ``(2, n)``."""
+    family, size = objective.family, len(phis[0])
     part = objective if len(rows) == size else objective.select(rows)
     known = torch.arange(size) if part is None else rows
-    evaluate = _common_noise(part or objective, len(known), num_draws, rng, phis[0])
-    first, second = (evaluate(phi[known]) for phi in phis)
-    values = torch.stack([first, second, second - first])
-    return values[:, rows] if part is None else values
-
-
-def _common_noise(
-    objective: LocalObjective, num_datapoints: int, num_draws: int, rng: torch.Generator, like: Tensor
-) -> Callable[[Tensor], Tensor]:
-    """The ELBO as a function of phi, with the same noise at every call."""
-    family = objective.family
+    noise, seed = None, int(torch.randint(2**31 - 1, (), generator=rng))
     if family.noise_dim is not None:
-        noise = quasi_normal(num_draws, num_datapoints, family.noise_dim, rng).to(like)
-        return lambda phi: _mean_log_weight(objective, phi, noise)
-    seed = int(torch.randint(2**31 - 1, (), generator=rng))
+        noise = quasi_normal(num_draws, len(known), family.noise_dim, rng, whiten=False)
+    sums, controls = [], []
+    for phi, quadratic in zip(phis, quadratics, strict=True):
+        values = _log_weights(part or objective, phi[known], noise, num_draws, seed)
+        control = torch.zeros_like(values)
+        if noise is not None and quadratic is not None:
+            matrix = quadratic[known]
+            control = torch.einsum("kni,nij,knj->kn", noise, matrix, noise) - matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+        sums.append(torch.stack([values.mean(0), (values * control).mean(0), control.square().mean(0)]))
+        controls.append(control.mean(0))
+    result, control = torch.stack(sums), torch.stack(controls)
+    return (result[..., rows], control[..., rows]) if part is None else (result, control)
 
-    def own_noise(phi: Tensor) -> Tensor:
+
+def _log_weights(objective: LocalObjective, phi: Tensor, noise: Tensor | None, num_draws: int, seed: int) -> Tensor:
+    """Log weights ``(K, N)`` in float64, on given noise, or on the family's own draws under a seed."""
+    pieces = chunks(num_draws, len(phi))
+    if noise is not None:
+        values = [objective.log_weights(phi, noise[piece].to(phi)) for piece in pieces]
+    else:
         with seeded(generator(seed)):
-            pieces = chunks(num_draws, num_datapoints)
-            total = sum(objective.log_weights(phi, p.stop - p.start).double().sum(0).cpu() for p in pieces)
-        return torch.as_tensor(total) / num_draws
-
-    return own_noise
+            values = [objective.log_weights(phi, piece.stop - piece.start) for piece in pieces]
+    return torch.cat(values).double().cpu()

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_amortized.diagnostics.noise import draw, generator, seeded
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.objective import LocalLogJoint, LocalObjective
+from pyro_amortized.structure import Structure
 
 if TYPE_CHECKING:
     import xarray
@@ -63,6 +64,7 @@ def bind(
     args, kwargs = tuple(model_args), dict(model_kwargs or {})
     with torch.no_grad(), seeded(generator(seed, 10)):
         structure, phi = guide._infer(args, kwargs)
+        _check_repeatable(guide, args, kwargs, structure, phi)
         global_values = guide.global_median(*args, **kwargs)
     log_joint = LocalLogJoint(model, args, kwargs, structure, global_values)
     log_joint.check(draw(guide.family, phi, 2, generator(seed, 0)))
@@ -71,6 +73,15 @@ def bind(
     return LocalProblem(
         LocalObjective(log_joint, guide.family), phi.detach(), frame.name, index.cpu(), structure.global_sites
     )
+
+
+def _check_repeatable(guide: LocalGuide, args: Any, kwargs: Any, structure: Structure, phi: Tensor) -> None:
+    """Refuses encoders that give another answer when asked again about the same datapoints."""
+    if not structure.random_plates and not torch.equal(guide.variational_parameters(*args, **kwargs), phi):
+        raise ValueError(
+            "Cannot diagnose this guide because its encoder gives different variational parameters for the same data "
+            "in two calls; try guide.eval() if it holds dropout or batch normalisation."
+        )
 
 
 def to_dataset(problem: LocalProblem, variables: Mapping[str, Tensor], **attributes: Any) -> xarray.Dataset:

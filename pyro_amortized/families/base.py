@@ -27,10 +27,13 @@ class VariationalFamily(nn.Module, ABC):
         num_params: P, the length of phi.
         noise_dim: Number of standard normal variables that :meth:`rsample` turns into one draw, or None if the family
             can only draw its own noise.
+        loc_first: Whether the first D entries of phi are a location, added to every draw; optimisation then works in
+            units of the posterior's own covariance.
     """
 
     num_params: int
     noise_dim: int | None = None
+    loc_first: bool = False
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
@@ -58,6 +61,18 @@ class VariationalFamily(nn.Module, ABC):
             phi of shape ``(*, P)``; zeros unless a member knows better.
         """
         return loc.new_zeros(*loc.shape[:-1], self.num_params)
+
+    def laplace(self, loc: Tensor, precision: Tensor) -> Tensor | None:
+        """The best member for a normal posterior, a start for optimisation; None unless a member knows one.
+
+        Args:
+            loc: Mean of the posterior, ``(*, D)``.
+            precision: Its precision matrix, ``(*, D, D)``.
+
+        Returns:
+            phi of shape ``(*, P)``.
+        """
+        return None
 
     def rsample(self, phi: Tensor, noise: Tensor) -> Tensor:
         """Turns standard normal noise into draws, differentiably in phi.

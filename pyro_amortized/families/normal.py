@@ -17,6 +17,8 @@ __all__ = ["LowRankMultivariateNormal", "MultivariateNormal", "Normal"]
 class _Gaussian(VariationalFamily):
     """What Gaussian families share: a location first in phi, and marginals that are normal."""
 
+    loc_first = True
+
     def forward(self, phi: Tensor) -> dist.TorchDistribution:
         raise NotImplementedError
 
@@ -56,6 +58,10 @@ class Normal(_Gaussian):
     def initial(self, loc: Tensor, scale: float) -> Tensor:
         """phi of independent normals."""
         return torch.cat([loc, torch.full_like(loc, scale).log()], -1)
+
+    def laplace(self, loc: Tensor, precision: Tensor) -> Tensor:
+        """The scales that minimise KL(q || p) are those of the conditionals, the inverse roots of the diagonal."""
+        return torch.cat([loc, -0.5 * precision.diagonal(dim1=-2, dim2=-1).log()], -1)
 
     def rsample(self, phi: Tensor, noise: Tensor) -> Tensor:
         """``loc + scale * noise``."""
@@ -102,6 +108,13 @@ class MultivariateNormal(_Gaussian):
         start[..., : 2 * self.latent_dim] = torch.cat([loc, torch.full_like(loc, scale).log()], -1)
         return start
 
+    def laplace(self, loc: Tensor, precision: Tensor) -> Tensor:
+        """The posterior itself."""
+        scale_tril = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(precision)))
+        scale = scale_tril.diagonal(dim1=-2, dim2=-1)
+        relative = (scale_tril / scale.unsqueeze(-1)).flatten(-2)[..., self.lower]
+        return torch.cat([loc, scale.log(), relative], -1)
+
     def rsample(self, phi: Tensor, noise: Tensor) -> Tensor:
         """``loc + L @ noise``."""
         return phi[..., : self.latent_dim] + (self.scale_tril(phi) @ noise.unsqueeze(-1)).squeeze(-1)
@@ -147,6 +160,12 @@ class LowRankMultivariateNormal(_Gaussian):
         start[..., : 2 * self.latent_dim] = torch.cat([loc, torch.full_like(loc, scale).log()], -1)
         position = torch.arange(self.latent_dim * self.rank, dtype=loc.dtype, device=loc.device)
         start[..., 2 * self.latent_dim :] = 0.05 * torch.sin(1.0 + 2.4 * position)
+        return start
+
+    def laplace(self, loc: Tensor, precision: Tensor) -> Tensor:
+        """The best mean-field member, with the factor of :meth:`initial`."""
+        start = self.initial(loc, 1.0)
+        start[..., self.latent_dim : 2 * self.latent_dim] = -0.5 * precision.diagonal(dim1=-2, dim2=-1).log()
         return start
 
     def rsample(self, phi: Tensor, noise: Tensor) -> Tensor:

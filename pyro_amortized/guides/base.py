@@ -24,7 +24,7 @@ from pyro_amortized.families.base import FamilySpec, check_family_spec
 from pyro_amortized.inference import InferenceStrategy
 from pyro_amortized.layout import SiteLayout, is_enumerated
 from pyro_amortized.sampling import KeepLogDensity, sample_local
-from pyro_amortized.structure import Structure, StructureCache, check_observed
+from pyro_amortized.structure import Structure, StructureCache, check_bounds, check_observed
 from pyro_amortized.tracing import isolated, run_model
 
 __all__ = ["GuideOptions", "LocalGuide"]
@@ -127,6 +127,8 @@ class LocalGuide(AutoGuide):
             init = run_model(self.model, call.args, call.kwargs, structure.indices, (InitMessenger(self._initial),))
         nodes: dict[str, Any] = init.nodes
         check_observed(init)
+        if not structure.is_static:
+            check_bounds(structure, self._structures.look(self.model, call.args, call.kwargs, structure.indices)[0])
         if structure.layout is not None:
             init_loc = structure.layout.flatten({s.name: nodes[s.name]["value"] for s in structure.layout.sites})
             self.family = build_family(self._family_spec, structure.layout.latent_dim).to(init_loc)
@@ -305,7 +307,11 @@ class LocalGuide(AutoGuide):
                     "Cannot give variational parameters per datapoint because the model has no local latents; "
                     "try guide.global_guide."
                 )
-            return call.structure, self._phi(call)
+            structure = call.structure
+            if any(name not in structure.indices for name in structure.random_plates):
+                looked = self._structures.look(self.model, args, kwargs, structure.indices)[0]
+                structure = replace(structure, indices={**looked.indices, **structure.indices})
+            return structure, self._phi(call)
 
     def variational_parameters(self, *args: Any, **kwargs: Any) -> Tensor:
         """The variational parameters phi of the datapoints in a call.

@@ -1,0 +1,107 @@
+"""Modes of every datapoint's log-joint and its curvature there: starts, units and proposals for diagnostics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_amortized.diagnostics.lbfgs import minimize_rows
+from pyro_amortized.diagnostics.noise import draw
+from pyro_amortized.objective import LocalLogJoint, chunks
+
+__all__ = ["covariance_root", "find_modes", "hessian", "moments"]
+
+
+@torch.no_grad()
+def moments(family: Any, phi: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Mean ``(N, D)`` and Cholesky factor of the covariance ``(N, D, D)`` of q, in float64 on the CPU."""
+    q = family(phi.double()) if family.noise_dim is not None else None
+    try:
+        mean, covariance = q.mean, getattr(q, "covariance_matrix", None)  # type: ignore[union-attr]
+        covariance = torch.diag_embed(q.variance) if covariance is None else covariance  # type: ignore[union-attr]
+    except (AttributeError, NotImplementedError):
+        z = draw(family, phi, max(1000, 10 * family.latent_dim), rng).double()
+        mean, centred = z.mean(0), z - z.mean(0)
+        covariance = torch.einsum("kni,knj->nij", centred, centred) / (len(z) - 1)
+    return mean.cpu(), torch.linalg.cholesky(covariance).cpu()
+
+
+def find_modes(log_joint: LocalLogJoint, starts: Tensor, scale_tril: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Climbs from each start to a mode of the log-joint.
+
+    Args:
+        log_joint: The log-joint per datapoint.
+        starts: S starts per datapoint, ``(S, N, D)``, float64.
+        scale_tril: Cholesky factor of a covariance of about the right size, ``(N, D, D)``; its units are the steps'.
+        like: A tensor of the dtype and device that the model runs with.
+
+    Returns:
+        The modes ``(S, N, D)`` and the log-joint there ``(S, N)``, float64.
+    """
+    shape = starts.shape
+    units = scale_tril.expand(shape[0], *scale_tril.shape).flatten(0, 1)
+    state = starts.flatten(0, 1).clone()
+    origin = state.clone()
+
+    def loss(u: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        points = state.index_copy(0, rows, origin[rows] + (units[rows] @ u.unsqueeze(-1)).squeeze(-1))
+        with torch.enable_grad():
+            z = points.reshape(shape).to(like).requires_grad_()
+            value = log_joint(z)
+            (gradient,) = torch.autograd.grad(value.sum(), z)
+        gradient = gradient.flatten(0, 1).double().cpu()[rows]
+        whitened = (units[rows].transpose(-1, -2) @ gradient.unsqueeze(-1)).squeeze(-1)
+        return -value.detach().flatten().double().cpu()[rows], -whitened
+
+    found = minimize_rows(loss, torch.zeros_like(state), max_steps=100, tolerance=1e-4)
+    modes = origin + (units @ found.x.unsqueeze(-1)).squeeze(-1)
+    return modes.reshape(shape), -found.value.reshape(shape[:2])
+
+
+def hessian(log_joint: Callable[[Tensor], Tensor], z: Tensor, like: Tensor) -> Tensor:
+    """Second derivatives of the log-joint with respect to the flat latent.
+
+    Args:
+        log_joint: From ``(K, n, D)`` to ``(K, n)``.
+        z: Where, ``(n, D)``, float64.
+        like: A tensor of the dtype and device that the model runs with.
+
+    Returns:
+        Hessians ``(n, D, D)``, float64 on the CPU.
+    """
+    size, dim = z.shape
+    identity = torch.eye(dim, dtype=like.dtype, device=like.device)
+    rows = []
+    with torch.enable_grad():
+        for piece in chunks(dim, size):
+            directions = identity[piece].unsqueeze(1)
+            point = z.to(like).expand(len(directions), size, dim).clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(log_joint(point).sum(), point, create_graph=True)
+            rows.append(torch.autograd.grad((gradient * directions).sum(), point)[0].double().cpu())
+    return torch.cat(rows).transpose(0, 1)
+
+
+def covariance_root(curvature: Tensor, scale_tril: Tensor) -> Tensor:
+    """Cholesky factor of the inverse of a negative Hessian, made positive definite.
+
+    The Hessian is looked at in units of a given covariance. Directions in which the log-joint is not concave get the
+    size of its curvature, and none is more than ten times as wide as the given covariance.
+
+    Args:
+        curvature: Hessians of the log-joint, ``(N, D, D)``.
+        scale_tril: Cholesky factor of a covariance of about the right size, ``(N, D, D)``.
+
+    Returns:
+        Lower triangular factors with positive diagonal, ``(N, D, D)``.
+    """
+    relative = -scale_tril.transpose(-1, -2) @ curvature @ scale_tril
+    usable = relative.isfinite().flatten(1).all(-1)
+    identity = torch.eye(relative.shape[-1], dtype=relative.dtype).expand_as(relative)
+    relative = torch.where(usable[:, None, None], 0.5 * (relative + relative.transpose(-1, -2)), identity)
+    eigenvalues, directions = torch.linalg.eigh(relative)
+    root = scale_tril @ directions * eigenvalues.abs().clamp(min=0.01).rsqrt().unsqueeze(-2)
+    triangular = torch.linalg.qr(root.transpose(-1, -2)).R.transpose(-1, -2)
+    return triangular * triangular.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
