@@ -191,10 +191,11 @@ class StructureCache:
         Raises:
             ValueError: If the structure cannot be known, or is one that no guide can serve.
         """
-        key = call_key((args, dict(kwargs))) if args or kwargs else None  # without arguments all data are elsewhere
-        if key is not None and model is not None:
-            key = (key, python_state(model))
+        shapes = call_key((args, dict(kwargs))) if args or kwargs else None  # without arguments all data are elsewhere
+        key = None if shapes is None else (shapes, python_state(model))
         template = self._templates.get(key)
+        if model is None and template is None:
+            template = next((kept for (known, _), kept in self._templates.items() if known == shapes), None)
         if template is not None:
             structure = _fill(template, (args, kwargs), observed)
             if structure is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,10 +31,14 @@ __all__ = ["log_evidence"]
 
 _LIGHT_TAIL = 0.5
 _ROUND = 1000
+_LEAST_ROUNDS = 2
+"""Rounds that every datapoint gets, so that its khat and standard error mean something."""
 _BLOCK = 256
 """Datapoints worked on at a time; bounds memory."""
-_NUM_STARTS = 4
+_NUM_STARTS = 16
 """Draws from the prior, per datapoint, from which modes are looked for."""
+_MAX_FURTHER = 4
+"""Most modes, beyond the one that the guide leads to, that a proposal covers."""
 _SMALLEST_SHARE = 0.02
 """Least share of a mode found in the mixture, so that a wrong guess of its weight does little harm."""
 _PATIENCE = 4
@@ -55,15 +59,15 @@ def log_evidence(
 ) -> xarray.Dataset:
     r"""Estimates :math:`\log p(x_n) = \log \int p(x_n, z)\, dz` for every datapoint.
 
-    The estimate is the logarithm of the mean weight, its standard error :math:`sd(w) / (mean(w) \sqrt{K})`, calibrated
-    while ``khat`` is below 0.5 and too small above.
+    The estimate is the logarithm of the mean weight. Its standard error is calibrated while ``khat`` is below 0.5 and
+    too small above.
 
     Args:
         model: The Pyro model.
         guide: A guide of this package; only the efficiency depends on how well it is trained.
         model_args: The model's positional arguments.
         model_kwargs: The model's keyword arguments.
-        tolerance: Four times the standard error at which a datapoint is done, in nats.
+        tolerance: Twice the standard error at which a datapoint is done, in nats.
         max_samples: Most draws from one proposal per datapoint.
         optimum: The result of :func:`optimize_local` on the same call, if it is at hand.
         seed: Seed of the draws; torch's global seed is not touched.
@@ -115,12 +119,23 @@ class Proposal:
         return Proposal(self.loc[:, rows], self.scale_tril[:, rows], self.log_share[:, rows], self.df)
 
     def sample(self, num_draws: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draws ``(K, N, D)`` and their log-densities ``(K, N)``."""
+        """Draws ``(K, N, D)`` and their log-densities ``(K, N)``.
+
+        Draws 2i and 2i + 1, a pair, lie in opposite directions, and four in a row at distances from the same of K/4
+        equally likely intervals. So skewed posteriors cost little, and those whose weights depend on the distance alone
+        next to nothing; the two pairs of an interval tell the error (:func:`_summary`).
+
+        Args:
+            num_draws: K, a multiple of 4.
+            rng: Source of the draws.
+        """
         _, size, dim = self.loc.shape
-        normal = torch.randn(num_draws, size, dim, generator=rng, dtype=torch.float64)
-        half_df = torch.full((num_draws, size), self.df / 2, dtype=torch.float64)
-        white = normal * (torch._standard_gamma(half_df, generator=rng) / half_df).rsqrt().unsqueeze(-1)
-        chosen = torch.multinomial(self.log_share.exp().T, num_draws, replacement=True, generator=rng).T
+        normal = torch.randn(num_draws // 2, size, dim, generator=rng, dtype=torch.float64)
+        direction = normal / normal.norm(dim=-1, keepdim=True)
+        radius = _radii(dim, self.df, num_draws // 2, size, rng)
+        white = (torch.stack([direction, -direction], 1) * radius.unsqueeze(-1)).flatten(0, 1)
+        chosen = torch.multinomial(self.log_share.exp().T, num_draws // 2, replacement=True, generator=rng).T
+        chosen = chosen.repeat_interleave(2, 0)
         z = self.loc[0] + torch.einsum("nij,knj->kni", self.scale_tril[0], white)
         for c, rows in self._further():
             other = self.loc[c, rows] + torch.einsum("nij,knj->kni", self.scale_tril[c, rows], white[:, rows])
@@ -145,48 +160,64 @@ class Proposal:
         return constant - log_det - 0.5 * (df + dim) * torch.log1p(white.square().sum(1).T / df)
 
 
+def _radii(dim: int, df: float, num_pairs: int, size: int, rng: torch.Generator) -> Tensor:
+    """Norms of standard t vectors, two pairs from each of equally likely intervals: ``(num_pairs, 2, size)``."""
+    from scipy.special import fdtri
+
+    interval = torch.arange(num_pairs // 2, dtype=torch.float64).repeat_interleave(2).reshape(-1, 1, 1)
+    uniform = (interval + torch.rand(num_pairs, 2, size, generator=rng, dtype=torch.float64)) / (num_pairs // 2)
+    squares = torch.from_numpy(fdtri(dim, df, uniform.clamp(1e-12, 1 - 1e-12).numpy()))
+    return (dim * squares).sqrt()
+
+
 def estimate_evidence(
     problem: LocalProblem, phi: Tensor, tolerance: float, max_samples: int, seed: int, progress: bool
 ) -> dict[str, Tensor]:
     """:func:`log_evidence` of a call that is bound already, from the optimal phi ``(N, P)``."""
-    proposal = _first_proposal(problem, phi, seed)
     size = len(phi)
-    blocks = torch.arange(size).split(_BLOCK if problem.objective.select(torch.arange(1)) else size)
+    parts = [(problem, phi)]
+    if size > _BLOCK and problem.objective.select(torch.arange(1)) is not None:
+        parts = [(_part(problem, rows), phi[rows]) for rows in torch.arange(size).split(_BLOCK)]
+    results = []
     with progress_bar(size, "log evidence", progress) as bar:
-        results = [
-            _estimate_rows(_Rounds(problem, tolerance, max_samples), proposal[rows], rows, (seed, number), bar)
-            for number, rows in enumerate(blocks)
-        ]
+        for number, (part, part_phi) in enumerate(parts):
+            results.append(_estimate_block(part, part_phi, tolerance, max_samples, (seed, number)))
+            bar.update(len(part_phi))
     return {name: torch.cat([result[name] for result in results]) for name in results[0]}
 
 
-def _estimate_rows(
-    rounds: _Rounds, proposal: Proposal, rows: Tensor, seed: tuple[int, int], bar: Any
+def _part(problem: LocalProblem, rows: Tensor) -> LocalProblem:
+    """The problem of some of the datapoints."""
+    objective = problem.objective.select(rows) or problem.objective
+    return replace(problem, objective=objective, phi=problem.phi[rows], index=problem.index[rows])
+
+
+def _estimate_block(
+    problem: LocalProblem, phi: Tensor, tolerance: float, max_samples: int, seed: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """Estimates for some datapoints: by the first proposal, a fitted one where that is poor, and more draws."""
+    """Estimates by the first proposal, by a fitted one where that is poor, and with more draws where they lack."""
+    rounds, rows = _Rounds(problem, tolerance, max_samples), torch.arange(len(phi))
+    proposal = _first_proposal(problem, phi, seed)
     result = rounds.run(proposal, rows, generator(*seed, 6), patience=_PATIENCE)
     single = ~proposal.log_share[1:].isfinite().any(0)
     poor = (~rounds.done(result) & single).nonzero().squeeze(-1)
     if len(poor):
-        fitted = _adapt(rounds.problem, proposal[poor], rows[poor], generator(*seed, 7))
-        _keep_better(result, rounds.run(fitted, rows[poor], generator(*seed, 8)), poor)
-    stuck = (
-        (~rounds.done(result) & (result["khat"] <= _LIGHT_TAIL) | ~rounds.done(result) & ~single).nonzero().squeeze(-1)
-    )
+        fitted = _adapt(problem, proposal[poor], poor, generator(*seed, 7))
+        _keep_better(result, rounds.run(fitted, poor, generator(*seed, 8)), poor)
+    stuck = (~rounds.done(result) & (~single | (result["khat"] <= _LIGHT_TAIL))).nonzero().squeeze(-1)
     if len(stuck):  # the first proposal was the better one, and only lacks draws
-        _keep_better(result, rounds.run(proposal[stuck], rows[stuck], generator(*seed, 9)), stuck)
-    bar.update(len(rows))
+        _keep_better(result, rounds.run(proposal[stuck], stuck, generator(*seed, 9)), stuck)
     return result
 
 
-def _first_proposal(problem: LocalProblem, phi: Tensor, seed: int) -> Proposal:
+def _first_proposal(problem: LocalProblem, phi: Tensor, seed: tuple[int, int]) -> Proposal:
     """A t at the mean of the optimal member, and at each mode found from draws of the prior that is another one."""
     log_joint, family = problem.objective.log_joint, problem.objective.family
-    mean, scale_tril = moments(family, phi, generator(seed, 5))
+    mean, scale_tril = moments(family, phi, generator(*seed, 5))
     root = covariance_root(hessian(log_joint, mean, phi), scale_tril)
-    with seeded(generator(seed, 12)):
+    with seeded(generator(*seed, 12)):
         draws = torch.stack([log_joint.prior_draw() for _ in range(_NUM_STARTS)]).double().cpu()
-    modes, heights = find_modes(log_joint, torch.cat([mean.unsqueeze(0), draws]), root, phi)
+    modes, heights = find_modes(log_joint, torch.cat([mean.unsqueeze(0), draws]), root, phi, tolerance=0.01)
     locs, roots, masses = [mean], [root], [heights[0] + _log_volume(root)]
     for mode, height in zip(modes[1:], heights[1:], strict=True):
         known = torch.stack([modes[0], *locs[1:]])
@@ -201,7 +232,11 @@ def _first_proposal(problem: LocalProblem, phi: Tensor, seed: int) -> Proposal:
         locs.append(torch.where(new[:, None], mode, math.inf))
         roots.append(other)
         masses.append(mass)
-    log_share = torch.stack(masses).log_softmax(0)
+    log_share, order = torch.stack(masses).log_softmax(0)[1:].topk(min(_MAX_FURTHER, _NUM_STARTS), 0)
+    log_share = torch.cat([torch.stack(masses).log_softmax(0)[:1], log_share])
+    everyone = torch.arange(len(mean))
+    locs = [mean, *torch.stack(locs[1:])[order, everyone]]
+    roots = [root, *torch.stack(roots[1:])[order, everyone]]
     floor = torch.where(log_share.isfinite(), math.log(_SMALLEST_SHARE), -math.inf)
     negligible = log_share < math.log(1e-6)
     log_share = torch.where(negligible, -math.inf, torch.maximum(log_share, floor))
@@ -228,13 +263,18 @@ def _log_weights(
 
 
 def _summary(log_weights: Tensor) -> dict[str, Tensor]:
-    """Log-mean-exp, its standard error, tail shape and effective sample size of log-weights ``(K, n)``."""
+    """Log-mean-exp, its standard error, tail shape and effective sample size of log-weights ``(K, n)``.
+
+    Draws come in fours, two independent pairs from the same interval, so that their differences show the error.
+    """
     count = len(log_weights)
     relative = (log_weights - log_weights.amax(0)).exp()
     mean = relative.mean(0)
+    pairs = relative.unflatten(0, (-1, 2, 2)).mean(2)
+    differences = pairs[:, 0] - pairs[:, 1]
     return {
         "log_evidence": log_weights.logsumexp(0) - math.log(count),
-        "log_evidence_se": relative.std(0) / (mean * math.sqrt(count)),
+        "log_evidence_se": differences.square().sum(0).sqrt() / (mean * count / 2),
         "khat": psis(log_weights)[1],
         "ess": relative.sum(0).square() / relative.square().sum(0),
         "num_samples": torch.full_like(mean, count),
@@ -264,7 +304,7 @@ class _Rounds:
         active = torch.arange(len(rows))
         collected = torch.empty(0, len(rows), dtype=torch.float64)
         while len(active) and len(collected) < self.max_samples:
-            num_draws = min(_ROUND, self.max_samples - len(collected))
+            num_draws = min(_ROUND, max(4, (self.max_samples - len(collected)) // 4 * 4))
             fresh = _log_weights(self.problem, proposal[active], rows[active], num_draws, rng)[1]
             collected = torch.cat([collected, fresh])
             summary = _summary(collected)
@@ -277,12 +317,13 @@ class _Rounds:
         return result
 
     def done(self, summary: Mapping[str, Tensor]) -> Tensor:
-        """Which datapoints have light-tailed weights and a small standard error."""
-        return (summary["khat"] <= _LIGHT_TAIL) & (summary["log_evidence_se"] <= self.tolerance / 4)
+        """Which datapoints have light-tailed weights, a small standard error, and draws enough to trust both."""
+        enough = summary["num_samples"] >= min(_LEAST_ROUNDS * _ROUND, self.max_samples)
+        return enough & (summary["khat"] <= _LIGHT_TAIL) & (summary["log_evidence_se"] <= self.tolerance / 2)
 
     def _hopeless(self, summary: Mapping[str, Tensor]) -> Tensor:
         """Which datapoints will not be done within ``max_samples`` draws."""
-        ratio = summary["log_evidence_se"] / (self.tolerance / 4)
+        ratio = summary["log_evidence_se"] / (self.tolerance / 2)
         return (summary["khat"] > _LIGHT_TAIL) | (summary["num_samples"] * ratio.square() > self.max_samples)
 
 

@@ -169,8 +169,8 @@ def estimate_gaps(
             what its training has left.
         model_args: The model's positional arguments, such as ``(x,)``: training or unseen data.
         model_kwargs: The model's keyword arguments.
-        tolerance: Error wanted per datapoint, in nats: standard errors aim at a quarter of it, and a datapoint counts
-            as unreliable if one exceeds it.
+        tolerance: Error wanted per datapoint, in nats: standard errors aim at half of it, and a datapoint counts as
+            unreliable if one exceeds it.
         max_samples: Most importance samples per datapoint and proposal.
         seed: Seed of all noise; torch's global seed is not touched.
         progress: Whether to show progress bars.

@@ -29,7 +29,9 @@ def moments(family: Any, phi: Tensor, rng: torch.Generator) -> tuple[Tensor, Ten
     return mean.cpu(), torch.linalg.cholesky(covariance).cpu()
 
 
-def find_modes(log_joint: LocalLogJoint, starts: Tensor, scale_tril: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+def find_modes(
+    log_joint: LocalLogJoint, starts: Tensor, scale_tril: Tensor, like: Tensor, *, tolerance: float = 1e-4
+) -> tuple[Tensor, Tensor]:
     """Climbs from each start to a mode of the log-joint.
 
     Args:
@@ -37,26 +39,32 @@ def find_modes(log_joint: LocalLogJoint, starts: Tensor, scale_tril: Tensor, lik
         starts: S starts per datapoint, ``(S, N, D)``, float64.
         scale_tril: Cholesky factor of a covariance of about the right size, ``(N, D, D)``; its units are the steps'.
         like: A tensor of the dtype and device that the model runs with.
+        tolerance: Smallest improvement worth a further step, in nats.
 
     Returns:
         The modes ``(S, N, D)`` and the log-joint there ``(S, N)``, float64.
     """
     shape = starts.shape
     units = scale_tril.expand(shape[0], *scale_tril.shape).flatten(0, 1)
-    state = starts.flatten(0, 1).clone()
-    origin = state.clone()
+    origin = starts.flatten(0, 1)
 
     def loss(u: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        points = state.index_copy(0, rows, origin[rows] + (units[rows] @ u.unsqueeze(-1)).squeeze(-1))
-        with torch.enable_grad():
-            z = points.reshape(shape).to(like).requires_grad_()
-            value = log_joint(z)
-            (gradient,) = torch.autograd.grad(value.sum(), z)
-        gradient = gradient.flatten(0, 1).double().cpu()[rows]
-        whitened = (units[rows].transpose(-1, -2) @ gradient.unsqueeze(-1)).squeeze(-1)
-        return -value.detach().flatten().double().cpu()[rows], -whitened
+        points = origin[rows] + (units[rows] @ u.unsqueeze(-1)).squeeze(-1)
+        values, gradients = [], []
+        for piece in chunks(len(rows), 1):
+            part = log_joint.select(rows[piece] % shape[1])
+            z = points[piece] if part else origin.index_copy(0, rows[piece], points[piece])
+            with torch.enable_grad():
+                z = z.to(like).clone().requires_grad_()
+                value = part(z.unsqueeze(0)) if part else log_joint(z.reshape(shape))
+                (gradient,) = torch.autograd.grad(value.sum(), z)
+            own = slice(None) if part else rows[piece]
+            values.append(-value.detach().flatten().double().cpu()[own])
+            gradients.append(-gradient.double().cpu()[own])
+        gradient = torch.cat(gradients)
+        return torch.cat(values), (units[rows].transpose(-1, -2) @ gradient.unsqueeze(-1)).squeeze(-1)
 
-    found = minimize_rows(loss, torch.zeros_like(state), max_steps=100, tolerance=1e-4)
+    found = minimize_rows(loss, torch.zeros_like(origin), max_steps=100, tolerance=tolerance)
     modes = origin + (units @ found.x.unsqueeze(-1)).squeeze(-1)
     return modes.reshape(shape), -found.value.reshape(shape[:2])
 
@@ -88,7 +96,7 @@ def covariance_root(curvature: Tensor, scale_tril: Tensor) -> Tensor:
     """Cholesky factor of the inverse of a negative Hessian, made positive definite.
 
     The Hessian is looked at in units of a given covariance. Directions in which the log-joint is not concave get the
-    size of its curvature, and none is more than ten times as wide as the given covariance.
+    size of its curvature, and at most ten times the width of the given covariance.
 
     Args:
         curvature: Hessians of the log-joint, ``(N, D, D)``.
@@ -102,6 +110,7 @@ def covariance_root(curvature: Tensor, scale_tril: Tensor) -> Tensor:
     identity = torch.eye(relative.shape[-1], dtype=relative.dtype).expand_as(relative)
     relative = torch.where(usable[:, None, None], 0.5 * (relative + relative.transpose(-1, -2)), identity)
     eigenvalues, directions = torch.linalg.eigh(relative)
-    root = scale_tril @ directions * eigenvalues.abs().clamp(min=0.01).rsqrt().unsqueeze(-2)
+    eigenvalues = torch.where(eigenvalues > 0, eigenvalues.clamp(min=1e-6), eigenvalues.abs().clamp(min=0.01))
+    root = scale_tril @ directions * eigenvalues.rsqrt().unsqueeze(-2)
     triangular = torch.linalg.qr(root.transpose(-1, -2)).R.transpose(-1, -2)
     return triangular * triangular.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)

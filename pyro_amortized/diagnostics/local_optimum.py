@@ -87,7 +87,7 @@ def optimize_local(
         guide: A trained guide of this package.
         model_args: The model's positional arguments.
         model_kwargs: The model's keyword arguments.
-        tolerance: Four times the standard error wanted for the reported ELBOs, in nats.
+        tolerance: Three times the standard error wanted for the reported ELBOs, in nats.
         seed: Seed of the noise; torch's global seed is not touched.
         progress: Whether to show a progress bar.
 
@@ -112,7 +112,7 @@ def solve(problem: LocalProblem, tolerance: float, seed: int, progress: bool) ->
     phi, converged, num_steps = optimizer(problem, seed, progress)
     phi = phi.to(problem.phi)
     means, errors, difference, difference_error = estimate_elbo(
-        problem.objective, (problem.phi, phi), tolerance / 4, seed, progress
+        problem.objective, (problem.phi, phi), tolerance / 3, seed, progress
     )
     variables = {
         "elbo": means[1],
