@@ -16,7 +16,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import SVI, TraceMeanField_ELBO
 from pyro.optim import ClippedAdam
 from torch import nn
 from tqdm.auto import trange
@@ -34,7 +34,7 @@ class VAE(nn.Module):
         super().__init__()
         self.latent_dim, self.hidden_dim = latent_dim, hidden_dim
         self.decoder = nn.Sequential(
-            nn.Linear(latent_dim, hidden_dim), nn.Tanh(), nn.Linear(hidden_dim, hidden_dim), nn.Tanh(),
+            nn.Linear(latent_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, hidden_dim), nn.ReLU(),
             nn.Linear(hidden_dim, num_pixels),
         )  # fmt: skip
 
@@ -70,10 +70,10 @@ def load_images(path: str | None) -> tuple[torch.Tensor, torch.Tensor]:
 
 def train_guide(model: VAE, family: str, train: torch.Tensor, num_steps: int) -> AmortizedGuide:
     """An amortized guide, trained together with the model if that is in training mode."""
-    encoder = MLPEncoder(train.shape[1], (model.hidden_dim,) * 2, activation=nn.Tanh, standardize=False)
+    encoder = MLPEncoder(train.shape[1], (model.hidden_dim,) * 2, standardize=False)
     guide = AmortizedGuide(model, encoder, family=family, name=f"{family}_guide")
     optimizer = ClippedAdam({"lr": 2e-3, "lrd": 0.1 ** (1 / num_steps)})
-    svi = SVI(model, guide, optimizer, Trace_ELBO())
+    svi = SVI(model, guide, optimizer, TraceMeanField_ELBO())
     with trange(num_steps, desc=f"training, {FAMILIES[family]} guide") as bar:
         average = None
         for step in bar:
@@ -94,7 +94,7 @@ def print_table(results: dict[tuple[str, str], GapEstimate]) -> None:
         cells = ""
         for name in columns:
             error = np.sqrt(np.square(gaps.dataset[f"{name}_se"].values).sum()) / count
-            cells += f"{gaps.dataset[name].values.mean():12.2f} +- {error:4.2f}"
+            cells += f"{gaps.dataset[name].values.mean():11.3f} +- {error:5.3f}"
         unreliable = int((~gaps.dataset["reliable"]).sum())
         print(f"{FAMILIES[family]:12s}{split:10s}{cells}{unreliable:>6d} of {count}")
     print("log evidence = ELBO + approximation gap (what the family cannot represent) + amortization gap (what the")

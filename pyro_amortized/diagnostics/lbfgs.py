@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -81,6 +82,7 @@ def minimize_rows(
     *,
     history: int = 10,
     max_steps: int = 200,
+    max_length: float = math.inf,
     tolerance: float = 1e-4,
     on_step: Callable[[int], None] = lambda finished: None,
 ) -> Minimum:
@@ -94,6 +96,7 @@ def minimize_rows(
         x: Starting points of shape ``(N, P)``.
         history: Number of steps remembered.
         max_steps: Limit on the number of steps.
+        max_length: Longest step along any coordinate.
         tolerance: Smallest improvement worth a further step, in units of the function.
         on_step: Called after each step with the number of rows that have ended.
 
@@ -111,6 +114,8 @@ def minimize_rows(
             direction = direction / direction.norm(dim=-1, keepdim=True).clamp(min=1.0)
         uphill = (direction * gradient[rows]).sum(-1) >= 0
         direction = torch.where(uphill[:, None], -memory.scale[rows] * gradient[rows], direction)
+        longest = direction.abs().amax(-1, keepdim=True)
+        direction = direction * (max_length / longest).clamp(max=1.0)
         new_x, new_value, new_gradient = _line_search(function, x, value, gradient, direction, rows)
         memory.push(rows, new_x - x[rows], new_gradient - gradient[rows])
         improvement = value[rows] - new_value

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import pyro
 import torch
 from torch import Tensor
 
@@ -26,6 +27,8 @@ __all__ = ["LocalOptimum", "optimize_local"]
 _LBFGS_MAX_DIM = 128
 _SEED_TOLERANCE = 0.005
 _MAX_ATTEMPTS = 4
+_MAX_LENGTH = 5.0
+"""Longest step in any variational parameter; most of them are logarithms or in units of the posterior."""
 
 
 @dataclass
@@ -143,7 +146,7 @@ def _smooth_optimum(problem: LocalProblem, seed: int, progress: bool) -> tuple[T
             noise = quasi_normal(num_draws, size, noise_dim, generator(seed, 1, attempt, half))
             loss = _FixedNoiseLoss(problem, noise.to(problem.phi), rows, start[rows], units[rows])
             with progress_bar(len(rows), f"q* ({num_draws} draws, pass {half + 1})", progress) as bar:
-                found = minimize_rows(loss, loss.origin, on_step=partial(_show, bar))
+                found = minimize_rows(loss, loss.origin, max_length=_MAX_LENGTH, on_step=partial(_show, bar))
             results.append(start.index_copy(0, rows, loss.phi_at(found.x, torch.arange(len(rows)))))
             num_steps[rows] += found.num_steps
             ended &= found.converged
@@ -224,7 +227,7 @@ class _FixedNoiseLoss:
     def _evaluate(self, objective: LocalObjective, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         value, gradient = torch.zeros(len(x), dtype=x.dtype), torch.zeros_like(x)
         for piece in chunks(len(noise), len(x)):
-            with torch.enable_grad():
+            with torch.enable_grad(), pyro.validation_enabled(False):  # a step too far gives a value that is rejected
                 phi = x.to(self.problem.phi).clone().requires_grad_()
                 elbo = objective.sum_elbo(phi, noise[piece])
                 (grad,) = torch.autograd.grad(elbo.sum(), phi)
