@@ -92,13 +92,13 @@ class LocalSite:
         return x.reshape(-1, self.stop - self.start)
 
     def constrain(self, unconstrained: Tensor) -> tuple[Tensor, Tensor]:
-        """The site's value and the log absolute determinant of the transform's Jacobian.
+        r"""The site's value and the log absolute determinant of the transform's Jacobian.
 
         Args:
             unconstrained: Values of shape ``(*batch, *shape)``.
 
         Returns:
-            The value in the support, and log |dT/du| of shape ``(*batch)``.
+            The value in the support, and :math:`\log|dT/du|` of shape ``(*batch)``.
         """
         value = self.transform(unconstrained)
         batch_dim = value.dim() - self.event_dim

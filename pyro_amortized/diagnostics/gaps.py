@@ -73,7 +73,7 @@ class GapEstimate:
             values, errors = (self.dataset[key].values for key in (name, f"{name}_se"))
             error = float(np.sqrt(np.square(errors).sum()) / count)
             spread = float(values.std(ddof=1)) if count > 1 else float("nan")
-            lines.append(f"{label:24s}{values.mean():10.3f}{error:13.3f}{spread:9.3f}")
+            lines.append(f"{label:24s}{values.mean():10.3f}{error:13.4f}{spread:9.3f}")
         lines.append(f"unreliable: {unreliable} of {count} datapoints ({unreliable / count:.0%})")
         return "\n".join(lines)
 
