@@ -16,7 +16,7 @@ from torch import nn
 from pyro_amortized import AmortizedGuide, PerDatapointGuide
 
 
-def paired_ratio(first: Callable[[], object], second: Callable[[], object], repeats: int = 15, inner: int = 40) -> str:
+def paired_ratio(first: Callable[[], object], second: Callable[[], object], repeats: int = 31, inner: int = 40) -> str:
     """Time of ``first`` over time of ``second``: the median over alternating blocks, and the quartiles."""
     for function in (first, second):
         for _ in range(inner):

@@ -19,7 +19,7 @@ EncoderInput = str | Sequence[str] | Callable[..., Any] | None
 """None (the observed values), an argument's name, several names, or a function of the model's arguments."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
     """One call of a guide.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class LocalSite:
     start: int
     stop: int
 
-    @property
+    @cached_property
     def is_real(self) -> bool:
         """Whether the support is all of real space, so that nothing needs to be transformed."""
         return _is_identity(self.transform)
@@ -72,7 +73,7 @@ class LocalSite:
             x = x.transpose(rank + dim, rank + i)
         return x.reshape(x.shape[:rank] + self.shape)
 
-    @property
+    @cached_property
     def is_static(self) -> bool:
         """Whether the support has no bounds of its own, such as those of a uniform, that may change between calls."""
         return not bounds(self.transform)

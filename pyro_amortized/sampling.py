@@ -68,7 +68,7 @@ def sample_local(
 
 def _normal(site: LocalSite, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
     """A normal in unconstrained space, on the site's support: an analytic KL where the prior is of its kind."""
-    normal = dist.Normal(site.unflatten(loc), site.unflatten(scale))
+    normal = dist.Normal(site.unflatten(loc), site.unflatten(scale), validate_args=False)  # the guide has checked phi
     if site.is_real:
         return normal.to_event(site.event_dim)
     try:

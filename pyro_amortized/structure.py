@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -270,6 +269,6 @@ def _fill(template: _Template, arguments: Any, observed: bool) -> Structure | No
             return replace(structure, indices=indices) if structure.random_plates else None
         source, event_dim = place
         values[name] = _datapoints_first(read_source(source, arguments), structure.datapoints, event_dim)
-    filled = copy(structure)  # keeps what has been computed of the structure already
-    filled.__dict__.update(indices=indices, observed=values if observed else None)
+    filled = object.__new__(Structure)  # keeps what has been computed of the structure already
+    filled.__dict__.update(structure.__dict__, indices=indices, observed=values if observed else None)
     return filled

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +27,9 @@ from pyro_amortized.structure import Structure, StructureCache, check_bounds, ch
 from pyro_amortized.tracing import isolated, run_model
 
 __all__ = ["GuideOptions", "LocalGuide"]
+
+_MODERATE = 80.0
+"""Variational parameters below this in size need no closer look: even as logarithms they do not overflow."""
 
 
 class GuideOptions(TypedDict, total=False):
@@ -222,8 +224,10 @@ class LocalGuide(AutoGuide):
                 f"{(frame.size, num_params)}; try an encoder and an encoder_input whose first dimension "
                 f"runs over the plate (inputs have shapes {[tuple(x.shape) for x in inputs]})."
             )
-        if not torch._C._get_tracing_state() and not math.isfinite(phi.detach().sum().item()):
-            self._check_finite(phi, inputs)
+        if not torch._C._get_tracing_state():
+            low, high = torch.aminmax(phi.detach())
+            if not (low.item() > -_MODERATE and high.item() < _MODERATE):
+                self._check_phi(phi, inputs)
         return phi
 
     @property
@@ -231,8 +235,13 @@ class LocalGuide(AutoGuide):
         """The family; reading ``self.family`` instead registers its own parameters, if it has any, with Pyro."""
         return self._modules["family"]  # type: ignore[return-value]
 
-    def _check_finite(self, phi: Tensor, inputs: tuple[Tensor, ...]) -> None:
-        bad = (~phi.isfinite()).any(-1).nonzero().squeeze(-1).tolist()
+    def _check_phi(self, phi: Tensor, inputs: tuple[Tensor, ...]) -> None:
+        """Raises a ValueError naming the datapoints whose variational parameters make no distribution."""
+        wrong = ~phi.isfinite()
+        if isinstance(self._family, Normal):
+            scale = self._family.marginals(phi)[1]
+            wrong = wrong | ~(scale.isfinite() & (scale > 0)).repeat(1, 2)
+        bad = wrong.any(-1).nonzero().squeeze(-1).tolist()
         if not bad:
             return
         cause, remedy = "its parameters have diverged", "a smaller learning rate or clipped gradients"
@@ -242,7 +251,8 @@ class LocalGuide(AutoGuide):
                 remedy = "dropping or imputing them, or an encoder_input that fills them in"
         raise ValueError(
             f"Cannot sample the latents of {len(bad)} datapoints (first: {bad[:10]}) because the variational "
-            f"parameters from {type(self.inference).__name__} are not finite: {cause}; try {remedy}."
+            f"parameters from {type(self.inference).__name__} are not finite, or a scale is zero or infinite: "
+            f"{cause}; try {remedy}."
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
