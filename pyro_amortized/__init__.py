@@ -14,20 +14,27 @@ from pyro_amortized.diagnostics import (
 )
 from pyro_amortized.encoders import DeepSetEncoder, MLPEncoder
 from pyro_amortized.families import LowRankMultivariateNormal, MultivariateNormal, Normal, VariationalFamily
-from pyro_amortized.guides import AmortizedGuide, PerDatapointGuide
+from pyro_amortized.guides import AmortizedGuide, PerDatapointGuide, SemiAmortizedGuide
+from pyro_amortized.updates import Adam, GradientAscent, LearnedUpdate, NaturalGradient, UpdateRule
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adam",
     "AmortizedGuide",
     "DeepSetEncoder",
     "GapEstimate",
+    "GradientAscent",
+    "LearnedUpdate",
     "LocalOptimum",
     "LowRankMultivariateNormal",
     "MLPEncoder",
     "MultivariateNormal",
+    "NaturalGradient",
     "Normal",
     "PerDatapointGuide",
+    "SemiAmortizedGuide",
+    "UpdateRule",
     "VariationalFamily",
     "estimate_gaps",
     "log_evidence",

@@ -28,12 +28,14 @@ class Call:
         kwargs: The model's keyword arguments.
         structure: What the model looks like in this call, with the indices of all subsampled plates.
         plates: The plates by name, opened by nobody yet.
+        signal: Zeros ``(N,)`` whose gradient trains the guide beside that of the ELBO, or None.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     structure: Structure
     plates: Mapping[str, pyro.plate]
+    signal: Tensor | None = None
 
     @property
     def index(self) -> Tensor | None:

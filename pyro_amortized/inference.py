@@ -1,21 +1,46 @@
 """Inference strategies: where the variational parameters phi come from.
 
 A strategy maps what is known of the datapoints to phi, one row each: :class:`Encoded` through a network,
-:class:`PerDatapoint` by looking it up in a table. It knows neither the model nor the shape of q.
+:class:`PerDatapoint` by looking it up in a table, :class:`Prior` without looking at the datapoint at all, and
+:class:`Refined` by climbing the per-datapoint ELBO from where another strategy starts. It does not know the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributions import kl_divergence
+from torch.utils.checkpoint import checkpoint
 
-__all__ = ["Encoded", "InferenceStrategy", "PerDatapoint"]
+from pyro_amortized.families import VariationalFamily
+from pyro_amortized.updates import UpdateRule
 
-Objective = Callable[[Tensor], Tensor]
-"""phi of shape ``(N, P)`` -> the per-datapoint ELBO of shape ``(N,)``, in nats."""
+__all__ = ["ENCODER_GRADIENTS", "Encoded", "InferenceStrategy", "Objective", "PerDatapoint", "Prior", "Refined", "check_count"]
+
+
+class Objective(Protocol):
+    """What a strategy that refines asks of the per-datapoint ELBO, in nats."""
+
+    family: VariationalFamily
+
+    def noise(self, phi: Tensor, num_particles: int) -> Tensor | int:
+        """Fresh noise for a number of draws: ``(K, N, noise_dim)``, or K if the family draws its own."""
+
+    def value(self, phi: Tensor, noise: Any) -> Tensor:
+        """The ELBO ``(N,)`` on given noise."""
+
+    def gradient(self, phi: Tensor, noise: Any) -> Tensor:
+        """Its gradient ``(N, P)``, differentiable where gradients are enabled."""
+
+    def prior(self) -> Tensor:
+        """phi close to the prior, ``(N, P)``."""
 
 
 class InferenceStrategy(nn.Module):
@@ -23,9 +48,11 @@ class InferenceStrategy(nn.Module):
 
     Attributes:
         needs_inputs: Whether ``forward`` reads ``inputs``; guides do not look for the data otherwise.
+        num_known: Number of datapoints that the strategy knows, or None if it serves any.
     """
 
     needs_inputs: bool = True
+    num_known: int | None = None
 
     def forward(self, inputs: tuple[Tensor, ...], index: Tensor | None, objective: Objective | None = None) -> Tensor:
         """phi of the datapoints at hand.
@@ -84,6 +111,11 @@ class PerDatapoint(InferenceStrategy):
         self.table = nn.Parameter(table)
         self.sparse = sparse
 
+    @property
+    def num_known(self) -> int:  # type: ignore[override]
+        """Number of rows of the table."""
+        return len(self.table)
+
     def forward(self, inputs: tuple[Tensor, ...], index: Tensor | None, objective: Objective | None = None) -> Tensor:
         """Rows ``index`` of the table, or all of it; ``inputs`` and ``objective`` are not needed."""
         if index is None:
@@ -91,3 +123,240 @@ class PerDatapoint(InferenceStrategy):
                 return self.table
             index = torch.arange(len(self.table), device=self.table.device)
         return F.embedding(index, self.table, sparse=self.sparse)
+
+
+class Prior(InferenceStrategy):
+    """phi close to the prior of each datapoint's latents, as a start for refinement."""
+
+    needs_inputs = False
+
+    def forward(self, inputs: tuple[Tensor, ...], index: Tensor | None, objective: Objective | None = None) -> Tensor:
+        """phi of shape ``(N, P)``, from the objective alone."""
+        if objective is None:
+            raise ValueError("Cannot start at the prior because no objective was given; try a guide that refines.")
+        return objective.prior()
+
+
+ENCODER_GRADIENTS = ("unrolled", "first_order", "initial", "distill")
+"""How gradients go from a refined phi to where it started, see :class:`Refined`."""
+
+
+@dataclass
+class Refinement:
+    """What refining phi gave.
+
+    Attributes:
+        phi: The refined phi, ``(N, P)``.
+        signal: Zeros ``(N,)`` whose gradient, that of nats to be maximised, trains what phi started from or the update
+            rule, beside the gradient that passes through phi; None if there is none.
+    """
+
+    phi: Tensor
+    signal: Tensor | None = None
+
+
+class Refined(InferenceStrategy):
+    r"""phi from a few steps uphill on each datapoint's own ELBO, :math:`\phi_t = \mathrm{update}(\phi_{t-1},
+    \nabla L_n(\phi_{t-1}))`, from where another strategy starts.
+
+    Gradients reach the start, and the model's parameters inside the steps, as ``encoder_gradient`` says: ``"unrolled"``
+    differentiates the steps exactly; ``"first_order"`` takes their Jacobian for the identity; with ``"initial"`` the
+    start maximises its own ELBO instead, and with ``"distill"`` it minimises the KL divergence
+    :math:`KL(q_{\phi_0} \| q_{\phi_T})`. A learned update rule is trained by the gradient of the ELBO at each of its
+    results, whatever this setting.
+
+    Args:
+        initial: The strategy that says where to start.
+        update: The update rule.
+        num_steps: Number of steps T; may be changed at any time, and be 0.
+        encoder_gradient: One of ``"unrolled"``, ``"first_order"``, ``"initial"`` and ``"distill"``.
+        num_particles: Number of draws for each gradient.
+        fixed_noise: Whether every call uses the same noise, which is also the same for all datapoints, so that results
+            can be repeated and do not depend on the batch. It differs from step to step all the same.
+        keep_best: Whether to return the best phi met on the way, for each datapoint, judged by a further estimate of
+            the ELBO on common noise, instead of the last; None for: where no training is going on.
+        checkpoint: Whether to recompute steps in the backward pass of ``"unrolled"`` instead of keeping what they
+            computed: memory for one step instead of all, at the price of a third more time.
+        features: A network from the inputs to the features that a learned rule sees; None to use those of ``initial``.
+    """
+
+    _BEST_OF = 16
+    """Least number of draws by which the phis of different steps are compared."""
+
+    def __init__(
+        self,
+        initial: InferenceStrategy,
+        update: UpdateRule,
+        num_steps: int,
+        *,
+        encoder_gradient: str = "unrolled",
+        num_particles: int = 1,
+        fixed_noise: bool = False,
+        keep_best: bool | None = None,
+        checkpoint: bool = False,
+        features: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if encoder_gradient not in ENCODER_GRADIENTS:
+            raise ValueError(
+                f"Cannot use encoder_gradient={encoder_gradient!r} because it is none of {ENCODER_GRADIENTS}; try "
+                '"unrolled".'
+            )
+        check_count("num_particles", num_particles, 1)
+        self.initial = initial
+        self.update = update
+        self.num_steps = num_steps
+        self.encoder_gradient = encoder_gradient
+        self.num_particles = num_particles
+        self.fixed_noise = fixed_noise
+        self.keep_best = keep_best
+        self.checkpoint = checkpoint
+        self.features = features
+
+    @property
+    def needs_inputs(self) -> bool:  # type: ignore[override]
+        """Whether the start or the update rule looks at the data."""
+        return self.initial.needs_inputs or self.update.is_learned
+
+    @property
+    def num_known(self) -> int | None:  # type: ignore[override]
+        """Number of datapoints that the start knows."""
+        return self.initial.num_known
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps T."""
+        return self._num_steps
+
+    @num_steps.setter
+    def num_steps(self, value: int) -> None:
+        check_count("num_steps", value, 0)
+        self._num_steps = int(value)
+
+    def forward(self, inputs: tuple[Tensor, ...], index: Tensor | None, objective: Objective | None = None) -> Tensor:
+        """The refined phi ``(N, P)``."""
+        return self.refine(inputs, index, objective).phi
+
+    def refine(
+        self, inputs: tuple[Tensor, ...], index: Tensor | None, objective: Objective | None
+    ) -> Refinement:
+        """Refines phi.
+
+        Args:
+            inputs: Tensors of shape ``(N, ...)`` that describe the datapoints.
+            index: Positions ``(N,)`` of the datapoints in the full data set, or None for all of them in order.
+            objective: The per-datapoint ELBO.
+        """
+        if objective is None:
+            raise ValueError("Cannot refine phi because no objective was given; try a guide that refines.")
+        start = self.initial(inputs, index, objective)
+        features = self.features(*inputs) if self.update.is_learned and self.features is not None else None
+        training = torch.is_grad_enabled()
+        learned, unrolled = self.update.is_learned, self.encoder_gradient == "unrolled"
+        with torch.set_grad_enabled(training and (learned or unrolled)):
+            phi, nats = self._climb(start, features, objective)
+        if not training or learned or unrolled or not self.num_steps or not start.requires_grad:
+            return Refinement(phi, _zero(nats))
+        if self.encoder_gradient == "first_order":
+            return Refinement(start + (phi - start).detach())
+        if self.encoder_gradient == "distill":
+            nats = -_kl(objective, start, phi.detach())
+        return Refinement(phi.detach(), _zero(nats))
+
+    def _climb(self, start: Tensor, features: Tensor | None, objective: Objective) -> tuple[Tensor, Tensor | None]:
+        """The refined phi, and the nats whose gradient trains what phi went through, if that is needed."""
+        learned, training = self.update.is_learned, torch.is_grad_enabled()
+        phi = start if self.encoder_gradient == "unrolled" or learned else start.detach()
+        best = _Best(objective, phi, self._comparison_noise(objective, phi)) if self._keeps_best() else None
+        state, nats = self.update.init(phi, features), None
+        for step in range(self.num_steps):
+            noise = self._noise(objective, phi, step, self.num_particles)
+            if learned or (step == 0 and self.encoder_gradient == "initial"):
+                with torch.no_grad():
+                    grad = objective.gradient(phi.detach(), noise)
+                with torch.enable_grad():
+                    own = (grad * (start if step == 0 else phi)).sum(-1)  # the gradient of the ELBO at this phi
+                nats = own if nats is None else nats + own
+                phi, state = self.update.update(phi.detach(), grad, state)
+            elif self.checkpoint and training:
+                phi, *rest = checkpoint(self._step, phi, noise, objective, *state, use_reentrant=False)
+                state = tuple(rest)
+            else:
+                phi, *rest = self._step(phi, noise, objective, *state)
+                state = tuple(rest)
+            if best is not None:
+                best.offer(phi)
+        return (phi if best is None else best.phi), nats
+
+    def _step(self, phi: Tensor, noise: Any, objective: Objective, *state: Tensor) -> tuple[Tensor, ...]:
+        phi, state = self.update.update(phi, objective.gradient(phi, noise), state)
+        return (phi, *state)
+
+    def _keeps_best(self) -> bool:
+        return not (self.training and torch.is_grad_enabled()) if self.keep_best is None else self.keep_best
+
+    def _comparison_noise(self, objective: Objective, phi: Tensor) -> Tensor | int:
+        return self._noise(objective, phi, -1, max(self._BEST_OF, self.num_particles))
+
+    def _noise(self, objective: Objective, phi: Tensor, step: int, num_particles: int) -> Tensor | int:
+        """Noise of a step: fresh, or if it is fixed the same in every call and for every datapoint."""
+        if not self.fixed_noise:
+            return objective.noise(phi, num_particles)
+        with _seeded(_SEED + step):
+            noise = objective.noise(phi[:1], num_particles)
+        return noise if isinstance(noise, int) else noise.expand(-1, len(phi), -1)
+
+
+_SEED = 20180207
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draws under a seed, with torch's own state put back at the end."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+class _Best:
+    """The best phi of every datapoint so far, by the ELBO on noise that is the same for all."""
+
+    def __init__(self, objective: Objective, phi: Tensor, noise: Tensor | int) -> None:
+        self.objective = objective
+        self.noise = noise
+        self.phi = phi
+        self.value = self._evaluate(phi)
+
+    def _evaluate(self, phi: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.objective.value(phi, self.noise).nan_to_num(nan=-math.inf)
+
+    def offer(self, phi: Tensor) -> None:
+        """Takes ``phi`` where it is better."""
+        value = self._evaluate(phi)
+        better = value > self.value
+        self.phi = torch.where(better.unsqueeze(-1), phi, self.phi)
+        self.value = torch.where(better, value, self.value)
+
+
+def _zero(nats: Tensor | None) -> Tensor | None:
+    """Zeros with the gradient of ``nats``, or None if there is no gradient."""
+    return None if nats is None or not nats.requires_grad else nats - nats.detach()
+
+
+def _kl(objective: Objective, first: Tensor, second: Tensor) -> Tensor:
+    """KL divergence between two members of the family, ``(N,)``; estimated where there is no closed form."""
+    q, p = objective.family(first), objective.family(second)
+    try:
+        return kl_divergence(q, p)
+    except NotImplementedError:
+        z = q.rsample((8,))
+        return (q.log_prob(z) - p.log_prob(z)).mean(0)
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raises a ValueError unless a setting is an integer that is large enough."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(
+            f"Cannot refine with {name}={value!r} because it must be an integer of at least {least}; try {name}=5."
+        )

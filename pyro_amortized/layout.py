@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide.utils import helpful_support_errors
@@ -107,6 +108,24 @@ class LocalSite:
             return value, value.new_zeros(value.shape[:batch_dim])
         log_det = self.transform.log_abs_det_jacobian(unconstrained, value)
         return value, sum_rightmost(log_det, log_det.dim() - batch_dim)
+
+
+    def normal(self, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
+        """A normal in unconstrained space, on the site's support: an analytic KL where the prior is of its kind.
+
+        Args:
+            loc: Unconstrained locations ``(*batch, *shape)``.
+            scale: Standard deviations of the same shape, known to be positive.
+        """
+        normal = dist.Normal(loc, scale, validate_args=False)
+        if self.is_real:
+            return normal.to_event(self.event_dim)
+        try:
+            transform = self.transform.with_cache()
+        except NotImplementedError:
+            transform = self.transform
+        pushed = dist.TransformedDistribution(normal, [transform])
+        return pushed.to_event(self.event_dim - len(pushed.event_shape))
 
 
 def bounds(transform: Any) -> list[Tensor]:

@@ -10,20 +10,30 @@ is defined for each datapoint on its own. :class:`LocalLogJoint` evaluates :math
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.distributions.util import scale_and_mask
+from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.ops import packed
+from pyro.ops.contract import contract_tensor_tree
 from pyro.poutine import Trace
 from torch import Tensor
+from torch.distributions import kl_divergence
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pyro_amortized.families import VariationalFamily
+from pyro_amortized.families import Normal, VariationalFamily
+from pyro_amortized.graphs import Function, GraphCache
+from pyro_amortized.layout import LocalSite
 from pyro_amortized.structure import Structure
-from pyro_amortized.tracing import Site, run_model, sample_sites
+from pyro_amortized.tracing import Site, call_key, isolated, run_model, sample_sites
 
 __all__ = ["LocalLogJoint", "LocalObjective"]
 
@@ -71,7 +81,7 @@ class LocalLogJoint:
         self.global_values = dict(global_values)
         self.depth = max(-frame.dim for frame in structure.frames.values())
         self.vectorized = True
-        self._validate = True
+        self.validate = True
         self.like = torch.empty(0)
         self._selectable: bool | None = None
         self._copies: LocalLogJoint | None = None
@@ -87,39 +97,129 @@ class LocalLogJoint:
             return self._evaluate(z)
         if len(z) > 1 and self._is_selectable():
             return self._evaluate_copies(z)
-        return torch.stack([self._evaluate(draw.unsqueeze(0)).squeeze(0) for draw in z])
+        return self._one_by_one(z)
+
+    def minus_kl(self, z: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+        r"""Log-joints less :math:`\log q(z)` of a mean-field normal q, with closed forms where there are any.
+
+        For every site whose prior allows it, :math:`\log p(z) - \log q(z)` is replaced by its expectation
+        :math:`-\mathrm{KL}(q \| p)`, given the sites before it.
+
+        Args:
+            z: Latents of shape ``(K, N, D)``.
+            loc: Locations of q, ``(N, D)``.
+            scale: Standard deviations of q, ``(N, D)``.
+
+        Returns:
+            Values of shape ``(K, N)``.
+        """
+        return self._evaluate(z, (loc, scale)) if self.vectorized else self._one_by_one(z, (loc, scale))
+
+    def _one_by_one(self, z: Tensor, normal: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        return torch.stack([self._evaluate(draw.unsqueeze(0), normal).squeeze(0) for draw in z])
 
     def _evaluate_copies(self, z: Tensor) -> Tensor:
         if self._copies is None or self._copies.num_datapoints != z.shape[0] * z.shape[1]:
             self._copies = self._selected(torch.arange(z.shape[1]).repeat(len(z)))
         return self._copies._evaluate(z.reshape(1, -1, z.shape[-1])).reshape(z.shape[:2])
 
-    def _evaluate(self, z: Tensor) -> Tensor:
-        one_by_one = not self.vectorized
-        parts = self.layout.split(z[0]) if one_by_one else self.layout.split(z, self.depth)
+    def _evaluate(self, z: Tensor, normal: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Log-joints ``(K, N)``; given location and scale of a normal q, less log q with closed forms."""
+        together = self.vectorized and len(z) > 1
+        parts = self._split(z, together)
         values = {**self.global_values, **self.structure.indices}
+        posteriors: dict[str, dist.TorchDistribution] = {}
+        if normal is not None:
+            locs, scales = (self._split(part.expand_as(z), together) for part in normal)
+            posteriors = {site.name: site.normal(locs[site.name], scales[site.name]) for site in self.layout.sites}
         log_joint = z.new_zeros(z.shape[:2])
         for site in self.layout.sites:
             values[site.name], log_det = site.constrain(parts[site.name])
-            if not site.is_real:
+            if not site.is_real and normal is None:
                 log_joint = log_joint + self._per_datapoint(log_det, z.shape[0])
-        handlers = () if one_by_one else (pyro.plate("_local_draws", z.shape[0], dim=-self.depth - 1),)
-        with nullcontext() if self._validate else pyro.validation_enabled(False):
+        handlers: list[Any] = []
+        if together:
+            with isolated():
+                handlers.append(pyro.plate("_local_draws", z.shape[0], dim=-self.depth - 1))
+        if self.structure.enumerated:
+            handlers.append(poutine.enum(first_available_dim=-self.depth - 2))
+        with nullcontext() if self.validate else pyro.validation_enabled(False):
             trace = run_model(self.model, self.args, self.kwargs, values, handlers)
-            return log_joint + self._sum_sites(trace, z.shape[0], values)
+            done: set[str] = set()
+            if self.structure.enumerated:
+                summed, done = self._sum_out(trace, z.shape[0])
+                log_joint = log_joint + summed
+            return log_joint + self._sum_sites(trace, z.shape[0], values, posteriors, done)
 
-    def _sum_sites(self, trace: Trace, num_draws: int, values: Mapping[str, Tensor]) -> Tensor | float:
+    def _sum_out(self, trace: Trace, num_draws: int) -> tuple[Tensor | float, set[str]]:
+        """The part of the log-joint in which discrete sites are summed out, and the names of the sites in it."""
+        trace.compute_log_prob()
+        trace.pack_tensors()
+        sites = sample_sites(trace)
+        symbols = {site["infer"]["_enumerate_symbol"] for site in sites.values() if "_enumerate_symbol" in site["infer"]}
+        factors: OrderedDict[Any, list[Tensor]] = OrderedDict()
+        names, scales = set(), []
+        for name, site in sites.items():
+            factor = site["packed"]["unscaled_log_prob"]
+            if symbols.isdisjoint(factor._pyro_dims):
+                continue
+            if "_enumerate_symbol" not in site["infer"]:
+                factor = packed.scale_and_mask(factor, mask=site["packed"]["mask"])
+            frame = self._frame(site)
+            if frame is None:
+                raise ValueError(
+                    f"Cannot evaluate datapoints on their own because site {name!r} belongs to a discrete latent that "
+                    f"is enumerated outside of plate {self.layout.plate!r}; try a discrete latent inside the plate."
+                )
+            ordinal = frozenset(trace.plate_to_symbol[f.name] for f in site["cond_indep_stack"] if f.vectorized)
+            factors.setdefault(ordinal, []).append(factor)
+            scales.append(site["scale"] * (frame.size / frame.full_size if frame.full_size else 1.0))
+            names.add(name)
+        if len({float(scale) for scale in scales}) > 1:
+            raise ValueError(
+                f"Cannot sum out the discrete latents among sites {sorted(names)} because they have different scales; "
+                "try poutine.scale around all of them."
+            )
+        total: Tensor | float = 0.0
+        for ordinal, terms in contract_tensor_tree(factors, symbols).items():
+            if trace.plate_to_symbol[self.layout.plate] not in ordinal:
+                raise ValueError(
+                    f"Cannot evaluate datapoints on their own because a discrete latent among {sorted(names)} is "
+                    f"shared by the datapoints of plate {self.layout.plate!r}; try one inside the plate."
+                )
+            for term in terms:
+                total = total + self._per_datapoint(packed.unpack(term, trace.symbol_to_dim), num_draws)
+        return total * scales[0] if scales else total, names
+
+    def _split(self, z: Tensor, together: bool) -> dict[str, Tensor]:
+        return self.layout.split(z, self.depth) if together else self.layout.split(z[0])
+
+    def _sum_sites(
+        self,
+        trace: Trace,
+        num_draws: int,
+        values: Mapping[str, Tensor],
+        posteriors: Mapping[str, dist.TorchDistribution],
+        done: set[str],
+    ) -> Tensor | float:
         total: Tensor | float = 0.0
         for name, site in sample_sites(trace).items():
+            if name in done:
+                continue
             if not site["is_observed"] and name not in values:
                 raise ValueError(
                     f"Cannot evaluate the model's log-joint because site {name!r} is latent and the guide has no value "
-                    "for it, as for sites that are enumerated in the model; try summing it out in the model."
+                    "for it; try the structure that the guide was set up with."
                 )
-            frame = next((f for f in site["cond_indep_stack"] if f.name == self.layout.plate), None)
+            frame = self._frame(site)
             if frame is not None:
-                total = total + self._per_datapoint(_log_prob(site, frame), num_draws)
+                log_prob = _log_prob(site) if name not in posteriors else _minus_kl(posteriors[name], site)
+                total = total + self._per_datapoint(_scaled(log_prob, site, frame), num_draws)
         return total
+
+    def _frame(self, site: Site) -> Any:
+        """The datapoint plate in a site's stack, or None."""
+        return next((frame for frame in site["cond_indep_stack"] if frame.name == self.layout.plate), None)
 
     def _per_datapoint(self, log_prob: Tensor, num_draws: int) -> Tensor:
         """Sums over all batch dimensions but those of the draws and of the datapoints: ``(K, N)``."""
@@ -151,12 +251,25 @@ class LocalLogJoint:
             )
         self._check_finite(reference)
         self._check_independence(z, reference)
+        self._try_vectorized(z, reference)
+        self.validate = False
+
+    @torch.no_grad()
+    def choose_mode(self, z: Tensor) -> bool:
+        """Finds out whether draws ``(2, N, D)`` may be evaluated together, without the other checks of :meth:`check`.
+
+        Models that draw random numbers of their own, such as dropout's, get every draw in a run of its own.
+        """
+        self.validate, self.vectorized, self._selectable = False, False, False
+        self._try_vectorized(z, self(z))
+        return self.vectorized
+
+    def _try_vectorized(self, z: Tensor, reference: Tensor) -> None:
         try:
             self.vectorized = True
             self.vectorized = _close(self(z), reference)
         except Exception:  # a model may fail in any way on a batch of draws; then it is run otherwise
             self.vectorized = False
-        self._validate = False
 
     def _check_independence(self, z: Tensor, log_joint: Tensor) -> None:
         """Changes the latents of one datapoint; the log-joints of the others must stay."""
@@ -227,8 +340,8 @@ class LocalLogJoint:
         indices = {k: v[rows.to(v.device)] if k == name else v for k, v in self.structure.indices.items()}
         structure = replace(self.structure, frames=frames, indices=indices, observed=None)
         part = LocalLogJoint(self.model, args, kwargs, structure, self.global_values)
-        part._validate, part.vectorized, part.like, part._selectable = (
-            self._validate,
+        part.validate, part.vectorized, part.like, part._selectable = (
+            self.validate,
             self.vectorized,
             self.like,
             True,
@@ -250,9 +363,20 @@ class LocalLogJoint:
             return False
 
 
-def _log_prob(site: Site, frame: Any) -> Tensor:
-    """A site's log-probability with its masks and scales, but without the subsampling scale of ``frame``."""
-    log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+def _log_prob(site: Site) -> Tensor:
+    return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+
+
+def _minus_kl(posterior: dist.TorchDistribution, site: Site) -> Tensor:
+    """Minus the KL divergence of a posterior from the prior of a site, or one draw's estimate of it."""
+    try:
+        return -kl_divergence(posterior, site["fn"])
+    except NotImplementedError:
+        return _log_prob(site) - posterior.log_prob(site["value"])
+
+
+def _scaled(log_prob: Tensor, site: Site, frame: Any) -> Tensor:
+    """With the masks and scales of a site, but without the subsampling scale of ``frame``."""
     subsampling = frame.full_size / frame.size if frame.full_size else 1.0
     return scale_and_mask(log_prob, site["scale"] / subsampling, site["mask"])
 
@@ -276,12 +400,27 @@ def _take(value: Any, rows: Tensor, size: int) -> Any:
     return value
 
 
+ESTIMATORS = ("stl", "plain", "analytic_kl")
+"""Estimators of the gradient of the per-datapoint ELBO, see :class:`LocalObjective`."""
+
+
 class LocalObjective:
-    """The per-datapoint ELBO of phi: draws from the family, weighed under the model.
+    r"""The per-datapoint ELBO of phi: draws from the family, weighed under the model.
+
+    Its gradient is the reparameterised one, by one of three estimators: ``"stl"`` ("sticking the landing") leaves out
+    the derivative with respect to the parameters inside log q, which is zero on average, so that no noise is left where
+    q is the posterior; ``"plain"`` keeps it; ``"analytic_kl"``, for the normal family, uses the closed form of
+    :math:`KL(q \| p(z))` for every site that has one.
 
     Args:
         log_joint: The model's log-joint per datapoint.
         family: The variational family.
+        estimator: The estimator of the gradient.
+        graphs: Where to keep traced forms of this objective and its gradient; None to run the model as it is.
+
+    References:
+        Sticking the Landing: Simple, Lower-Variance Gradient Estimators for Variational Inference, Geoffrey Roeder,
+        Yuhuai Wu, David Duvenaud (2017), https://arxiv.org/abs/1703.09194
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -299,9 +438,23 @@ class LocalObjective:
         tensor([-1.2655, -2.2655])
     """
 
-    def __init__(self, log_joint: LocalLogJoint, family: VariationalFamily) -> None:
+    def __init__(
+        self,
+        log_joint: LocalLogJoint,
+        family: VariationalFamily,
+        estimator: str = "stl",
+        graphs: GraphCache | None = None,
+    ) -> None:
+        if estimator not in ESTIMATORS or (estimator == "analytic_kl" and not isinstance(family, Normal)):
+            raise ValueError(
+                f"Cannot estimate gradients of a {type(family).__name__} family by {estimator!r}; try one of "
+                f'{ESTIMATORS} (the last for family="normal" only).'
+            )
         self.log_joint = log_joint
         self.family = family
+        self.estimator = estimator
+        self.graphs = graphs
+        self._programs: dict[Any, tuple[Function, list[Tensor]]] = {}
 
     @property
     def like(self) -> Tensor:
@@ -320,19 +473,23 @@ class LocalObjective:
         """
         return self.log_weights(phi, num_particles).mean(0)
 
-    def log_weights(self, phi: Tensor, noise: Tensor | int) -> Tensor:
+    def log_weights(self, phi: Tensor, noise: Tensor | int, path: Tensor | None = None) -> Tensor:
         """log p(x_n, z) - log q(z) at draws z from q.
 
         Args:
             phi: Variational parameters of shape ``(N, P)``.
             noise: Standard normal noise of shape ``(K, N, noise_dim)`` to be turned into draws, or a number K of fresh
                 draws.
+            path: The same phi once more, to be used for the draws alone.
 
         Returns:
             Log weights of shape ``(K, N)``.
         """
         q = self.family(phi)
-        z = q.rsample((noise,)) if isinstance(noise, int) else self.family.rsample(phi, noise)
+        if not isinstance(noise, int):
+            z = self.family.rsample(phi if path is None else path, noise)
+        else:
+            z = (q if path is None else self.family(path)).rsample((noise,))
         return self.log_joint(z) - q.log_prob(z)
 
     def sum_elbo(self, phi: Tensor, noise: Tensor) -> Tensor:
@@ -356,6 +513,153 @@ class LocalObjective:
         """The objective of some of the datapoints, as :meth:`LocalLogJoint.select`."""
         log_joint = self.log_joint.select(rows)
         return None if log_joint is None else LocalObjective(log_joint, self.family)
+
+    # For refinement
+
+    def noise(self, phi: Tensor, num_particles: int) -> Tensor | int:
+        """Fresh noise for K draws, from torch's generator: in antithetic pairs if K is even.
+
+        Returns:
+            Noise of shape ``(K, N, noise_dim)``, or K for families that draw their own.
+        """
+        if self.family.noise_dim is None:
+            return num_particles
+        pairs, odd = divmod(num_particles, 2)
+        if odd:
+            return torch.randn(num_particles, len(phi), self.family.noise_dim, dtype=phi.dtype, device=phi.device)
+        half = torch.randn(pairs, len(phi), self.family.noise_dim, dtype=phi.dtype, device=phi.device)
+        return torch.cat([half, -half])
+
+    def value(self, phi: Tensor, noise: Tensor | int) -> Tensor:
+        """The ELBO ``(N,)`` on given noise."""
+        return self._run(_value, phi, noise)
+
+    def gradient(self, phi: Tensor, noise: Tensor | int) -> Tensor:
+        """The gradient of the ELBO ``(N, P)`` on given noise; itself differentiable where gradients are enabled."""
+        return self._run(_gradient, phi, noise)
+
+    def _run(self, program: Callable[..., Tensor], phi: Tensor, noise: Tensor | int) -> Tensor:
+        key = (program, noise if isinstance(noise, int) else noise.shape)
+        found = self._programs.get(key)
+        if found is None:
+            found = self._programs[key] = self._find_program(program, phi, noise)
+        function, tensors = found
+        return function(phi, *tensors)[0] if isinstance(noise, int) else function(phi, noise, *tensors)[0]
+
+    def _find_program(
+        self, program: Callable[..., Tensor], phi: Tensor, noise: Tensor | int
+    ) -> tuple[Function, list[Tensor]]:
+        """A function of phi, noise and the tensors of this call: traced if that can be done."""
+        call, log_joint = _Tensors.of(self.log_joint), self.log_joint
+        family, estimator = self.family, self.estimator
+        count = noise if isinstance(noise, int) else None
+
+        def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+            head = 1 if count is not None else 2
+            objective = LocalObjective(call.put_back(tensors[head:], log_joint), family, estimator)
+            with pyro.validation_enabled(False):  # a step too far gives a value that is not taken
+                return (program(objective, tensors[0], count if count is not None else tensors[1]),)
+
+        inputs = [phi] if isinstance(noise, int) else [phi, noise]
+        shapes = call_key((log_joint.args, dict(log_joint.kwargs)))
+        if self.graphs is not None and shapes is not None and log_joint.structure.is_static:
+            key = (program.__name__, estimator, shapes, call_key([*inputs, *call.tensors]), count, log_joint.vectorized)
+            frames = tuple(log_joint.structure.frames.values())
+            settings = (torch.get_default_dtype(), torch.is_autocast_enabled())
+            owner = (log_joint.model, family)
+            graph = self.graphs.find((*key, frames, settings), function, [*inputs, *call.tensors], owner)
+            if graph is not None:
+                return graph, call.tensors
+        return function, call.tensors
+
+    @torch.no_grad()
+    def prior(self) -> Tensor:
+        """phi close to the prior: locations and scales of every local latent, given those before it at their location.
+
+        Returns:
+            phi of shape ``(N, P)``.
+        """
+        values = {**self.log_joint.global_values, **self.log_joint.structure.indices}
+        sites = {site.name: site for site in self.log_joint.layout.sites}
+        locs, scales = {}, {}
+
+        def start(site: Site) -> Tensor | None:
+            local = sites.get(site["name"])
+            if local is None:
+                return None
+            locs[local.name], scales[local.name] = _unconstrained_moments(site["fn"], local)
+            return local.transform(locs[local.name])
+
+        with pyro.validation_enabled(False):
+            run_model(self.log_joint.model, self.log_joint.args, self.log_joint.kwargs, values, (InitMessenger(start),))
+        dim = self.log_joint.layout.dim
+        loc, scale = (torch.cat([s.flatten(part[s.name], dim) for s in sites.values()], -1) for part in (locs, scales))
+        phi = self.family.laplace(loc, torch.diag_embed(scale.square().reciprocal()))
+        return self.family.initial(loc, 1.0) if phi is None else phi
+
+
+def _value(objective: LocalObjective, phi: Tensor, noise: Tensor | int) -> Tensor:
+    return objective.log_weights(phi, noise).mean(0)
+
+
+def _gradient(objective: LocalObjective, phi: Tensor, noise: Tensor | int) -> Tensor:
+    """The gradient ``(N, P)``, with a graph of its own where gradients are enabled."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        path = phi.view_as(phi) if create_graph and phi.requires_grad else phi.detach().requires_grad_()
+        if objective.estimator == "analytic_kl":
+            loc, scale = objective.family.marginals(path)  # type: ignore[operator]
+            z = objective.family.rsample(path, noise)  # type: ignore[arg-type]
+            weights = objective.log_joint.minus_kl(z, loc, scale)
+        else:
+            weights = objective.log_weights(path if objective.estimator == "plain" else phi, noise, path)
+        (grad,) = torch.autograd.grad(weights.mean(0).sum(), path, create_graph=create_graph)
+    return grad
+
+
+class _Tensors:
+    """The tensors among a call's arguments, indices and global values, apart from everything else."""
+
+    def __init__(self, leaves: list[Any], spec: Any) -> None:
+        self.leaves = leaves
+        self.spec = spec
+        self.positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self.tensors = [leaves[i] for i in self.positions]
+
+    @classmethod
+    def of(cls, log_joint: LocalLogJoint) -> _Tensors:
+        """Takes a log-joint's call apart."""
+        parts = (tuple(log_joint.args), dict(log_joint.kwargs), dict(log_joint.structure.indices))
+        return cls(*tree_flatten((*parts, log_joint.global_values)))
+
+    def put_back(self, tensors: Sequence[Tensor], log_joint: LocalLogJoint) -> LocalLogJoint:
+        """The log-joint of other tensors of the same shapes."""
+        leaves = list(self.leaves)
+        for position, tensor in zip(self.positions, tensors, strict=True):
+            leaves[position] = tensor
+        args, kwargs, indices, global_values = tree_unflatten(leaves, self.spec)
+        structure = replace(log_joint.structure, indices=indices, observed=None)
+        same = LocalLogJoint(log_joint.model, args, kwargs, structure, global_values)
+        same.vectorized, same.validate, same.like, same._selectable = log_joint.vectorized, False, log_joint.like, False
+        return same
+
+
+def _unconstrained_moments(prior: dist.TorchDistribution, site: LocalSite) -> tuple[Tensor, Tensor]:
+    """Location and scale of a prior in unconstrained space: exact for normals, by linearisation at the mean else."""
+    shape = prior.batch_shape + site.shape
+    try:
+        loc = site.transform.inv(prior.mean)
+        scale = prior.stddev
+        if not site.is_real:
+            with torch.enable_grad():
+                at = loc.detach().requires_grad_()
+                (slope,) = torch.autograd.grad(site.transform(at).sum(), at)
+            scale = scale / slope.abs() if scale.shape == slope.shape == shape else torch.ones_like(loc)
+        loc, scale = loc.expand(shape), scale.expand(shape)
+    except (NotImplementedError, AttributeError, RuntimeError):
+        loc, scale = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
+    usable = loc.isfinite() & scale.isfinite() & (scale > 0)
+    return torch.where(usable, loc, torch.zeros_like(loc)), torch.where(usable, scale, torch.ones_like(scale))
 
 
 def chunks(num_draws: int, num_datapoints: int, max_rows: int = MAX_ROWS) -> list[slice]:

@@ -61,22 +61,9 @@ def sample_local(
     phi = layout.batch(phi)
     if isinstance(family, Normal):
         loc, scale = family.marginals(phi)
-        return {site.name: _sample(site, _normal(site, loc, scale), plates) for site in layout.sites}
+        return {site.name: _sample(site, site.normal(site.unflatten(loc), site.unflatten(scale)), plates) for site in layout.sites}
     latent = pyro.sample(latent_name, family(phi), infer={"is_auxiliary": True})
     return {site.name: _sample(site, _delta(site, latent), plates) for site in layout.sites}
-
-
-def _normal(site: LocalSite, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
-    """A normal in unconstrained space, on the site's support: an analytic KL where the prior is of its kind."""
-    normal = dist.Normal(site.unflatten(loc), site.unflatten(scale), validate_args=False)  # the guide has checked phi
-    if site.is_real:
-        return normal.to_event(site.event_dim)
-    try:
-        transform = site.transform.with_cache()
-    except NotImplementedError:
-        transform = site.transform
-    pushed = dist.TransformedDistribution(normal, [transform])
-    return pushed.to_event(site.event_dim - len(pushed.event_shape))
 
 
 def _delta(site: LocalSite, latent: Tensor) -> dist.TorchDistribution:

@@ -17,7 +17,7 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_amortized.layout import SiteLayout, bounds, datapoint_plate, is_data, latent_sites
+from pyro_amortized.layout import SiteLayout, bounds, datapoint_plate, is_data, is_enumerated, latent_sites
 from pyro_amortized.tracing import (
     PlateFrame,
     Source,
@@ -46,6 +46,7 @@ class Structure:
         indices: Indices of the explicitly subsampled plates.
         observed: Observed values in the datapoint plate by site, each of shape ``(N, ...)``; None if they were not
             asked for, or cannot be known before a random subsample is drawn.
+        enumerated: Names of the discrete latent sites that the model sums out.
     """
 
     frames: Mapping[str, PlateFrame]
@@ -55,6 +56,7 @@ class Structure:
     global_plates: tuple[str, ...] = ()
     indices: Mapping[str, Tensor] = field(default_factory=dict)
     observed: Mapping[str, Tensor] | None = None
+    enumerated: tuple[str, ...] = ()
 
     @property
     def datapoints(self) -> PlateFrame:
@@ -238,6 +240,7 @@ class StructureCache:
             global_plates=tuple({f.name for site in global_sites.values() for f in site["cond_indep_stack"]}),
             indices=subsample_indices(trace, frames),
             observed={} if plate is None else observed_values(trace, frames[plate]),
+            enumerated=tuple(name for name, site in sample_sites(trace).items() if not site["is_observed"] and is_enumerated(site)),
         )
         return structure, trace, reads
 

@@ -42,13 +42,14 @@ Site = dict[str, Any]
 @contextmanager
 def isolated() -> Iterator[None]:
     """Sets the caller's Pyro handlers and plate dimensions aside, and puts them back at the end."""
-    stack, dims = runtime._PYRO_STACK, runtime._DIM_ALLOCATOR._stack
-    saved = stack[:], dims[:]
+    stack, dims, enumeration = runtime._PYRO_STACK, runtime._DIM_ALLOCATOR._stack, vars(runtime._ENUM_ALLOCATOR)
+    saved = stack[:], dims[:], dict(enumeration)
     stack[:], dims[:] = [], []
     try:
         yield
     finally:
-        stack[:], dims[:] = saved
+        stack[:], dims[:] = saved[:2]
+        enumeration.update(saved[2])
 
 
 class _Substitute(Messenger):

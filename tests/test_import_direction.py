@@ -11,9 +11,11 @@ import pytest
 import pyro_amortized
 
 LAYERS: list[set[str]] = [
-    {"families", "encoders", "updates"},
+    {"families", "encoders"},
+    {"updates"},
     {"inference"},
     {"tracing"},
+    {"graphs"},
     {"layout"},
     {"structure"},
     {"objective", "sampling", "encoder_inputs"},

@@ -62,7 +62,7 @@ def bind(
             "Cannot call the model with model_args=<tensor> because arguments are passed as a tuple; try (x,)."
         )
     args, kwargs = tuple(model_args), dict(model_kwargs or {})
-    with torch.no_grad(), seeded(generator(seed, 10)):
+    with torch.no_grad(), seeded(generator(seed, 10)), guide._repeatable():
         structure, phi = guide._infer(args, kwargs)
         _check_repeatable(guide, args, kwargs, structure, phi)
         global_values = guide.global_median(*args, **kwargs)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import pyro
 import pyro.distributions as dist
@@ -20,11 +21,15 @@ from torch import Tensor, nn
 from pyro_amortized.encoder_inputs import Call, EncoderInput, encoder_inputs
 from pyro_amortized.families import Normal, VariationalFamily, build_family
 from pyro_amortized.families.base import FamilySpec, check_family_spec
-from pyro_amortized.inference import InferenceStrategy
+from pyro_amortized.inference import InferenceStrategy, Refined
 from pyro_amortized.layout import SiteLayout, is_enumerated
 from pyro_amortized.sampling import KeepLogDensity, sample_local
 from pyro_amortized.structure import Structure, StructureCache, check_bounds, check_observed
 from pyro_amortized.tracing import isolated, run_model
+from pyro_amortized.updates import UpdateRule
+
+if TYPE_CHECKING:
+    from pyro_amortized.guides.semi_amortized import SemiAmortizedGuide
 
 __all__ = ["GuideOptions", "LocalGuide"]
 
@@ -102,7 +107,8 @@ class LocalGuide(AutoGuide):
 
     @property
     def _needs_inputs(self) -> bool:
-        return True
+        strategy: Any = self._modules.get("inference")
+        return True if strategy is None else strategy.needs_inputs
 
     def setup(self, *args: Any, **kwargs: Any) -> None:
         """Builds every parameter and buffer from one look at the model; the first call does so otherwise.
@@ -215,8 +221,15 @@ class LocalGuide(AutoGuide):
     def _phi(self, call: Call) -> Tensor:
         """phi of a call's datapoints, ``(N, P)``; reading ``self.inference`` registers its parameters with Pyro."""
         frame, num_params = call.structure.datapoints, self._family.num_params
-        inputs = self._inputs(call)
-        phi = self.inference(inputs, call.index)
+        inputs, strategy = self._inputs(call), self.inference
+        if strategy.num_known is not None and strategy.num_known != frame.full_size:
+            raise ValueError(
+                f"Cannot look up variational parameters because plate {frame.name!r} now has {frame.full_size} "
+                f"datapoints and the guide's table was set up with {strategy.num_known}: it knows nothing of unseen "
+                "data; try AmortizedGuide, or pyro.plate(name, full_size, subsample=indices) for a batch of the same "
+                "data."
+            )
+        phi = self._run_strategy(strategy, inputs, call)
         if phi.shape != (frame.size, num_params):
             raise ValueError(
                 f"Cannot sample the latents of {frame.size} datapoints in plate {frame.name!r} because the encoder "
@@ -229,6 +242,9 @@ class LocalGuide(AutoGuide):
             if not (low.item() > -_MODERATE and high.item() < _MODERATE):
                 self._check_phi(phi, inputs)
         return phi
+
+    def _run_strategy(self, strategy: InferenceStrategy, inputs: tuple[Tensor, ...], call: Call) -> Tensor:
+        return strategy(inputs, call.index)
 
     @property
     def _family(self) -> VariationalFamily:
@@ -245,6 +261,9 @@ class LocalGuide(AutoGuide):
         if not bad:
             return
         cause, remedy = "its parameters have diverged", "a smaller learning rate or clipped gradients"
+        if isinstance(self._modules["inference"], Refined):
+            cause = "refinement has diverged or met a gradient that is not finite, or the encoder has diverged"
+            remedy = "a smaller step_size, max_norm=..., keep_best=True, or a smaller learning rate"
         for i, x in enumerate(inputs):
             if x.is_floating_point() and not x.isfinite().all():
                 cause = f"its input number {i} holds NaN or infinite values"
@@ -281,11 +300,14 @@ class LocalGuide(AutoGuide):
             family = self._family if isinstance(self._family, Normal) else self.family
             with call.plates[layout.plate]:
                 result.update(sample_local(layout, family, phi, call.plates, f"{self._pyro_name}_latent"))
+                if call.signal is not None:
+                    signal = layout.batch(-call.signal.unsqueeze(-1)).squeeze(-1)
+                    pyro.factor(f"{self._pyro_name}_signal", signal, has_rsample=True)
         return result
 
     def _global(self) -> AutoGuide:
         guide = self.global_guide
-        if guide.master is None:  # saving a guide with Pyro's own __getstate__ cuts it off
+        if guide.master is None or guide.master() is not self:  # saving cuts it off, a refined guide shares it
             guide._update_master(weakref.ref(self))
         return guide
 
@@ -385,6 +407,56 @@ class LocalGuide(AutoGuide):
         with isolated():
             self._prepare(args, kwargs)
             return self._global().median(*args, **kwargs)
+
+    def refined(
+        self, num_steps: int, update: UpdateRule | None = None, *, num_particles: int = 16, **options: Any
+    ) -> SemiAmortizedGuide:
+        """This guide with its answers refined by gradient steps for each datapoint: test-time refinement.
+
+        Args:
+            num_steps: Number of steps.
+            update: The update rule; by default :class:`~pyro_amortized.NaturalGradient` for the normal family,
+                :class:`~pyro_amortized.Adam` for others.
+            num_particles: Number of draws for each step's gradient.
+            **options: Further ones of :class:`~pyro_amortized.SemiAmortizedGuide`, such as ``compile=True``.
+
+        Returns:
+            A guide in ``eval()`` mode that shares this guide's parameters.
+
+        Raises:
+            ValueError: If this guide has not been set up yet, or has no local latents.
+        """
+        from pyro_amortized.guides.semi_amortized import SemiAmortizedGuide
+
+        if not self._ready:
+            raise ValueError(
+                "Cannot refine this guide because it has not been set up; try training it, or guide.setup(...)."
+            )
+        if self.layout is None:
+            raise ValueError(
+                "Cannot refine this guide because the model has no local latents; try this guide as it is."
+            )
+        if self._model_at_hand is None:
+            raise ValueError(
+                "Cannot refine this guide because it was loaded without its model; try `guide.model = model`."
+            )
+        options = {"name": f"{self._pyro_name}_refined", "global_guide": self._global_guide_factory, **options}
+        guide = SemiAmortizedGuide(self.model, num_steps=num_steps, update=update, num_particles=num_particles, **options)
+        guide._adopt(self)
+        return guide
+
+    @contextmanager
+    def _repeatable(self) -> Iterator[None]:
+        """Makes refinement use the same noise in every call."""
+        found = [module for module in self.modules() if isinstance(module, Refined)]
+        before = [module.fixed_noise for module in found]
+        for module in found:
+            module.fixed_noise = True
+        try:
+            yield
+        finally:
+            for module, fixed in zip(found, before, strict=True):
+                module.fixed_noise = fixed
 
     # Saving
 

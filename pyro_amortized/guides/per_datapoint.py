@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from pyro_amortized.encoder_inputs import Call
 from pyro_amortized.guides.base import GuideOptions, LocalGuide
 from pyro_amortized.inference import InferenceStrategy, PerDatapoint
 from pyro_amortized.structure import Structure
@@ -48,17 +47,3 @@ class PerDatapointGuide(LocalGuide):
     def _build_strategy(self, inputs: tuple[Tensor, ...], init_loc: Tensor, structure: Structure) -> InferenceStrategy:
         rows = torch.arange(structure.datapoints.full_size, device=init_loc.device) % len(init_loc)
         return PerDatapoint(self.family.initial(init_loc, self.init_scale)[rows].contiguous(), sparse=self.sparse)
-
-    def _phi(self, call: Call) -> Tensor:
-        frame, known = call.structure.datapoints, self._table.shape[0]
-        if frame.full_size != known:
-            raise ValueError(
-                f"Cannot look up variational parameters because plate {frame.name!r} now has {frame.full_size} "
-                f"datapoints and PerDatapointGuide was set up with {known}: it knows nothing of unseen data; try "
-                "AmortizedGuide, or pyro.plate(name, full_size, subsample=indices) for a batch of the same data."
-            )
-        return super()._phi(call)
-
-    @property
-    def _table(self) -> Tensor:
-        return self._modules["inference"].table  # type: ignore[union-attr, return-value]

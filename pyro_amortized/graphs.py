@@ -1,0 +1,446 @@
+"""Tensor programs traced once and run many times: the model's Python code and Pyro's handlers leave the loop.
+
+A function of tensors that runs a Pyro model is recorded as a graph of tensor operations, simplified, and, if asked for,
+compiled. The graph holds the model's parameters by reference, so that it follows their training, and gradients pass
+through it to them. It is used only where that is safe: it must give the numbers and the derivatives of the function that
+it was traced from, and is traced anew when anything that the model can reach (numbers, flags, tensors, submodules) has
+been replaced since.
+"""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from pyro import get_param_store
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyro_amortized.tracing import ValueReads
+
+__all__ = ["GraphCache"]
+
+Function = Callable[..., tuple[Tensor, ...]]
+"""From tensors to a tuple of tensors."""
+
+_MAX_MISSES = 8
+"""Traces in a row without a hit after which tracing is given up: something changes in every call."""
+
+
+@dataclass
+class _Entry:
+    """A graph, or None for a function that cannot be traced, with the conditions under which it may be used."""
+
+    graph: Function | None
+    guards: Sequence[_Guard] = ()
+    calls: int = 0
+
+
+class GraphCache:
+    """Keeps the graphs of functions of tensors by key.
+
+    Args:
+        compile: Whether to compile the graphs.
+        max_size: Number of graphs kept.
+    """
+
+    def __init__(self, compile: bool = False, max_size: int = 32) -> None:
+        self.compile = compile
+        self.max_size = max_size
+        self._entries: OrderedDict[Any, _Entry] = OrderedDict()
+        self._misses = 0
+        self._warned = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Graphs are traced anew after loading."""
+        return {**self.__dict__, "_entries": OrderedDict(), "_misses": 0}
+
+    def __deepcopy__(self, memo: Any) -> GraphCache:
+        return GraphCache(self.compile, self.max_size)
+
+    def find(self, key: Any, function: Function, inputs: Sequence[Tensor], owner: Any) -> Function | None:
+        """A graph of ``function``, valid for inputs of these shapes.
+
+        Args:
+            key: What the graph depends on beside the state of ``owner``: shapes and Python values.
+            function: What to trace.
+            inputs: Tensors to trace it with.
+            owner: The model, whose reachable state the graph depends on.
+
+        Returns:
+            The graph, or None if the function should be called itself.
+        """
+        entry = self._entries.get(key)
+        if entry is not None and all(guard.holds() for guard in entry.guards):
+            self._entries.move_to_end(key)
+            self._misses = 0
+            entry.calls += 1
+            if entry.graph is not None and _is_due(entry.calls) and not self._agrees(entry.graph, function, inputs):
+                self._give_up(entry, "its numbers change between calls for a reason that cannot be seen from outside")
+            return entry.graph
+        if self._misses > _MAX_MISSES:
+            return None
+        self._misses += 1
+        if self._misses > _MAX_MISSES:
+            self._warn("some number, flag or tensor that it uses is replaced in every call (pass it as a tensor)")
+            return None
+        entry = self._trace(function, inputs, owner)
+        self._entries[key] = entry
+        if len(self._entries) > self.max_size:
+            self._entries.popitem(last=False)
+        return entry.graph
+
+    def _trace(self, function: Function, inputs: Sequence[Tensor], owner: Any) -> _Entry:
+        try:
+            with torch.enable_grad():
+                graph, captured = trace(function, inputs)
+        except Exception as error:  # models may do anything
+            entry = _Entry(None, list(_guards(owner, ())))
+            self._warn(f"{type(error).__name__}: {_first_line(error)}")
+            return entry
+        entry = _Entry(graph, list(_guards(owner, captured)))
+        if not self._agrees(graph, function, inputs, derivatives=True):
+            self._give_up(entry, "the traced graph gives other numbers")
+        elif self.compile:
+            entry.graph = torch.compile(graph, options=_compile_options(graph))
+        return entry
+
+    def _agrees(
+        self, graph: Function, function: Function, inputs: Sequence[Tensor], derivatives: bool = False
+    ) -> bool:
+        """Whether graph and function give the same numbers, and the same gradients with random cotangents."""
+        results = []
+        for candidate in (graph, function):
+            with torch.random.fork_rng(), torch.set_grad_enabled(derivatives):
+                leaves = [x.detach().requires_grad_(x.is_floating_point() and derivatives) for x in inputs]
+                outputs = candidate(*leaves)
+                results.append([*outputs, *(_gradients(outputs, leaves[:1], graph) if derivatives else ())])
+        return all(_close(a, b) for a, b in zip(*results, strict=True))
+
+    def _give_up(self, entry: _Entry, reason: str) -> None:
+        entry.graph = None
+        self._warn(reason)
+
+    def _warn(self, reason: str) -> None:
+        if self.compile and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"compile=True has no effect because the model cannot be traced ({reason}); it runs uncompiled.",
+                stacklevel=2,
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]
+
+
+def _is_due(calls: int) -> bool:
+    """Whether to compare a graph with its function again: rarer and rarer, so that it costs nothing."""
+    return calls & (calls - 1) == 0 if calls < 256 else calls % 256 == 0
+
+
+def _compile_options(graph: Any) -> dict[str, Any]:
+    """Random operators, such as dropout's, must draw what they draw uncompiled."""
+    random = any(torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in graph.graph.nodes)
+    return {"fallback_random": True} if random else {}
+
+
+def _close(actual: Tensor | None, expected: Tensor | None) -> bool:
+    if actual is None or expected is None:
+        return all(x is None or not bool(x.any()) for x in (actual, expected))
+    tolerance = 1e-8 if expected.dtype == torch.float64 else 1e-3
+    size = expected.detach().abs().nan_to_num(posinf=0.0).max().item() if expected.numel() else 0.0
+    return actual.shape == expected.shape and torch.allclose(
+        actual, expected, rtol=tolerance, atol=tolerance * size, equal_nan=True
+    )
+
+
+def _gradients(outputs: Sequence[Tensor], leaves: Sequence[Tensor], graph: Any) -> Sequence[Tensor | None]:
+    parameters = [p for p in _captured(graph) if p.requires_grad]
+    live = [x for x in outputs if x.requires_grad]
+    if not live:
+        return [None] * (len(leaves) + len(parameters))
+    cotangents = [torch.linspace(-1.0, 1.0, x.numel()).to(x).reshape(x.shape) for x in live]
+    return torch.autograd.grad(live, [*leaves, *parameters], cotangents, allow_unused=True)
+
+
+def _captured(graph: fx.GraphModule) -> list[Tensor]:
+    """The tensors from outside that a graph uses."""
+    names = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
+    return [getattr(graph, name) for name in sorted(names) if not name.startswith(_FOLDED)]
+
+
+# Tracing
+
+
+def trace(function: Function, inputs: Sequence[Tensor]) -> tuple[fx.GraphModule, list[Tensor]]:
+    """Records a function of tensors as a graph, and simplifies it.
+
+    Args:
+        function: From tensors to a tuple of tensors; may take gradients inside.
+        inputs: Tensors to run it with.
+
+    Returns:
+        The graph, and the tensors from outside that it uses.
+
+    Raises:
+        ValueError: If the function reads values of tensors in Python.
+    """
+    with torch.random.fork_rng(), ValueReads() as reads:
+        graph = make_fx(function)(*(x.detach() for x in inputs))
+    if reads.seen:
+        raise ValueError("it reads values of tensors in Python")
+    with torch.random.fork_rng(), torch.no_grad():
+        _Simplifier(graph).run(inputs)
+    return graph, _captured(graph)
+
+
+_FOLDED = "_folded_"
+_ATEN = torch.ops.aten
+_SAME_SHAPE = {_ATEN.view.default, _ATEN.expand.default, _ATEN._unsafe_view.default, _ATEN.reshape.default}
+_ALIASES = {_ATEN.detach.default, _ATEN.alias.default, _ATEN.lift_fresh.default}
+_FILLS = {
+    getattr(_ATEN, name).default
+    for name in ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like", "zeros", "ones", "full")
+} | {_ATEN.scalar_tensor.default}
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps the shapes of all values, and those values that are constant."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.shapes: dict[fx.Node, torch.Size] = {}
+        self.constants: dict[fx.Node, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.shapes[n] = value.shape
+            sources = n.all_input_nodes
+            fresh = n.target is _ATEN.lift_fresh_copy.default or n.target in _FILLS
+            derived = sources and all(source in self.constants for source in sources) and not _is_random(n)
+            if n.op == "call_function" and (fresh or derived):
+                self.constants[n] = value
+        return value
+
+
+def _is_random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+class _Simplifier:
+    """Takes out of a graph what the handlers and autograd left in it without need.
+
+    Constants are folded; views to the same shape, additions of zero and multiplications by one go, as do repeated
+    operations. ``detach`` goes too: autograd records it for each value that it saves, and it would cut off second
+    derivatives. Where a model detaches on purpose the graph then has other second derivatives, which the comparison
+    with the function finds.
+    """
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        self.module = graph
+        self.graph = graph.graph
+        self.recorder = _Recorder(graph)
+
+    def run(self, inputs: Sequence[Tensor]) -> None:
+        """Simplifies in place."""
+        if any(_mutates(node) for node in self.graph.nodes):
+            raise ValueError("it changes tensors in place")
+        self.recorder.run(*inputs)
+        for node in list(self.graph.nodes):
+            if node.op == "call_function" and node not in self.recorder.constants:
+                self._rewrite(node)
+        self._merge_repeated()
+        self._fold_constants()
+        self.graph.eliminate_dead_code()
+        self.module.recompile()
+
+    def _rewrite(self, node: fx.Node) -> None:
+        target, args = node.target, node.args
+        same = self._same_shape(node, args[0]) if args else False
+        replacement = None
+        if target in _ALIASES or (target in _SAME_SHAPE and same):
+            replacement = args[0]
+        elif target is _ATEN.pow.Tensor_Scalar and args[1] == 1:
+            replacement = args[0]
+        elif target in (_ATEN.t.default, _ATEN.neg.default) and getattr(args[0], "target", None) is target:
+            replacement = args[0].args[0]  # type: ignore[union-attr]
+        elif target in (_ATEN.add.Tensor, _ATEN.mul.Tensor) and not node.kwargs:
+            neutral = 0 if target is _ATEN.add.Tensor else 1
+            if same and self._is(args[1], neutral):
+                replacement = args[0]
+            elif self._same_shape(node, args[1]) and self._is(args[0], neutral):
+                replacement = args[1]
+        elif target is _ATEN.sub.Tensor and not node.kwargs and same and self._is(args[1], 0):
+            replacement = args[0]
+        elif target is _ATEN.div.Tensor and same and self._is(args[1], 1):
+            replacement = args[0]
+        if replacement is not None:
+            node.replace_all_uses_with(replacement)
+        elif target in (_ATEN.mul.Tensor, _ATEN.div.Tensor) and same and self._is(args[1], -1):
+            node.target, node.args = _ATEN.neg.default, args[:1]
+
+    def _same_shape(self, node: fx.Node, other: Any) -> bool:
+        shapes = self.recorder.shapes
+        return isinstance(other, fx.Node) and node in shapes and shapes[node] == shapes.get(other)
+
+    def _is(self, value: Any, number: float) -> bool:
+        """Whether an argument is this number everywhere."""
+        if isinstance(value, fx.Node):
+            constant = self.recorder.constants.get(value)
+            return constant is not None and bool((constant == number).all())
+        return value == number
+
+    def _merge_repeated(self) -> None:
+        seen: dict[Any, fx.Node] = {}
+        for node in list(self.graph.nodes):
+            if node.op not in ("call_function", "get_attr") or _is_random(node) or node in self.recorder.constants:
+                continue
+            key = (node.op, node.target, repr(node.args), repr(node.kwargs))
+            if seen.setdefault(key, node) is not node:
+                node.replace_all_uses_with(seen[key])
+
+    def _fold_constants(self) -> None:
+        constants = self.recorder.constants
+        for number, (node, value) in enumerate(constants.items()):
+            if any(user not in constants for user in node.users):
+                name = f"{_FOLDED}{number}"
+                self.module.register_buffer(name, _compact(value), persistent=False)
+                with self.graph.inserting_before(node):
+                    node.replace_all_uses_with(self.graph.get_attr(name))
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _compact(value: Tensor) -> Tensor:
+    """A constant; one that is the same everywhere takes the memory of a number."""
+    value = value.detach()
+    if value.numel() > 1 and bool((value == value.flatten()[0]).all()):
+        return value.flatten()[0].clone().expand(value.shape)
+    return value
+
+
+# Guards
+
+
+@dataclass(frozen=True)
+class _Guard:
+    """A place that the model can reach, and what was there when a graph was traced."""
+
+    read: Callable[[], Any] = field(repr=False)
+    value: Any = field(repr=False)
+
+    def holds(self) -> bool:
+        """Whether the same is there now."""
+        try:
+            now = self.read()
+        except (KeyError, IndexError, AttributeError, ValueError):
+            return False
+        if isinstance(self.value, _SCALARS):
+            return type(now) is type(self.value) and (now == self.value or now != now)
+        return now is self.value
+
+
+_SCALARS = (bool, int, float, complex, str, type(None))
+_LIBRARIES = ("torch", "pyro", "numpy", "functools", "contextlib", "builtins", "typing", "pyro_amortized")
+_MAX_PLACES = 20000
+
+
+def _guards(owner: Any, captured: Sequence[Tensor]) -> Iterator[_Guard]:
+    """Guards of all that a model can reach: scalars, functions, modules, and the tensors that its graph uses."""
+    known = {id(tensor) for tensor in captured}
+    store = get_param_store()._params
+    for name, tensor in store.items():
+        if id(tensor) in known:
+            yield _Guard(partial(store.get, name), tensor)
+    seen: set[int] = set()
+    pending = [owner]
+    places = 0
+    while pending and places < _MAX_PLACES:
+        holder = pending.pop()
+        if id(holder) in seen or _is_foreign(holder):
+            continue
+        seen.add(id(holder))
+        for read, value in _places(holder):
+            places += 1
+            if read is not None and (isinstance(value, _SCALARS) or id(value) in known or callable(value)):
+                yield _Guard(read, value)
+            if not isinstance(value, (*_SCALARS, Tensor)):
+                pending.append(value)
+
+
+def _is_foreign(holder: Any) -> bool:
+    """Whether something belongs to a library, or to Python, and is taken to stay as it is."""
+    if isinstance(holder, types.ModuleType | type | types.BuiltinFunctionType):
+        return True
+    if isinstance(holder, types.FunctionType):
+        module = holder.__module__ or ""
+        return module.split(".")[0] in _LIBRARIES and holder.__closure__ is None
+    return False
+
+
+_Place = tuple[Callable[[], Any] | None, Any]
+
+
+def _places(holder: Any) -> Iterator[_Place]:
+    """What an object holds, each with a function that reads it again; None for what cannot be replaced."""
+    if isinstance(holder, types.FunctionType):
+        for cell in holder.__closure__ or ():
+            try:
+                yield partial(getattr, cell, "cell_contents"), cell.cell_contents
+            except ValueError:  # not filled yet
+                continue
+        library = (holder.__module__ or "").split(".")[0] in _LIBRARIES
+        names = () if library else _names(holder.__code__)
+        space = holder.__globals__
+        yield from ((partial(space.__getitem__, name), space[name]) for name in names if name in space)
+        for default in (*(holder.__defaults__ or ()), *(holder.__kwdefaults__ or {}).values()):
+            yield None, default
+    elif isinstance(holder, types.MethodType):
+        yield None, holder.__self__
+        yield None, holder.__func__
+    elif isinstance(holder, partial):
+        for part in (holder.func, holder.args, holder.keywords):
+            yield None, part
+    elif isinstance(holder, dict):
+        yield from ((partial(holder.__getitem__, key), value) for key, value in list(holder.items()))
+    elif isinstance(holder, list | tuple):
+        yield from ((partial(holder.__getitem__, i), value) for i, value in enumerate(holder))
+    elif hasattr(holder, "__dict__"):
+        space = vars(holder)
+        skip = _MODULE_INTERNALS if isinstance(holder, nn.Module) else ()
+        yield from ((partial(space.__getitem__, k), v) for k, v in list(space.items()) if k not in skip)
+        if isinstance(holder, nn.Module) or callable(holder):
+            yield from _own_functions(holder)
+
+
+def _own_functions(holder: Any) -> Iterator[_Place]:
+    """The functions of an object's class that may be part of the model."""
+    for kind in type(holder).__mro__:
+        if kind.__module__.split(".")[0] in _LIBRARIES:
+            continue
+        for function in vars(kind).values():
+            if isinstance(function, types.FunctionType):
+                yield None, function
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """Global names that a function, and the functions inside it, may read."""
+    found = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found |= _names(constant)
+    return found
+
+
+_MODULE_INTERNALS = {name for name in vars(nn.Module()) if name not in ("training", "_parameters", "_buffers", "_modules")}

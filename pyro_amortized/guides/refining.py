@@ -1,0 +1,123 @@
+"""What guides that refine phi share: the per-datapoint objective of a call, and its traced gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from pyro_amortized.encoder_inputs import Call
+from pyro_amortized.graphs import GraphCache
+from pyro_amortized.guides.amortized import AmortizedGuide
+from pyro_amortized.guides.base import GuideOptions
+from pyro_amortized.inference import InferenceStrategy, Refined, check_count
+from pyro_amortized.objective import ESTIMATORS, LocalLogJoint, LocalObjective
+from pyro_amortized.tracing import isolated
+from pyro_amortized.updates import UpdateRule
+
+__all__ = ["RefiningGuide", "RefiningOptions"]
+
+
+class RefiningOptions(GuideOptions, total=False):
+    """The options of guides that refine, explained at :class:`SemiAmortizedGuide`."""
+
+    fixed_noise: bool
+    keep_best: bool | None
+    estimator: str
+
+
+class RefiningGuide(AmortizedGuide):
+    """An amortized guide whose phi is refined by a few steps on each datapoint's own ELBO."""
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        encoder: nn.Module | None,
+        *,
+        num_steps: int,
+        update: UpdateRule | None,
+        num_particles: int,
+        compile: bool,
+        initial: str,
+        fixed_noise: bool = False,
+        keep_best: bool | None = None,
+        estimator: str = "stl",
+        **options: Unpack[GuideOptions],
+    ) -> None:
+        check_count("num_steps", num_steps, 0)
+        check_count("num_particles", num_particles, 1)
+        if update is not None and not isinstance(update, UpdateRule):
+            raise ValueError(
+                f"Cannot refine by {update!r} because it is not an update rule; try NaturalGradient(0.5) or Adam(0.05)."
+            )
+        if initial not in ("encoder", "prior"):
+            raise ValueError(f'Cannot start at {initial!r}; try initial="encoder" or initial="prior".')
+        if estimator not in ESTIMATORS:
+            raise ValueError(
+                f"Cannot estimate gradients by {estimator!r} because it is none of {ESTIMATORS}; try {ESTIMATORS[0]!r}."
+            )
+        super().__init__(model, encoder, **options)
+        self._num_steps = num_steps
+        self._update_spec = (update,)
+        self._initial_kind = initial
+        self._estimator = estimator
+        self._settings = {"num_particles": num_particles, "fixed_noise": fixed_noise, "keep_best": keep_best}
+        self._graphs = GraphCache(compile)
+        self._vectorized: dict[Any, bool] = {}
+
+    @property
+    def num_steps(self) -> int:
+        """Number of refinement steps; may be changed at any time."""
+        return self._num_steps
+
+    @num_steps.setter
+    def num_steps(self, value: int) -> None:
+        check_count("num_steps", value, 0)
+        self._num_steps = value
+        if "inference" in self._modules:
+            self._modules["inference"].num_steps = value  # type: ignore[union-attr, assignment]
+
+    def _run_strategy(self, strategy: InferenceStrategy, inputs: tuple[Tensor, ...], call: Call) -> Tensor:
+        refinement = strategy.refine(inputs, call.index, self._objective(call))  # type: ignore[attr-defined, operator]
+        call.signal = refinement.signal
+        return refinement.phi
+
+    def _objective(self, call: Call) -> LocalObjective:
+        """The per-datapoint ELBO of a call, with global latents at their median."""
+        if self._model_at_hand is None:
+            raise ValueError(
+                "Cannot refine phi because this guide was loaded without its model; try `guide.model = model`."
+            )
+        log_joint = LocalLogJoint(self.model, call.args, call.kwargs, call.structure, self._global_values(call))
+        log_joint.validate = False
+        key = (tuple(call.structure.frames.values()), getattr(self.model, "training", None))
+        if key not in self._vectorized:
+            self._vectorized[key] = self._choose_mode(log_joint)
+        log_joint.vectorized = self._vectorized[key]
+        return LocalObjective(log_joint, self._family, self._estimator, self._graphs)
+
+    def _choose_mode(self, log_joint: LocalLogJoint) -> bool:
+        """Whether many draws may be evaluated in one run of the model."""
+        shape = (2, log_joint.num_datapoints, log_joint.layout.latent_dim)
+        z = torch.linspace(-0.5, 0.5, math.prod(shape), dtype=self._like.dtype, device=self._like.device).reshape(shape)
+        with torch.random.fork_rng():
+            return log_joint.choose_mode(z)
+
+    def _global_values(self, call: Call) -> dict[str, Tensor]:
+        if not self._global_sites:
+            return {}
+        with isolated(), torch.no_grad():
+            guide = self._global()
+            try:
+                return guide.median(*call.args, **call.kwargs)
+            except NotImplementedError:  # autoguides without a closed form
+                return guide(*call.args, **call.kwargs)
+
+    def _refined_from(
+        self, initial: InferenceStrategy, update: UpdateRule, features: nn.Module | None = None, **settings: Any
+    ) -> Refined:
+        return Refined(initial, update, self._num_steps, features=features, **self._settings, **settings)

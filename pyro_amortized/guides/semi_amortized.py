@@ -1,0 +1,149 @@
+"""The semi-amortized guide: an encoder's answer, refined by a few gradient steps for each datapoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from pyro_amortized.families import Normal
+from pyro_amortized.guides.base import LocalGuide
+from pyro_amortized.guides.refining import RefiningGuide, RefiningOptions
+from pyro_amortized.inference import ENCODER_GRADIENTS, InferenceStrategy, Prior
+from pyro_amortized.structure import Structure
+from pyro_amortized.updates import Adam, NaturalGradient, UpdateRule
+
+__all__ = ["SemiAmortizedGuide"]
+
+
+class SemiAmortizedGuide(RefiningGuide):
+    r"""Semi-amortized variational inference: an encoder starts, and gradient steps on each datapoint's ELBO refine.
+
+    .. math:: \phi_{n,0} = f(x_n), \qquad
+        \phi_{n,t} = \mathrm{update}\big(\phi_{n,t-1}, \nabla_\phi L_n(\phi_{n,t-1})\big), \qquad q(z_n) = q_{\phi_{n,T}}
+
+    The steps use the ELBO of a single datapoint, in nats and without the scale of a subsampled plate; global latents
+    are held at their median meanwhile. Memory grows with ``num_steps`` under ``"unrolled"``; ``checkpoint=True`` keeps
+    it at that of a single step.
+
+    Args:
+        model: A Pyro model.
+        encoder: As in :class:`AmortizedGuide`.
+        num_steps: Number of steps T; an attribute that may be changed at any time.
+        update: The update rule: :class:`~pyro_amortized.NaturalGradient`, the default for the normal family,
+            :class:`~pyro_amortized.Adam`, the default for others, or :class:`~pyro_amortized.GradientAscent`.
+        encoder_gradient: How the encoder learns. ``"unrolled"``: by the exact gradient of the refined ELBO through all
+            steps, as in the SA-VAE; ``"first_order"``: the same with the Jacobian of the steps taken for the identity,
+            several times cheaper; ``"initial"``: by the ELBO of its own answer, the model by that of the refined one
+            (VAE+SVI); ``"distill"``: by the KL divergence from its answer to the refined one (VAE+SVI+KL).
+        num_particles: Number of draws for each step's gradient; antithetic pairs if it is even.
+        compile: Whether to compile the refinement gradient with ``torch.compile``, once per structure. The numbers stay
+            the same; models that cannot be traced run uncompiled, with a warning.
+        initial: ``"encoder"``, or ``"prior"`` to start every datapoint at its prior: plain stochastic variational
+            inference of a few steps, without an encoder.
+        checkpoint: Whether to recompute the steps of ``"unrolled"`` in the backward pass instead of keeping them.
+        fixed_noise: Whether every call uses the same noise, for all datapoints, so that results can be repeated exactly
+            and do not depend on the batch.
+        keep_best: Whether each datapoint gets the best phi on its way instead of the last; None for: outside training,
+            that is in ``eval()`` mode or without gradients.
+        estimator: Estimator of the gradient: ``"stl"`` (sticking the landing), ``"plain"``, or ``"analytic_kl"`` (for
+            the normal family).
+        **options: ``family``, ``plate``, ``encoder_input``, ``global_guide``, ``create_plates``, ``init_loc_fn``,
+            ``init_scale`` and ``name`` as in :class:`AmortizedGuide`.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> _ = pyro.set_rng_seed(0); pyro.clear_param_store()
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> guide = SemiAmortizedGuide(model, num_steps=5)
+        >>> svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), pyro.infer.Trace_ELBO())
+        >>> loss = svi.step(torch.randn(8))
+        >>> guide.num_steps = 20  # more steps for new data
+        >>> guide.median(torch.randn(3))["z"].shape
+        torch.Size([3])
+
+    References:
+        Semi-Amortized Variational Autoencoders, Yoon Kim, Sam Wiseman, Andrew C. Miller, David Sontag, Alexander M.
+        Rush (2018), https://arxiv.org/abs/1802.02550
+        On the Challenges of Learning with Inference Networks on Sparse, High-Dimensional Data, Rahul G. Krishnan,
+        Dawen Liang, Matthew D. Hoffman (2018), https://arxiv.org/abs/1710.06085
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        encoder: nn.Module | None = None,
+        *,
+        num_steps: int = 20,
+        update: UpdateRule | None = None,
+        encoder_gradient: str = "unrolled",
+        num_particles: int = 1,
+        compile: bool = False,
+        initial: str = "encoder",
+        checkpoint: bool = False,
+        **options: Unpack[RefiningOptions],
+    ) -> None:
+        if encoder_gradient not in ENCODER_GRADIENTS:
+            raise ValueError(
+                f"Cannot use encoder_gradient={encoder_gradient!r} because it is none of {ENCODER_GRADIENTS}; try "
+                '"unrolled".'
+            )
+        if update is not None and getattr(update, "is_learned", False):
+            raise ValueError(
+                f"Cannot use {type(update).__name__} in SemiAmortizedGuide because it has to be trained at every step; "
+                "try IterativeAmortizedGuide."
+            )
+        if encoder_gradient != "unrolled" and any(True for _ in (update.parameters() if update is not None else ())):
+            raise ValueError(
+                f"Cannot learn the step size with encoder_gradient={encoder_gradient!r} because no gradient passes "
+                'through the steps; try encoder_gradient="unrolled", or a given step size.'
+            )
+        if initial == "prior" and encoder is not None:
+            raise ValueError(
+                'Cannot use an encoder with initial="prior" because nothing is encoded; try leaving one of them out.'
+            )
+        super().__init__(
+            model,
+            encoder,
+            num_steps=num_steps,
+            update=update,
+            num_particles=num_particles,
+            compile=compile,
+            initial=initial,
+            **options,
+        )
+        self._gradient_settings = {"encoder_gradient": encoder_gradient, "checkpoint": checkpoint}
+
+    @property
+    def _needs_inputs(self) -> bool:
+        return super()._needs_inputs if self._ready else self._initial_kind == "encoder"
+
+    def _build_strategy(self, inputs: tuple[Tensor, ...], init_loc: Tensor, structure: Structure) -> InferenceStrategy:
+        prior = self._initial_kind == "prior"
+        initial = Prior() if prior else super()._build_strategy(inputs, init_loc, structure)
+        return self._refine_from(initial, init_loc)
+
+    def _refine_from(self, initial: InferenceStrategy, like: Tensor) -> InferenceStrategy:
+        default = NaturalGradient() if isinstance(self._family, Normal) else Adam()
+        update = (self._update_spec[0] or default).to(like)
+        update.setup(self._family)
+        self._like = like.new_empty(0)
+        return self._refined_from(initial, update, **self._gradient_settings)
+
+    def _adopt(self, guide: LocalGuide) -> None:
+        """Takes another guide's answers as the start, sharing its parameters."""
+        for name in ("layout", "_built_structure", "_structures", "_global_sites", "_encoder_input", "create_plates"):
+            self.__dict__[name] = getattr(guide, name)
+        self.family = guide._family
+        if self._global_sites:
+            self.global_guide = guide._modules["global_guide"]
+        initial: Any = guide._modules["inference"]
+        like = next((p for p in initial.parameters()), None)
+        self.inference = self._refine_from(initial, like if like is not None else guide._like)
+        self.training = self.inference.training = False  # but not what is shared with the other guide
+        self._ready = True
