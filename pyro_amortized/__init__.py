@@ -14,7 +14,7 @@ from pyro_amortized.diagnostics import (
 )
 from pyro_amortized.encoders import DeepSetEncoder, MLPEncoder
 from pyro_amortized.families import LowRankMultivariateNormal, MultivariateNormal, Normal, VariationalFamily
-from pyro_amortized.guides import AmortizedGuide, PerDatapointGuide, SemiAmortizedGuide
+from pyro_amortized.guides import AmortizedGuide, IterativeAmortizedGuide, PerDatapointGuide, SemiAmortizedGuide
 from pyro_amortized.updates import Adam, GradientAscent, LearnedUpdate, NaturalGradient, UpdateRule
 
 __version__ = "0.1.0"
@@ -25,6 +25,7 @@ __all__ = [
     "DeepSetEncoder",
     "GapEstimate",
     "GradientAscent",
+    "IterativeAmortizedGuide",
     "LearnedUpdate",
     "LocalOptimum",
     "LowRankMultivariateNormal",

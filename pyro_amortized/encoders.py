@@ -6,6 +6,7 @@ An encoder ends in features ``(N, H)``; the guide adds the linear head that make
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,8 @@ class MLPEncoder(StandardizedEncoder):
 
     Args:
         input_dim: Number of values per datapoint F, summed over the inputs if there are several.
-        hidden_dims: Widths of the hidden layers; the last one is the number of features H.
+        hidden_dims: Widths of the hidden layers; the last one is the number of features H. Empty for the standardised
+            inputs themselves.
         activation: Constructor of the activation after each layer.
         standardize: Whether to shift and scale the inputs with the mean and deviation found by :meth:`fit`, which
             guides call on the data of their ``setup``.
@@ -110,7 +112,7 @@ class MLPEncoder(StandardizedEncoder):
     def _matrix(self, inputs: tuple[Tensor, ...]) -> Tensor:
         x = self.flatten(*inputs)
         _check_width(self, x, self.input_dim)
-        dtype = next(self.parameters()).dtype
+        dtype = next((t.dtype for t in chain(self.parameters(), self.buffers())), torch.get_default_dtype())
         return x if x.dtype == dtype else x.to(dtype)
 
     def fit(self, *inputs: Tensor) -> None:

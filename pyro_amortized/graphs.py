@@ -111,9 +111,7 @@ class GraphCache:
             entry.graph = torch.compile(graph, options=_compile_options(graph))
         return entry
 
-    def _agrees(
-        self, graph: Function, function: Function, inputs: Sequence[Tensor], derivatives: bool = False
-    ) -> bool:
+    def _agrees(self, graph: Function, function: Function, inputs: Sequence[Tensor], derivatives: bool = False) -> bool:
         """Whether graph and function give the same numbers, and the same gradients with random cotangents."""
         results = []
         for candidate in (graph, function):
@@ -266,9 +264,7 @@ class _Simplifier:
         target, args = node.target, node.args
         same = self._same_shape(node, args[0]) if args else False
         replacement = None
-        if target in _ALIASES or (target in _SAME_SHAPE and same):
-            replacement = args[0]
-        elif target is _ATEN.pow.Tensor_Scalar and args[1] == 1:
+        if target in _ALIASES or (target in _SAME_SHAPE and same) or target is _ATEN.pow.Tensor_Scalar and args[1] == 1:
             replacement = args[0]
         elif target in (_ATEN.t.default, _ATEN.neg.default) and getattr(args[0], "target", None) is target:
             replacement = args[0].args[0]  # type: ignore[union-attr]
@@ -278,9 +274,15 @@ class _Simplifier:
                 replacement = args[0]
             elif self._same_shape(node, args[1]) and self._is(args[0], neutral):
                 replacement = args[1]
-        elif target is _ATEN.sub.Tensor and not node.kwargs and same and self._is(args[1], 0):
-            replacement = args[0]
-        elif target is _ATEN.div.Tensor and same and self._is(args[1], 1):
+        elif (
+            target is _ATEN.sub.Tensor
+            and not node.kwargs
+            and same
+            and self._is(args[1], 0)
+            or target is _ATEN.div.Tensor
+            and same
+            and self._is(args[1], 1)
+        ):
             replacement = args[0]
         if replacement is not None:
             node.replace_all_uses_with(replacement)
@@ -443,4 +445,6 @@ def _names(code: types.CodeType) -> set[str]:
     return found
 
 
-_MODULE_INTERNALS = {name for name in vars(nn.Module()) if name not in ("training", "_parameters", "_buffers", "_modules")}
+_MODULE_INTERNALS = {
+    name for name in vars(nn.Module()) if name not in ("training", "_parameters", "_buffers", "_modules")
+}

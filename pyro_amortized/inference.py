@@ -22,7 +22,16 @@ from torch.utils.checkpoint import checkpoint
 from pyro_amortized.families import VariationalFamily
 from pyro_amortized.updates import UpdateRule
 
-__all__ = ["ENCODER_GRADIENTS", "Encoded", "InferenceStrategy", "Objective", "PerDatapoint", "Prior", "Refined", "check_count"]
+__all__ = [
+    "ENCODER_GRADIENTS",
+    "Encoded",
+    "InferenceStrategy",
+    "Objective",
+    "PerDatapoint",
+    "Prior",
+    "Refined",
+    "check_count",
+]
 
 
 class Objective(Protocol):
@@ -237,9 +246,7 @@ class Refined(InferenceStrategy):
         """The refined phi ``(N, P)``."""
         return self.refine(inputs, index, objective).phi
 
-    def refine(
-        self, inputs: tuple[Tensor, ...], index: Tensor | None, objective: Objective | None
-    ) -> Refinement:
+    def refine(self, inputs: tuple[Tensor, ...], index: Tensor | None, objective: Objective | None) -> Refinement:
         """Refines phi.
 
         Args:

@@ -109,7 +109,6 @@ class LocalSite:
         log_det = self.transform.log_abs_det_jacobian(unconstrained, value)
         return value, sum_rightmost(log_det, log_det.dim() - batch_dim)
 
-
     def normal(self, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
         """A normal in unconstrained space, on the site's support: an analytic KL where the prior is of its kind.
 

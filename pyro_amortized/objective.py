@@ -156,7 +156,9 @@ class LocalLogJoint:
         trace.compute_log_prob()
         trace.pack_tensors()
         sites = sample_sites(trace)
-        symbols = {site["infer"]["_enumerate_symbol"] for site in sites.values() if "_enumerate_symbol" in site["infer"]}
+        symbols = {
+            site["infer"]["_enumerate_symbol"] for site in sites.values() if "_enumerate_symbol" in site["infer"]
+        }
         factors: OrderedDict[Any, list[Tensor]] = OrderedDict()
         names, scales = set(), []
         for name, site in sites.items():

@@ -61,7 +61,10 @@ def sample_local(
     phi = layout.batch(phi)
     if isinstance(family, Normal):
         loc, scale = family.marginals(phi)
-        return {site.name: _sample(site, site.normal(site.unflatten(loc), site.unflatten(scale)), plates) for site in layout.sites}
+        return {
+            site.name: _sample(site, site.normal(site.unflatten(loc), site.unflatten(scale)), plates)
+            for site in layout.sites
+        }
     latent = pyro.sample(latent_name, family(phi), infer={"is_auxiliary": True})
     return {site.name: _sample(site, _delta(site, latent), plates) for site in layout.sites}
 

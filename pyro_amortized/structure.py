@@ -240,7 +240,9 @@ class StructureCache:
             global_plates=tuple({f.name for site in global_sites.values() for f in site["cond_indep_stack"]}),
             indices=subsample_indices(trace, frames),
             observed={} if plate is None else observed_values(trace, frames[plate]),
-            enumerated=tuple(name for name, site in sample_sites(trace).items() if not site["is_observed"] and is_enumerated(site)),
+            enumerated=tuple(
+                name for name, site in sample_sites(trace).items() if not site["is_observed"] and is_enumerated(site)
+            ),
         )
         return structure, trace, reads
 

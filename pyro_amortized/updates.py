@@ -244,13 +244,15 @@ class NaturalGradient(_SteppedRule):
 class LearnedUpdate(UpdateRule):
     r"""A network that has learned to take the step.
 
-    It sees the features of the datapoint, phi, and the logarithm and sign of every entry of the gradient, and answers
-    with a gated update,
+    It sees the features h of the datapoint, phi, and the gradient as the logarithm of its size and its sign, entry by
+    entry, and answers with a gated update,
 
-    .. math:: \phi_t = a \odot \phi_{t-1} + (1 - a) \odot f, \qquad (\mathrm{logit}\,a, f) = \mathrm{net}(h_n,
-        \phi_{t-1}, \log|g|, \mathrm{sign}\, g),
+    .. math:: \phi_t = a \odot \phi_{t-1} + (1 - a) \odot f + b \odot d, \qquad (\mathrm{logit}\,a, f,
+        \mathrm{logit}\,b) = \mathrm{net}(h, \phi_{t-1}, \log|g|, \mathrm{sign}\,g).
 
-    phi and the gradient being detached: every step is trained on its own, to be good from wherever the last one led.
+    d is the natural gradient, for the normal family; for others the last term is missing, as in the paper. Phi and the
+    gradient are detached: every step is trained on its own, to be good from wherever the last one led, so that it can
+    be repeated more often than in training.
 
     Args:
         hidden_dims: Widths of the hidden layers.
@@ -267,15 +269,48 @@ class LearnedUpdate(UpdateRule):
         super().__init__()
         self.hidden_dims = tuple(hidden_dims)
         self.activation = activation
+        self.network: nn.Sequential | None = None
+        self.natural: NaturalGradient | None = None
 
     def setup(self, family: VariationalFamily, num_features: int = 0) -> None:
-        """Builds the network."""
-        raise NotImplementedError
+        """Builds the network, or makes sure that it fits if it has been built already."""
+        natural = isinstance(family, Normal)
+        sizes = num_features + 3 * family.num_params, (3 if natural else 2) * family.num_params
+        if self.network is None:
+            self.natural = NaturalGradient(1.0) if natural else None
+            dims = [sizes[0], *self.hidden_dims]
+            layers: list[nn.Module] = []
+            for first, second in zip(dims, dims[1:], strict=False):
+                layers += [nn.Linear(first, second), self.activation()]
+            output = nn.Linear(dims[-1], sizes[1])
+            with torch.no_grad():  # the first answers: half of phi, half of the network, a small natural step
+                output.weight.mul_(0.1)
+                output.bias.zero_()
+            self.network = nn.Sequential(*layers, output)
+        built = self.network[0].in_features, self.network[-1].out_features
+        if built != sizes:
+            raise ValueError(
+                f"Cannot refine with this LearnedUpdate because it was built for {built[0]} inputs and {built[1]} "
+                f"outputs, and {family.num_params} variational parameters with {num_features} features need {sizes[0]} "
+                f"and {sizes[1]}; try a new LearnedUpdate for each guide."
+            )
 
     def init(self, phi: Tensor, features: Tensor | None = None) -> State:
         """The features, which stay the same."""
-        raise NotImplementedError
+        return () if features is None else (features,)
 
     def update(self, phi: Tensor, grad: Tensor, state: State) -> tuple[Tensor, State]:
         """One step."""
-        raise NotImplementedError
+        phi, grad = phi.detach(), grad.detach()
+        size = grad.abs().clamp(min=_SMALLEST).log() / -math.log(_SMALLEST)
+        assert self.network is not None
+        parts = self.network(torch.cat([*state, phi, size, grad.sign()], -1)).split(phi.shape[-1], -1)
+        keep = parts[0].sigmoid()
+        new = keep * phi + (1 - keep) * parts[1]
+        if self.natural is not None:
+            new = new + parts[2].sigmoid() * (self.natural.update(phi, grad, ())[0] - phi)
+        return new, state
+
+
+_SMALLEST = math.exp(-8.0)
+"""Gradients below this, in nats, look like it to a learned rule."""

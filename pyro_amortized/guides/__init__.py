@@ -7,7 +7,8 @@ scales the model.
 
 from pyro_amortized.guides.amortized import AmortizedGuide
 from pyro_amortized.guides.base import LocalGuide
+from pyro_amortized.guides.iterative import IterativeAmortizedGuide
 from pyro_amortized.guides.per_datapoint import PerDatapointGuide
 from pyro_amortized.guides.semi_amortized import SemiAmortizedGuide
 
-__all__ = ["AmortizedGuide", "LocalGuide", "PerDatapointGuide", "SemiAmortizedGuide"]
+__all__ = ["AmortizedGuide", "IterativeAmortizedGuide", "LocalGuide", "PerDatapointGuide", "SemiAmortizedGuide"]

@@ -73,30 +73,43 @@ class AmortizedGuide(LocalGuide):
 
     def _build_strategy(self, inputs: tuple[Tensor, ...], init_loc: Tensor, structure: Structure) -> InferenceStrategy:
         encoder = self._encoder_spec[0] or self._default_encoder(inputs, init_loc)
-        if isinstance(encoder, StandardizedEncoder):
-            encoder.fit(*inputs)
-        features = _first_output(encoder, inputs)
+        return self._encoded(encoder, inputs, init_loc, structure)
+
+    def _encoded(
+        self, encoder: nn.Module, inputs: tuple[Tensor, ...], init_loc: Tensor, structure: Structure
+    ) -> Encoded:
+        """The encoder with the head that it needs."""
+        features = self._first_features(encoder, inputs)
         if isinstance(features, tuple):
             self._check_pair(features, init_loc)
             return Encoded(encoder, None)
-        if features.dim() != 2 or len(features) != len(init_loc):
-            raise ValueError(
-                f"Cannot encode the {len(init_loc)} datapoints of plate {structure.datapoints.name!r} because the "
-                f"encoder returned features of shape {tuple(features.shape)} for inputs of shapes "
-                f"{[tuple(x.shape) for x in inputs]}; try an encoder from (N, ...) to (N, H), a row per datapoint."
-            )
+        self._check_features(features, inputs, structure)
         head = nn.Linear(features.shape[1], self.family.num_params).to(features)
         with torch.no_grad():
             head.bias.copy_(self.family.initial(init_loc.mean(0), self.init_scale))
         return Encoded(encoder, head)
 
-    def _default_encoder(self, inputs: tuple[Tensor, ...], init_loc: Tensor) -> nn.Module:
+    def _first_features(self, encoder: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+        if isinstance(encoder, StandardizedEncoder):
+            encoder.fit(*inputs)
+        return _first_output(encoder, inputs)
+
+    def _check_features(self, features: Tensor, inputs: tuple[Tensor, ...], structure: Structure) -> None:
+        size = structure.datapoints.size
+        if features.dim() != 2 or len(features) != size:
+            raise ValueError(
+                f"Cannot encode the {size} datapoints of plate {structure.datapoints.name!r} because the "
+                f"encoder returned features of shape {tuple(features.shape)} for inputs of shapes "
+                f"{[tuple(x.shape) for x in inputs]}; try an encoder from (N, ...) to (N, H), a row per datapoint."
+            )
+
+    def _default_encoder(self, inputs: tuple[Tensor, ...], init_loc: Tensor, **options: Any) -> nn.Module:
         if not inputs:
             raise ValueError(
                 "Cannot build a default encoder because no site in the datapoint plate is observed with values; "
                 "try encoder_input=..."
             )
-        return MLPEncoder(MLPEncoder.flatten(*inputs).shape[1]).to(init_loc)
+        return MLPEncoder(MLPEncoder.flatten(*inputs).shape[1], **options).to(init_loc)
 
     def _check_pair(self, pair: tuple[Tensor, ...], init_loc: Tensor) -> None:
         shapes = [tuple(part.shape) for part in pair]

@@ -441,7 +441,9 @@ class LocalGuide(AutoGuide):
                 "Cannot refine this guide because it was loaded without its model; try `guide.model = model`."
             )
         options = {"name": f"{self._pyro_name}_refined", "global_guide": self._global_guide_factory, **options}
-        guide = SemiAmortizedGuide(self.model, num_steps=num_steps, update=update, num_particles=num_particles, **options)
+        guide = SemiAmortizedGuide(
+            self.model, num_steps=num_steps, update=update, num_particles=num_particles, **options
+        )
         guide._adopt(self)
         return guide
 
