@@ -2,9 +2,9 @@
 
 A function of tensors that runs a Pyro model is recorded as a graph of tensor operations, simplified, and, if asked for,
 compiled. The graph holds the model's parameters by reference, so that it follows their training, and gradients pass
-through it to them. It is used only where that is safe: it must give the numbers and the derivatives of the function that
-it was traced from, and is traced anew when anything that the model can reach (numbers, flags, tensors, submodules) has
-been replaced since.
+through it to them. It is used only where that is safe: it must give the numbers and the derivatives of the function
+that it was traced from, and is traced anew when anything that the model can reach (numbers, flags, tensors, submodules)
+has been replaced since.
 """
 
 from __future__ import annotations
@@ -209,6 +209,17 @@ _FILLS = {
 } | {_ATEN.scalar_tensor.default}
 
 
+_COMMUTATIVE = {_ATEN.add.Tensor, _ATEN.mul.Tensor}
+_NEUTRAL: dict[Any, int] = {
+    _ATEN.add.Tensor: 0,
+    _ATEN.sub.Tensor: 0,
+    _ATEN.mul.Tensor: 1,
+    _ATEN.div.Tensor: 1,
+    _ATEN.pow.Tensor_Scalar: 1,
+}
+"""Second arguments that change nothing."""
+
+
 class _Recorder(fx.Interpreter):
     """Runs a graph and keeps the shapes of all values, and those values that are constant."""
 
@@ -261,29 +272,19 @@ class _Simplifier:
         self.module.recompile()
 
     def _rewrite(self, node: fx.Node) -> None:
+        """Puts what a node stands for in its place, if something simpler does."""
         target, args = node.target, node.args
-        same = self._same_shape(node, args[0]) if args else False
-        replacement = None
-        if target in _ALIASES or (target in _SAME_SHAPE and same) or target is _ATEN.pow.Tensor_Scalar and args[1] == 1:
+        same = bool(args) and self._same_shape(node, args[0])
+        replacement: Any = None
+        if target in _ALIASES or (target in _SAME_SHAPE and same):
             replacement = args[0]
         elif target in (_ATEN.t.default, _ATEN.neg.default) and getattr(args[0], "target", None) is target:
             replacement = args[0].args[0]  # type: ignore[union-attr]
-        elif target in (_ATEN.add.Tensor, _ATEN.mul.Tensor) and not node.kwargs:
-            neutral = 0 if target is _ATEN.add.Tensor else 1
-            if same and self._is(args[1], neutral):
+        elif target in _NEUTRAL and not node.kwargs:
+            if same and self._is(args[1], _NEUTRAL[target]):
                 replacement = args[0]
-            elif self._same_shape(node, args[1]) and self._is(args[0], neutral):
+            elif target in _COMMUTATIVE and self._same_shape(node, args[1]) and self._is(args[0], _NEUTRAL[target]):
                 replacement = args[1]
-        elif (
-            target is _ATEN.sub.Tensor
-            and not node.kwargs
-            and same
-            and self._is(args[1], 0)
-            or target is _ATEN.div.Tensor
-            and same
-            and self._is(args[1], 1)
-        ):
-            replacement = args[0]
         if replacement is not None:
             node.replace_all_uses_with(replacement)
         elif target in (_ATEN.mul.Tensor, _ATEN.div.Tensor) and same and self._is(args[1], -1):
@@ -445,6 +446,4 @@ def _names(code: types.CodeType) -> set[str]:
     return found
 
 
-_MODULE_INTERNALS = {
-    name for name in vars(nn.Module()) if name not in ("training", "_parameters", "_buffers", "_modules")
-}
+_MODULE_INTERNALS = vars(nn.Module()).keys() - {"training", "_parameters", "_buffers", "_modules"}

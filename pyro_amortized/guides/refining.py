@@ -65,7 +65,11 @@ class RefiningGuide(AmortizedGuide):
         self._update_spec = (update,)
         self._initial_kind = initial
         self._estimator = estimator
-        self._settings = {"num_particles": num_particles, "fixed_noise": fixed_noise, "keep_best": keep_best}
+        self._settings: dict[str, Any] = {
+            "num_particles": num_particles,
+            "fixed_noise": fixed_noise,
+            "keep_best": keep_best,
+        }
         self._graphs = GraphCache(compile)
         self._vectorized: dict[Any, bool] = {}
 
@@ -79,10 +83,10 @@ class RefiningGuide(AmortizedGuide):
         check_count("num_steps", value, 0)
         self._num_steps = value
         if "inference" in self._modules:
-            self._modules["inference"].num_steps = value  # type: ignore[union-attr, assignment]
+            self._modules["inference"].num_steps = value  # type: ignore[union-attr]
 
     def _run_strategy(self, strategy: InferenceStrategy, inputs: tuple[Tensor, ...], call: Call) -> Tensor:
-        refinement = strategy.refine(inputs, call.index, self._objective(call))  # type: ignore[attr-defined, operator]
+        refinement = strategy.refine(inputs, call.index, self._objective(call))  # type: ignore[operator]
         call.signal = refinement.signal
         return refinement.phi
 
@@ -118,6 +122,6 @@ class RefiningGuide(AmortizedGuide):
                 return guide(*call.args, **call.kwargs)
 
     def _refined_from(
-        self, initial: InferenceStrategy, update: UpdateRule, features: nn.Module | None = None, **settings: Any
+        self, initial: InferenceStrategy, update: UpdateRule, features: nn.Module | None = None
     ) -> Refined:
-        return Refined(initial, update, self._num_steps, features=features, **self._settings, **settings)
+        return Refined(initial, update, self._num_steps, features=features, **self._settings)

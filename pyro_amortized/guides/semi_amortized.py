@@ -22,7 +22,8 @@ class SemiAmortizedGuide(RefiningGuide):
     r"""Semi-amortized variational inference: an encoder starts, and gradient steps on each datapoint's ELBO refine.
 
     .. math:: \phi_{n,0} = f(x_n), \qquad
-        \phi_{n,t} = \mathrm{update}\big(\phi_{n,t-1}, \nabla_\phi L_n(\phi_{n,t-1})\big), \qquad q(z_n) = q_{\phi_{n,T}}
+        \phi_{n,t} = \mathrm{update}\big(\phi_{n,t-1}, \nabla_\phi L_n(\phi_{n,t-1})\big), \qquad
+        q(z_n) = q_{\phi_{n,T}}
 
     The steps use the ELBO of a single datapoint, in nats and without the scale of a subsampled plate; global latents
     are held at their median meanwhile. Memory grows with ``num_steps`` under ``"unrolled"``; ``checkpoint=True`` keeps
@@ -117,7 +118,7 @@ class SemiAmortizedGuide(RefiningGuide):
             initial=initial,
             **options,
         )
-        self._gradient_settings = {"encoder_gradient": encoder_gradient, "checkpoint": checkpoint}
+        self._settings.update(encoder_gradient=encoder_gradient, checkpoint=checkpoint)
 
     @property
     def _needs_inputs(self) -> bool:
@@ -133,7 +134,7 @@ class SemiAmortizedGuide(RefiningGuide):
         update = (self._update_spec[0] or default).to(like)
         update.setup(self._family)
         self._like = like.new_empty(0)
-        return self._refined_from(initial, update, **self._gradient_settings)
+        return self._refined_from(initial, update)
 
     def _adopt(self, guide: LocalGuide) -> None:
         """Takes another guide's answers as the start, sharing its parameters."""
@@ -141,7 +142,7 @@ class SemiAmortizedGuide(RefiningGuide):
             self.__dict__[name] = getattr(guide, name)
         self.family = guide._family
         if self._global_sites:
-            self.global_guide = guide._modules["global_guide"]
+            self.global_guide = guide.global_guide
         initial: Any = guide._modules["inference"]
         like = next((p for p in initial.parameters()), None)
         self.inference = self._refine_from(initial, like if like is not None else guide._like)
