@@ -5,15 +5,20 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer import SVI, Trace_ELBO
+import torch.nn.functional as F
+from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from pyro_amortized import AmortizedGuide, PerDatapointGuide
+from pyro_amortized import AmortizedGuide, GradientAscent, PerDatapointGuide, SemiAmortizedGuide
 
 
 def paired_ratio(first: Callable[[], object], second: Callable[[], object], repeats: int = 31, inner: int = 40) -> str:
@@ -99,7 +104,125 @@ def sparse_table() -> None:
     print(f"PerDatapointGuide(sparse=True) step, N = 1e6 / N = 1e4: {paired_ratio(steps[1_000_000], steps[10_000])}")
 
 
-BENCHMARKS = {"svi_step": svi_step, "sparse_table": sparse_table}
+NUM_STEPS = 20
+STEP_SIZE, MOMENTUM = 0.002, 0.5
+
+
+def hand_written_step(
+    x: torch.Tensor, encoder: nn.Module, decoder: nn.Module, unrolled: bool
+) -> Callable[[], torch.Tensor]:
+    """A training step of the semi-amortized VAE as one writes it in plain torch, with the KL in closed form."""
+    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], 1e-3)
+
+    def elbo(phi: torch.Tensor) -> torch.Tensor:
+        loc, log_scale = phi.chunk(2, -1)
+        z = loc + log_scale.exp() * torch.randn_like(loc)
+        log_likelihood = -F.binary_cross_entropy_with_logits(decoder(z), x, reduction="none").sum(-1)
+        kl = 0.5 * (loc.square() + (2 * log_scale).exp() - 1 - 2 * log_scale).sum(-1)
+        return (log_likelihood - kl).sum()
+
+    def step() -> torch.Tensor:
+        start = encoder(x)
+        phi = start if unrolled else start.detach().requires_grad_()
+        velocity = torch.zeros_like(phi)
+        for _ in range(NUM_STEPS):
+            (grad,) = torch.autograd.grad(elbo(phi), phi, create_graph=unrolled)
+            velocity = MOMENTUM * velocity + grad
+            phi = phi + STEP_SIZE * velocity
+            if not unrolled:
+                phi = phi.detach().requires_grad_()
+        loss = -elbo(phi if unrolled else start + (phi - start).detach())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step
+
+
+def semi_amortized_step() -> None:
+    """An SVI step of SemiAmortizedGuide, uncompiled and compiled, against a hand-written torch step."""
+    for hidden, batch in ((400, 128), (64, 64)):
+        for mode in ("first_order", "unrolled"):
+            pyro.clear_param_store()
+            x = torch.rand(batch, 784).round()
+            encoder = nn.Sequential(nn.Linear(784, hidden), nn.ReLU(), nn.Linear(hidden, 40))
+            hand = hand_written_step(x, encoder, Decoder(hidden), mode == "unrolled")
+            for compiled in (False, True):
+                name = f"{mode}_{hidden}_{compiled}"
+                model = vae_model(hidden, 20, f"decoder_{name}")
+                guide = SemiAmortizedGuide(
+                    model,
+                    nn.Sequential(nn.Linear(784, hidden), nn.ReLU()),
+                    num_steps=NUM_STEPS,
+                    update=GradientAscent(STEP_SIZE, MOMENTUM),
+                    encoder_gradient=mode,
+                    compile=compiled,
+                    name=f"guide_{name}",
+                )
+                svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), TraceMeanField_ELBO())
+                ratio = paired_ratio(lambda: svi.step(x), hand, repeats=15, inner=5)  # noqa: B023
+                kind = "compiled" if compiled else "eager"
+                print(f"{NUM_STEPS} {mode} steps 784-{hidden}-20, batch {batch}: {kind} / hand-written torch = {ratio}")
+
+
+def checkpoint_memory() -> None:
+    """Peak memory and time of unrolled steps with and without ``checkpoint=True``."""
+    x = torch.rand(512, 784).round()
+    for num_steps, checkpoint in ((3, False), (NUM_STEPS, False), (NUM_STEPS, True)):
+        pyro.clear_param_store()
+        model = vae_model(400, 20, "decoder")
+        update = GradientAscent(STEP_SIZE, MOMENTUM)
+        guide = SemiAmortizedGuide(model, num_steps=num_steps, update=update, checkpoint=checkpoint)
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), TraceMeanField_ELBO())
+        svi.step(x)
+        start = time.perf_counter()
+        with SavedBytes() as saved:
+            svi.step(x)
+        seconds = time.perf_counter() - start
+        print(
+            f"{num_steps} unrolled steps 784-400-20, batch 512, checkpoint={checkpoint}: "
+            f"{saved.peak / 2**20:.0f} MiB of activations at the peak, {1e3 * seconds:.0f} ms"
+        )
+
+
+class SavedBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive, among those made while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.watch(tensor.untyped_storage())
+        return result
+
+    def watch(self, storage: torch.UntypedStorage) -> None:
+        """Adds a storage until it is freed."""
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self.release, key, size)
+
+    def release(self, key: int, size: int) -> None:
+        """Takes a storage out again."""
+        self.known.discard(key)
+        self.alive -= size
+
+
+BENCHMARKS = {
+    "svi_step": svi_step,
+    "sparse_table": sparse_table,
+    "semi_amortized_step": semi_amortized_step,
+    "checkpoint_memory": checkpoint_memory,
+}
 
 
 def main() -> None:

@@ -262,7 +262,7 @@ class Refined(InferenceStrategy):
         training = torch.is_grad_enabled()
         learned, unrolled = self.update.is_learned, self.encoder_gradient == "unrolled"
         with torch.set_grad_enabled(training and (learned or unrolled)):
-            phi, nats = self._climb(start, features, objective)
+            phi, nats = self._climb(start, features, objective, self._keeps_best(training))
         if not training or learned or unrolled or not self.num_steps or not start.requires_grad:
             return Refinement(phi, _zero(nats))
         if self.encoder_gradient == "first_order":
@@ -271,11 +271,13 @@ class Refined(InferenceStrategy):
             nats = -_kl(objective, start, phi.detach())
         return Refinement(phi.detach(), _zero(nats))
 
-    def _climb(self, start: Tensor, features: Tensor | None, objective: Objective) -> tuple[Tensor, Tensor | None]:
+    def _climb(
+        self, start: Tensor, features: Tensor | None, objective: Objective, keep_best: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """The refined phi, and the nats whose gradient trains what phi went through, if that is needed."""
         learned, training = self.update.is_learned, torch.is_grad_enabled()
         phi = start if self.encoder_gradient == "unrolled" or learned else start.detach()
-        best = _Best(objective, phi, self._comparison_noise(objective, phi)) if self._keeps_best() else None
+        best = _Best(objective, phi, self._comparison_noise(objective, phi)) if keep_best else None
         state, nats = self.update.init(phi, features), None
         for step in range(self.num_steps):
             noise = self._noise(objective, phi, step, self.num_particles)
@@ -300,8 +302,8 @@ class Refined(InferenceStrategy):
         phi, state = self.update.update(phi, objective.gradient(phi, noise), state)
         return (phi, *state)
 
-    def _keeps_best(self) -> bool:
-        return not (self.training and torch.is_grad_enabled()) if self.keep_best is None else self.keep_best
+    def _keeps_best(self, has_gradients: bool) -> bool:
+        return not (self.training and has_gradients) if self.keep_best is None else self.keep_best
 
     def _comparison_noise(self, objective: Objective, phi: Tensor) -> Tensor | int:
         return self._noise(objective, phi, -1, max(self._BEST_OF, self.num_particles))
