@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from pyro import get_param_store
 from torch import Tensor, fx, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_amortized.tracing import ValueReads
 
@@ -64,7 +63,9 @@ class GraphCache:
     def __deepcopy__(self, memo: Any) -> GraphCache:
         return GraphCache(self.compile, self.max_size)
 
-    def find(self, key: Any, function: Function, inputs: Sequence[Tensor], owner: Any) -> Function | None:
+    def find(
+        self, key: Any, function: Function, inputs: Sequence[Tensor], owner: Any, *, derivatives: bool = True
+    ) -> Function | None:
         """A graph of ``function``, valid for inputs of these shapes.
 
         Args:
@@ -72,6 +73,7 @@ class GraphCache:
             function: What to trace.
             inputs: Tensors to trace it with.
             owner: The model, whose reachable state the graph depends on.
+            derivatives: Whether the graph will be differentiated.
 
         Returns:
             The graph, or None if the function should be called itself.
@@ -90,13 +92,13 @@ class GraphCache:
         if self._misses > _MAX_MISSES:
             self._warn("some number, flag or tensor that it uses is replaced in every call (pass it as a tensor)")
             return None
-        entry = self._trace(function, inputs, owner)
+        entry = self._trace(function, inputs, owner, derivatives)
         self._entries[key] = entry
         if len(self._entries) > self.max_size:
             self._entries.popitem(last=False)
         return entry.graph
 
-    def _trace(self, function: Function, inputs: Sequence[Tensor], owner: Any) -> _Entry:
+    def _trace(self, function: Function, inputs: Sequence[Tensor], owner: Any, derivatives: bool) -> _Entry:
         try:
             with torch.enable_grad():
                 graph, captured = trace(function, inputs)
@@ -105,10 +107,10 @@ class GraphCache:
             self._warn(f"{type(error).__name__}: {_first_line(error)}")
             return entry
         entry = _Entry(graph, list(_guards(owner, captured)))
-        if not self._agrees(graph, function, inputs, derivatives=True):
+        if not self._agrees(graph, function, inputs, derivatives):
             self._give_up(entry, "the traced graph gives other numbers")
         elif self.compile:
-            entry.graph = torch.compile(graph, options=_compile_options(graph))
+            entry.graph = _Compiled(graph, self._warn)
         return entry
 
     def _agrees(self, graph: Function, function: Function, inputs: Sequence[Tensor], derivatives: bool = False) -> bool:
@@ -143,12 +145,6 @@ def _is_due(calls: int) -> bool:
     return calls & (calls - 1) == 0 if calls < 256 else calls % 256 == 0
 
 
-def _compile_options(graph: Any) -> dict[str, Any]:
-    """Random operators, such as dropout's, must draw what they draw uncompiled."""
-    random = any(torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in graph.graph.nodes)
-    return {"fallback_random": True} if random else {}
-
-
 def _close(actual: Tensor | None, expected: Tensor | None) -> bool:
     if actual is None or expected is None:
         return all(x is None or not bool(x.any()) for x in (actual, expected))
@@ -168,12 +164,6 @@ def _gradients(outputs: Sequence[Tensor], leaves: Sequence[Tensor], graph: Any) 
     return torch.autograd.grad(live, [*leaves, *parameters], cotangents, allow_unused=True)
 
 
-def _captured(graph: fx.GraphModule) -> list[Tensor]:
-    """The tensors from outside that a graph uses."""
-    names = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
-    return [getattr(graph, name) for name in sorted(names) if not name.startswith(_FOLDED)]
-
-
 # Tracing
 
 
@@ -190,6 +180,8 @@ def trace(function: Function, inputs: Sequence[Tensor]) -> tuple[fx.GraphModule,
     Raises:
         ValueError: If the function reads values of tensors in Python.
     """
+    from torch.fx.experimental.proxy_tensor import make_fx  # not needed, and slow, where nothing is traced
+
     with torch.random.fork_rng(), ValueReads() as reads:
         graph = make_fx(function)(*(x.detach() for x in inputs))
     if reads.seen:
@@ -331,6 +323,74 @@ def _compact(value: Tensor) -> Tensor:
     if value.numel() > 1 and bool((value == value.flatten()[0]).all()):
         return value.flatten()[0].clone().expand(value.shape)
     return value
+
+
+# Compiling
+
+
+class _Compiled:
+    """A graph compiled by TorchInductor, once with and once without gradients as they are asked for.
+
+    The tensors from outside become inputs, so that they stay live and gradients reach them.
+
+    Args:
+        graph: The graph.
+        warn: Called with a reason if it cannot be compiled; the graph itself is run then.
+    """
+
+    def __init__(self, graph: fx.GraphModule, warn: Callable[[str], None]) -> None:
+        self.graph = graph
+        self.warn = warn
+        self.captured = _captured(graph)
+        self.variants: dict[Any, Function] = {}
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        tensors = (*(x.contiguous() for x in inputs), *self.captured)
+        gradients = torch.is_grad_enabled() and tuple(x.requires_grad for x in tensors)
+        compiled = self.variants.get(gradients)
+        if compiled is None:
+            compiled = self.variants[gradients] = self._compile(tensors)
+        return compiled(*tensors)
+
+    def _compile(self, tensors: Sequence[Tensor]) -> Function:
+        import torch._inductor
+
+        module, number = _lifted(self.graph), len(tensors) - len(self.captured)
+        # random operators, such as dropout's, must draw what they draw uncompiled
+        options = {"fallback_random": True} if any(map(_is_random, module.graph.nodes)) else None
+        try:
+            return torch._inductor.compile(module, list(tensors), options=options)
+        except Exception as error:  # a missing C++ compiler, or an operator that it cannot handle
+            self.warn(f"{type(error).__name__}: {_first_line(error)}")
+            return lambda *tensors: self.graph(*tensors[:number])
+
+
+def _outside(graph: fx.GraphModule) -> list[str]:
+    """Names of the tensors from outside that a graph uses."""
+    names = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
+    return sorted(name for name in names if not name.startswith(_FOLDED))
+
+
+def _captured(graph: fx.GraphModule) -> list[Tensor]:
+    """The tensors from outside that a graph uses."""
+    return [getattr(graph, name) for name in _outside(graph)]
+
+
+def _lifted(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph with the tensors from outside as further inputs, in the order of :func:`_outside`."""
+    copied = fx.Graph()
+    known: dict[fx.Node, fx.Node] = {}
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    for node in inputs:
+        known[node] = copied.placeholder(node.name)
+    lifted = {name: copied.placeholder(f"captured{name}") for name in _outside(graph)}
+    for node in graph.graph.nodes:
+        if node.op == "get_attr" and node.target in lifted:
+            known[node] = lifted[node.target]
+        elif node not in known:
+            known[node] = copied.node_copy(node, known.__getitem__)
+            known[node].meta.clear()
+    return fx.GraphModule(graph, copied)
 
 
 # Guards

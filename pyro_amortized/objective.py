@@ -26,6 +26,7 @@ from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 from pyro.poutine import Trace
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributions import kl_divergence
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -83,6 +84,7 @@ class LocalLogJoint:
         self.vectorized = True
         self.validate = True
         self.like = torch.empty(0)
+        self.graphs: GraphCache | None = None
         self._selectable: bool | None = None
         self._copies: LocalLogJoint | None = None
 
@@ -92,7 +94,17 @@ class LocalLogJoint:
         return self.structure.datapoints.size
 
     def __call__(self, z: Tensor) -> Tensor:
-        """Log-joints of shape ``(K, N)``, in nats, at latents ``z`` of shape ``(K, N, D)``."""
+        """Log-joints of shape ``(K, N)``, in nats, at latents ``z`` of shape ``(K, N, D)``.
+
+        With :attr:`graphs`, draws and datapoints are evaluated in blocks of rows of a few fixed sizes, by graphs that
+        are traced once for each size; the result can then be differentiated once, with respect to z.
+        """
+        if self.graphs is not None and self._is_selectable():
+            return _InBlocks.apply(z, self)
+        return self.plain(z)
+
+    def plain(self, z: Tensor) -> Tensor:
+        """The same without graphs; differentiable any number of times, with respect to everything."""
         if self.vectorized:
             return self._evaluate(z)
         if len(z) > 1 and self._is_selectable():
@@ -192,6 +204,25 @@ class LocalLogJoint:
             for term in terms:
                 total = total + self._per_datapoint(packed.unpack(term, trace.symbol_to_dim), num_draws)
         return total * scales[0] if scales else total, names
+
+    def in_blocks(self, z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+        """Log-joints ``(K, N)`` and, if asked for, their gradients ``(K, N, D)``, without a graph of their own."""
+        size = z.shape[1]
+        flat, values, gradients = z.detach().flatten(0, 1), [], []
+        program = _value_and_gradient if gradient else _value_alone
+        start = 0
+        while start < len(flat):
+            left = len(flat) - start
+            length = _LARGE if left > _LARGE // 2 else _SMALL
+            rows = torch.arange(start, start + length).clamp(max=len(flat) - 1)
+            part = self._selected(rows % size)
+            run, tensors = _traced(program, part, [flat[rows].unsqueeze(0)], (), part.graphs, part.model)
+            results = run(flat[rows].unsqueeze(0), *tensors)
+            values.append(results[0][0, :left])
+            gradients += [grad[0, :left] for grad in results[1:]]
+            start += length
+        grads = torch.cat(gradients).reshape(z.shape) if gradients else z.new_empty(0)
+        return torch.cat(values).reshape(z.shape[:2]), grads
 
     def _split(self, z: Tensor, together: bool) -> dict[str, Tensor]:
         return self.layout.split(z, self.depth) if together else self.layout.split(z[0])
@@ -311,18 +342,21 @@ class LocalLogJoint:
             self._selectable = self._try_selection()
         return self._selectable
 
-    def on_rows(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
+    def on_rows(self, rows: Tensor, *, plain: bool = False) -> Callable[[Tensor], Tensor]:
         """The log-joint of some datapoints as a function of their latents, ``(K, n, D)`` to ``(K, n)``.
 
         As :meth:`select`, but where the model can only run on all datapoints it does, with zeros for the others.
+
+        Args:
+            rows: Positions in ``range(N)``.
+            plain: Whether to evaluate as :meth:`plain` does.
         """
         size = self.num_datapoints
-        if len(rows) == size and torch.equal(rows, torch.arange(size)):
-            return self
-        part = self.select(rows)
+        whole = len(rows) == size and torch.equal(rows, torch.arange(size))
+        part = self if whole else self.select(rows)
         if part is not None:
-            return part
-        return lambda z: self(z.new_zeros(len(z), size, z.shape[-1]).index_copy(1, rows.to(z.device), z))[:, rows]
+            return part.plain if plain else part
+        return lambda z: self.plain(z.new_zeros(len(z), size, z.shape[-1]).index_copy(1, rows.to(z.device), z))[:, rows]
 
     @torch.no_grad()
     def prior_draw(self) -> Tensor:
@@ -342,12 +376,8 @@ class LocalLogJoint:
         indices = {k: v[rows.to(v.device)] if k == name else v for k, v in self.structure.indices.items()}
         structure = replace(self.structure, frames=frames, indices=indices, observed=None)
         part = LocalLogJoint(self.model, args, kwargs, structure, self.global_values)
-        part.validate, part.vectorized, part.like, part._selectable = (
-            self.validate,
-            self.vectorized,
-            self.like,
-            True,
-        )
+        part.validate, part.vectorized, part.like = self.validate, self.vectorized, self.like
+        part.graphs, part._selectable = self.graphs, True
         return part
 
     @torch.no_grad()
@@ -360,7 +390,7 @@ class LocalLogJoint:
         z = z.to(self.like).reshape(1, size, -1)
         self._selectable = False
         try:
-            return _close(self._selected(rows)(z[:, rows]), self(z)[:, rows])
+            return _close(self._selected(rows).plain(z[:, rows]), self.plain(z)[:, rows])
         except Exception:  # a model may fail in any way on a part of its data; then it is run on all of it
             return False
 
@@ -552,27 +582,15 @@ class LocalObjective:
         self, program: Callable[..., Tensor], phi: Tensor, noise: Tensor | int
     ) -> tuple[Function, list[Tensor]]:
         """A function of phi, noise and the tensors of this call: traced if that can be done."""
-        call, log_joint = _Tensors.of(self.log_joint), self.log_joint
         family, estimator = self.family, self.estimator
-        count = noise if isinstance(noise, int) else None
 
-        def function(*tensors: Tensor) -> tuple[Tensor, ...]:
-            head = 1 if count is not None else 2
-            objective = LocalObjective(call.put_back(tensors[head:], log_joint), family, estimator)
-            with pyro.validation_enabled(False):  # a step too far gives a value that is not taken
-                return (program(objective, tensors[0], count if count is not None else tensors[1]),)
+        def run(log_joint: LocalLogJoint, phi: Tensor, *noise_tensor: Tensor) -> tuple[Tensor, ...]:
+            objective = LocalObjective(log_joint, family, estimator)
+            return (program(objective, phi, noise_tensor[0] if noise_tensor else noise),)
 
-        inputs = [phi] if isinstance(noise, int) else [phi, noise]
-        shapes = call_key((log_joint.args, dict(log_joint.kwargs)))
-        if self.graphs is not None and shapes is not None and log_joint.structure.is_static:
-            key = (program.__name__, estimator, shapes, call_key([*inputs, *call.tensors]), count, log_joint.vectorized)
-            frames = tuple(log_joint.structure.frames.values())
-            settings = (torch.get_default_dtype(), torch.is_autocast_enabled())
-            owner = (log_joint.model, family)
-            graph = self.graphs.find((*key, frames, settings), function, [*inputs, *call.tensors], owner)
-            if graph is not None:
-                return graph, call.tensors
-        return function, call.tensors
+        inputs, count = ([phi], noise) if isinstance(noise, int) else ([phi, noise], None)
+        owner = (self.log_joint.model, family)
+        return _traced(run, self.log_joint, inputs, (program.__name__, estimator, count), self.graphs, owner)
 
     @torch.no_grad()
     def prior(self) -> Tensor:
@@ -617,6 +635,78 @@ def _gradient(objective: LocalObjective, phi: Tensor, noise: Tensor | int) -> Te
             weights = objective.log_weights(path if objective.estimator == "plain" else phi, noise, path)
         (grad,) = torch.autograd.grad(weights.mean(0).sum(), path, create_graph=create_graph)
     return grad
+
+
+_SMALL, _LARGE = 256, 2048
+"""Numbers of rows for which log-joints are traced."""
+
+
+class _InBlocks(torch.autograd.Function):
+    """:meth:`LocalLogJoint.in_blocks` as a function of z that can be differentiated once."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, log_joint: LocalLogJoint) -> Tensor:
+        """Keeps the gradient, which comes with the values at little further cost."""
+        values, gradient = log_joint.in_blocks(z, ctx.needs_input_grad[0])
+        ctx.save_for_backward(gradient)
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None]:
+        """Scales the gradient."""
+        return ctx.saved_tensors[0] * cotangents[0].unsqueeze(-1), None
+
+
+def _value_alone(log_joint: LocalLogJoint, z: Tensor) -> tuple[Tensor, ...]:
+    return (log_joint.plain(z),)
+
+
+def _value_and_gradient(log_joint: LocalLogJoint, z: Tensor) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        value = log_joint.plain(z)
+        (gradient,) = torch.autograd.grad(value.sum(), z)
+    return value.detach(), gradient
+
+
+def _traced(
+    program: Callable[..., tuple[Tensor, ...]],
+    log_joint: LocalLogJoint,
+    inputs: Sequence[Tensor],
+    settings: tuple[Any, ...],
+    graphs: GraphCache | None,
+    owner: Any,
+) -> tuple[Function, list[Tensor]]:
+    """A program as a function of its inputs and of the tensors of a call: traced if that can be done.
+
+    Args:
+        program: A function of a log-joint and the inputs.
+        log_joint: The log-joint of the call.
+        inputs: Tensors of the shapes that it will be run with.
+        settings: What else it depends on.
+        graphs: Where to keep graphs; None not to trace.
+        owner: What reachable state it depends on.
+
+    Returns:
+        The function, and the tensors of the call that follow its inputs.
+    """
+    call = _Tensors.of(log_joint)
+
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        with pyro.validation_enabled(False):  # a step too far gives a value that is not taken
+            return program(call.put_back(tensors[len(inputs) :], log_joint), *tensors[: len(inputs)])
+
+    shapes = call_key((log_joint.args, dict(log_joint.kwargs)))
+    if graphs is not None and shapes is not None and log_joint.structure.is_static:
+        frames = tuple(log_joint.structure.frames.values())
+        modes = (log_joint.vectorized, torch.get_default_dtype(), torch.is_autocast_enabled())
+        key = (program.__name__, *settings, shapes, call_key([*inputs, *call.tensors]), frames, modes)
+        derivatives = program is not _value_and_gradient
+        graph = graphs.find(key, function, [*inputs, *call.tensors], owner, derivatives=derivatives)
+        if graph is not None:
+            return graph, call.tensors
+    return function, call.tensors
 
 
 class _Tensors:

@@ -93,7 +93,7 @@ def _quadratic(objective: LocalObjective, phi: Tensor) -> Tensor | None:
     unit = torch.eye(family.noise_dim, dtype=phi.dtype, device=phi.device).unsqueeze(1).expand(-1, len(phi), -1)
     mean = family.rsample(phi, zero)
     jacobian = (family.rsample(phi, unit) - mean).permute(1, 2, 0)
-    curvature = hessian(objective.log_joint, mean[0], objective.like).to(jacobian)
+    curvature = hessian(objective.log_joint.plain, mean[0], objective.like).to(jacobian)
     curvature = curvature + torch.linalg.pinv(jacobian @ jacobian.transpose(-1, -2), hermitian=True)
     quadratic = 0.5 * jacobian.transpose(-1, -2) @ curvature @ jacobian
     return quadratic.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).cpu()

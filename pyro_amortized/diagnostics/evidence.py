@@ -55,6 +55,7 @@ def log_evidence(
     max_samples: int = 20000,
     optimum: LocalOptimum | None = None,
     seed: int = 0,
+    compile: bool = False,
     progress: bool = False,
 ) -> xarray.Dataset:
     r"""Estimates :math:`\log p(x_n) = \log \int p(x_n, z)\, dz` for every datapoint.
@@ -71,6 +72,7 @@ def log_evidence(
         max_samples: Most draws from one proposal per datapoint.
         optimum: The result of :func:`optimize_local` on the same call, if it is at hand.
         seed: Seed of the draws; torch's global seed is not touched.
+        compile: Whether to compile the log-joint, which pays for many datapoints or a costly model.
         progress: Whether to show progress bars.
 
     Returns:
@@ -87,7 +89,7 @@ def log_evidence(
         Adaptive Importance Sampling in General Mixture Classes, Olivier Cappé, Randal Douc, Arnaud Guillin, Jean-Michel
         Marin, Christian P. Robert (2008).
     """
-    problem = bind(model, guide, model_args, model_kwargs, seed)
+    problem = bind(model, guide, model_args, model_kwargs, seed, compile)
     optimum = solve(problem, tolerance, seed, progress) if optimum is None else optimum
     evidence = estimate_evidence(problem, optimum.phi, tolerance, max_samples, seed, progress)
     settings = {"tolerance": tolerance, "max_samples": max_samples, "seed": seed}
@@ -214,7 +216,7 @@ def _first_proposal(problem: LocalProblem, phi: Tensor, seed: tuple[int, int]) -
     """A t at the mean of the optimal member, and at each mode found from draws of the prior that is another one."""
     log_joint, family = problem.objective.log_joint, problem.objective.family
     mean, scale_tril = moments(family, phi, generator(*seed, 5))
-    root = covariance_root(hessian(log_joint, mean, phi), scale_tril)
+    root = covariance_root(hessian(log_joint.plain, mean, phi), scale_tril)
     with seeded(generator(*seed, 12)):
         draws = torch.stack([log_joint.prior_draw() for _ in range(_NUM_STARTS)]).double().cpu()
     modes, heights = find_modes(log_joint, torch.cat([mean.unsqueeze(0), draws]), root, phi, tolerance=0.01)
@@ -226,7 +228,7 @@ def _first_proposal(problem: LocalProblem, phi: Tensor, seed: tuple[int, int]) -
         rows = new.nonzero().squeeze(-1)
         other, mass = root.clone(), torch.full_like(height, -math.inf)
         if len(rows):
-            curvature = hessian(log_joint.on_rows(rows), mode[rows], phi)
+            curvature = hessian(log_joint.on_rows(rows, plain=True), mode[rows], phi)
             other[rows] = covariance_root(curvature, root[rows])
             mass[rows] = (height + _log_volume(other))[rows]
         locs.append(torch.where(new[:, None], mode, math.inf))

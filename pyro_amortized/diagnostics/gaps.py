@@ -156,6 +156,7 @@ def estimate_gaps(
     tolerance: float = 0.02,
     max_samples: int = 20000,
     seed: int = 0,
+    compile: bool = False,
     progress: bool = False,
 ) -> GapEstimate:
     """Splits the slack of a guide's ELBO into approximation and amortization gap, for every datapoint of a call.
@@ -173,6 +174,7 @@ def estimate_gaps(
             unreliable if one exceeds it.
         max_samples: Most importance samples per datapoint and proposal.
         seed: Seed of all noise; torch's global seed is not touched.
+        compile: Whether to compile the log-joint, which pays for many datapoints or a costly model.
         progress: Whether to show progress bars.
 
     Returns:
@@ -185,7 +187,7 @@ def estimate_gaps(
         Inference Suboptimality in Variational Autoencoders, Chris Cremer, Xuechen Li, David Duvenaud (2018),
         https://arxiv.org/abs/1801.03558
     """
-    problem = bind(model, guide, model_args, model_kwargs, seed)
+    problem = bind(model, guide, model_args, model_kwargs, seed, compile)
     optimum = solve(problem, tolerance, seed, progress)
     evidence = estimate_evidence(problem, optimum.phi, tolerance, max_samples, seed, progress)
     log_p, log_p_se, khat = evidence["log_evidence"], evidence["log_evidence_se"], evidence["khat"]

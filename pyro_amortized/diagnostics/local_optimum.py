@@ -77,6 +77,7 @@ def optimize_local(
     *,
     tolerance: float = 0.02,
     seed: int = 0,
+    compile: bool = False,
     progress: bool = False,
 ) -> LocalOptimum:
     r"""Maximises every datapoint's ELBO over the guide's family.
@@ -93,6 +94,7 @@ def optimize_local(
         model_kwargs: The model's keyword arguments.
         tolerance: Three times the standard error wanted for the reported ELBOs, in nats.
         seed: Seed of the noise; torch's global seed is not touched.
+        compile: Whether to compile the log-joint, which pays for many datapoints or a costly model.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -105,7 +107,7 @@ def optimize_local(
         Inference Suboptimality in Variational Autoencoders, Chris Cremer, Xuechen Li, David Duvenaud (2018),
         https://arxiv.org/abs/1801.03558
     """
-    return solve(bind(model, guide, model_args, model_kwargs, seed), tolerance, seed, progress)
+    return solve(bind(model, guide, model_args, model_kwargs, seed, compile), tolerance, seed, progress)
 
 
 def solve(problem: LocalProblem, tolerance: float, seed: int, progress: bool) -> LocalOptimum:
@@ -176,7 +178,7 @@ def _laplace_start(problem: LocalProblem, seed: int) -> tuple[Tensor, Tensor | N
     log_joint, family = problem.objective.log_joint, problem.objective.family
     mean, scale_tril = moments(family, problem.phi, generator(seed, 11))
     modes, _ = find_modes(log_joint, mean.unsqueeze(0), scale_tril, problem.phi)
-    units = covariance_root(hessian(log_joint, modes[0], problem.phi), scale_tril)
+    units = covariance_root(hessian(log_joint.plain, modes[0], problem.phi), scale_tril)
     return units, family.laplace(modes[0], torch.cholesky_inverse(units))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_amortized.diagnostics.noise import draw, generator, seeded
+from pyro_amortized.graphs import GraphCache
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.objective import LocalLogJoint, LocalObjective
 from pyro_amortized.structure import Structure
@@ -45,6 +46,7 @@ def bind(
     model_args: Sequence[Any] | Tensor,
     model_kwargs: Mapping[str, Any] | None,
     seed: int,
+    compile: bool = False,
 ) -> LocalProblem:
     """Binds a call, and checks that its numbers can be trusted.
 
@@ -68,6 +70,7 @@ def bind(
         global_values = guide.global_median(*args, **kwargs)
     log_joint = LocalLogJoint(model, args, kwargs, structure, global_values)
     log_joint.check(draw(guide.family, phi, 2, generator(seed, 0)))
+    log_joint.graphs = GraphCache(compile)
     frame = structure.datapoints
     index = structure.indices.get(frame.name, torch.arange(frame.size))
     return LocalProblem(
