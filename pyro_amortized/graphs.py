@@ -151,7 +151,7 @@ def _close(actual: Tensor | None, expected: Tensor | None) -> bool:
     tolerance = 1e-8 if expected.dtype == torch.float64 else 1e-3
     size = expected.detach().abs().nan_to_num(posinf=0.0).max().item() if expected.numel() else 0.0
     return actual.shape == expected.shape and torch.allclose(
-        actual, expected, rtol=tolerance, atol=tolerance * size, equal_nan=True
+        actual, expected, rtol=tolerance, atol=tolerance * max(size, 1.0), equal_nan=True
     )
 
 
@@ -184,6 +184,8 @@ def trace(function: Function, inputs: Sequence[Tensor]) -> tuple[fx.GraphModule,
 
     with torch.random.fork_rng(), ValueReads() as reads:
         graph = make_fx(function)(*(x.detach() for x in inputs))
+        if _mutates(graph):  # such as dropout, which fills a new tensor with random numbers
+            graph = make_fx(torch.func.functionalize(graph))(*(x.detach() for x in inputs))
     if reads.seen:
         raise ValueError("it reads values of tensors in Python")
     with torch.random.fork_rng(), torch.no_grad():
@@ -252,7 +254,7 @@ class _Simplifier:
 
     def run(self, inputs: Sequence[Tensor]) -> None:
         """Simplifies in place."""
-        if any(_mutates(node) for node in self.graph.nodes):
+        if _mutates(self.module):
             raise ValueError("it changes tensors in place")
         self.recorder.run(*inputs)
         for node in list(self.graph.nodes):
@@ -312,9 +314,10 @@ class _Simplifier:
                     node.replace_all_uses_with(self.graph.get_attr(name))
 
 
-def _mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
+def _mutates(graph: fx.GraphModule) -> bool:
+    """Whether a graph changes tensors in place."""
+    schemas = (getattr(node.target, "_schema", None) for node in graph.graph.nodes)
+    return any(schema is not None and schema.is_mutable for schema in schemas)
 
 
 def _compact(value: Tensor) -> Tensor:
@@ -422,10 +425,9 @@ _MAX_PLACES = 20000
 def _guards(owner: Any, captured: Sequence[Tensor]) -> Iterator[_Guard]:
     """Guards of all that a model can reach: scalars, functions, modules, and the tensors that its graph uses."""
     known = {id(tensor) for tensor in captured}
-    store = get_param_store()._params
-    for name, tensor in store.items():
+    for name, tensor in get_param_store()._params.items():
         if id(tensor) in known:
-            yield _Guard(partial(store.get, name), tensor)
+            yield _Guard(partial(_stored, name), tensor)
     seen: set[int] = set()
     pending = [owner]
     places = 0
@@ -440,6 +442,10 @@ def _guards(owner: Any, captured: Sequence[Tensor]) -> Iterator[_Guard]:
                 yield _Guard(read, value)
             if not isinstance(value, (*_SCALARS, Tensor)):
                 pending.append(value)
+
+
+def _stored(name: str) -> Tensor:
+    return get_param_store()._params[name]
 
 
 def _is_foreign(holder: Any) -> bool:

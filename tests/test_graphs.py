@@ -1,0 +1,390 @@
+"""Traced and compiled refinement: equal numbers, live parameters, and no stale graph."""
+
+import math
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from models import LinearGaussian, chains
+from pyro.infer import SVI, Trace_ELBO
+from torch import Tensor, nn
+
+from pyro_amortized import AmortizedGuide, GradientAscent, SemiAmortizedGuide, estimate_gaps, optimize_local
+from pyro_amortized.graphs import GraphCache, trace
+from pyro_amortized.objective import LocalLogJoint, LocalObjective
+from pyro_amortized.structure import StructureCache
+
+
+class Decoded(nn.Module):
+    """A model with a network, a number, a closure and a buffer that its log-joint depends on."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.decoder = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 5))
+        self.noise = 1.0
+        self.register_buffer("shift", torch.zeros(5))
+        self.settings = {"scale": 1.0}
+        self.offset = torch.zeros(5)
+
+    def forward(self, x: Tensor) -> None:
+        pyro.module("decoder", self.decoder)
+        width = pyro.param("width", lambda: x.new_ones(()), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            loc = self.decoder(z) * self.settings["scale"] + self.shift + self.offset
+            pyro.sample("x", dist.Normal(loc, self.noise * width).to_event(1), obs=x)
+
+
+def objective(model: Any, *args: Any, graphs: GraphCache | None = None, estimator: str = "stl") -> LocalObjective:
+    structure = StructureCache().find(model, args, {}, observed=False)
+    guide = AmortizedGuide(model)
+    guide.setup(*args)
+    log_joint = LocalLogJoint(model, args, {}, structure, {})
+    return LocalObjective(log_joint, guide.family, estimator, graphs)
+
+
+def phi_of(size: int, latents: int = 2) -> Tensor:
+    return torch.linspace(-1.0, 0.5, size * 2 * latents).reshape(size, 2 * latents)
+
+
+def graph_of(cache: GraphCache) -> Any:
+    """The only graph in a cache."""
+    (entry,) = cache._entries.values()
+    return entry.graph
+
+
+@pytest.fixture
+def _compiler() -> Iterator[None]:
+    """TorchInductor warns of deprecations of its own making."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message="compile=True has no effect")
+        yield
+
+
+@pytest.mark.usefixtures("_float64")
+@pytest.mark.parametrize("estimator", ["stl", "plain", "analytic_kl"])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_graphs_give_the_numbers_and_derivatives_of_the_model(estimator: str, compile: bool, _compiler: None) -> None:
+    model, x = Decoded(), torch.randn(6, 5)
+    plain, cache = objective(model, x, estimator=estimator), GraphCache(compile)
+    traced = LocalObjective(plain.log_joint, plain.family, estimator, cache)
+    leaves = [phi_of(6).requires_grad_(), *model.decoder.parameters()]
+    noise = plain.noise(leaves[0], 3)
+    results = []
+    for candidate in (plain, traced):
+        grad = candidate.gradient(leaves[0], noise)
+        second = torch.autograd.grad(grad.square().sum(), leaves, allow_unused=True)
+        results.append([grad, *second, candidate.value(leaves[0], noise)])
+    assert all(entry.graph is not None for entry in cache._entries.values())
+    assert len(cache._entries) == 2
+    for expected, actual in zip(*results, strict=True):
+        if expected is not None and actual is not None:
+            torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+        else:  # the last bias shifts the location, whose second derivative is zero
+            assert expected is None or not expected.any()
+
+
+def test_a_graph_has_no_trace_of_handlers_left() -> None:
+    """A decoder's gradient takes 2 products forward, 2 backward, and some twenty small operations."""
+    model, cache = Decoded(), GraphCache()
+    local = objective(model, torch.randn(6, 5), graphs=cache)
+    local.gradient(phi_of(6), local.noise(phi_of(6), 1))
+    operations = [node for node in graph_of(cache).graph.nodes if node.op == "call_function"]
+    assert len(operations) < 60
+    assert not any("detach" in str(node.target) for node in operations)
+
+
+def test_parameters_stay_live_while_they_train() -> None:
+    model, x, cache = Decoded(), torch.randn(6, 5), GraphCache()
+    for _ in range(3):
+        traced, plain = objective(model, x, graphs=cache), objective(model, x)
+        noise = torch.randn(1, 6, 2)
+        torch.testing.assert_close(traced.gradient(phi_of(6), noise), plain.gradient(phi_of(6), noise))
+        with torch.no_grad():
+            for parameter in [*model.decoder.parameters(), pyro.get_param_store()._params["width"]]:
+                parameter.add_(0.1)
+    assert len(cache._entries) == 1
+    assert graph_of(cache) is not None
+
+
+def replace_number(model: Decoded) -> None:
+    model.noise = 2.0
+
+
+def replace_nested_number(model: Decoded) -> None:
+    model.settings["scale"] = 3.0
+
+
+def replace_buffer(model: Decoded) -> None:
+    model.shift = torch.ones(5)
+
+
+def fill_buffer(model: Decoded) -> None:
+    model.shift.fill_(1.0)
+
+
+def replace_tensor(model: Decoded) -> None:
+    model.offset = torch.ones(5)
+
+
+def replace_layer(model: Decoded) -> None:
+    model.decoder[0] = nn.Linear(2, 8)
+
+
+def replace_parameter(model: Decoded) -> None:
+    model.decoder[3].bias = nn.Parameter(torch.ones(5))
+
+
+def reload_parameters(model: Decoded) -> None:
+    pyro.clear_param_store()
+    pyro.param("width", torch.tensor(2.0), constraint=dist.constraints.positive)
+
+
+CHANGES: list[Callable[[Decoded], None]] = [
+    replace_number,
+    replace_nested_number,
+    replace_buffer,
+    fill_buffer,
+    replace_tensor,
+    replace_layer,
+    replace_parameter,
+    reload_parameters,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_no_graph_is_stale_after_a_change(change: Callable[[Decoded], None]) -> None:
+    model, x, cache = Decoded(), torch.randn(6, 5), GraphCache()
+    noise = torch.randn(1, 6, 2)
+    before = objective(model, x, graphs=cache).gradient(phi_of(6), noise)
+    change(model)
+    after = objective(model, x, graphs=cache).gradient(phi_of(6), noise)
+    torch.testing.assert_close(after, objective(model, x).gradient(phi_of(6), noise))
+    assert not torch.allclose(before, after)
+    assert graph_of(cache) is not None
+
+
+GLOBALS = SimpleNamespace(noise=1.0)
+
+
+def test_numbers_in_closures_globals_and_arguments_are_watched() -> None:
+    noise = 1.0
+
+    def model(x: Tensor, factor: float) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, noise * GLOBALS.noise * factor).to_event(1), obs=x)
+
+    x, cache, eps = torch.randn(4, 2), GraphCache(), torch.randn(1, 4, 2)
+    for noise, GLOBALS.noise, factor in ((1.0, 1.0, 1.0), (2.0, 1.0, 1.0), (2.0, 3.0, 1.0), (2.0, 3.0, 4.0)):
+        traced = objective(model, x, factor, graphs=cache).gradient(phi_of(4), eps)
+        torch.testing.assert_close(traced, objective(model, x, factor).gradient(phi_of(4), eps))
+        assert all(entry.graph is not None for entry in cache._entries.values())
+
+
+def test_hidden_randomness_is_noticed() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0 + random.random()).to_event(1), obs=x)
+
+    x, cache = torch.randn(4, 2), GraphCache(compile=True)
+    with pytest.warns(UserWarning, match="compile=True has no effect.*other numbers"):
+        objective(model, x, graphs=cache).gradient(phi_of(4), torch.randn(1, 4, 2))
+    assert graph_of(cache) is None
+
+
+def test_a_change_that_cannot_be_seen_is_noticed_by_its_numbers() -> None:
+    hidden = iter([1.0] * 20 + [2.0] * 1000)
+
+    class Number:
+        __slots__ = ()
+
+        def __float__(self) -> float:
+            return next(hidden)
+
+    number = Number()
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, float(number)).to_event(1), obs=x)
+
+    x, cache, eps = torch.randn(4, 2), GraphCache(), torch.randn(1, 4, 2)
+    for _ in range(40):
+        last = objective(model, x, graphs=cache).gradient(phi_of(4), eps)
+    torch.testing.assert_close(last, objective(model, x).gradient(phi_of(4), eps))
+
+
+def test_a_model_with_control_flow_on_values_runs_untraced_with_one_warning() -> None:
+    x, lengths = torch.randn(5, 3), torch.tensor([1, 2, 3, 3, 1])
+    guide = SemiAmortizedGuide(chains, encoder_input="x", num_steps=2, compile=True)
+    svi = SVI(chains, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    with pytest.warns(UserWarning, match="compile=True has no effect because the model cannot be traced") as caught:
+        for _ in range(3):
+            svi.step(x, lengths)
+    assert len(caught) == 1
+    silent = SemiAmortizedGuide(chains, encoder_input="x", num_steps=2, name="silent")
+    assert math.isfinite(SVI(chains, silent, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(x, lengths))
+
+
+def test_tensors_read_in_python_are_not_baked_in() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z * float(x.numpy().max()), 1.0).to_event(1), obs=x)
+
+    cache, eps = GraphCache(), torch.randn(1, 4, 2)
+    for scale in (1.0, 5.0):
+        x = torch.full((4, 2), scale)
+        traced = objective(model, x, graphs=cache).gradient(phi_of(4), eps)
+        torch.testing.assert_close(traced, objective(model, x).gradient(phi_of(4), eps))
+    assert graph_of(cache) is None
+
+
+def test_a_model_that_detaches_keeps_its_second_derivatives() -> None:
+    """Autograd's own detaches are taken out of a graph; those of the model may not be."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z * z.detach(), 1.0).to_event(1), obs=x)
+
+    x, eps = torch.randn(4, 2), torch.randn(1, 4, 2)
+    second = []
+    for graphs in (None, GraphCache()):
+        phi = phi_of(4).requires_grad_()
+        grad = objective(model, x, graphs=graphs).gradient(phi, eps)
+        second.append(torch.autograd.grad(grad.square().sum(), phi)[0])
+    torch.testing.assert_close(*second)
+
+
+def test_something_that_changes_in_every_call_ends_tracing() -> None:
+    class Annealed(Decoded):
+        def forward(self, x: Tensor) -> None:
+            self.noise *= 1.01
+            super().forward(x)
+
+    model, x, cache = Annealed(), torch.randn(6, 5), GraphCache(compile=True)
+    with pytest.warns(UserWarning, match="compile=True has no effect"):
+        for _ in range(20):
+            objective(model, x, graphs=cache).gradient(phi_of(6), torch.randn(1, 6, 2))
+    assert len(cache._entries) <= 10
+
+
+def test_another_batch_size_is_another_graph_and_an_old_one_is_kept() -> None:
+    model, cache = Decoded(), GraphCache()
+    for size in (6, 4, 6, 4):
+        x = torch.randn(size, 5)
+        traced, eps = objective(model, x, graphs=cache), torch.randn(1, size, 2)
+        expected = objective(model, x).gradient(phi_of(size), eps)
+        torch.testing.assert_close(traced.gradient(phi_of(size), eps), expected)
+    assert len(cache._entries) == 2
+
+
+def test_dropout_draws_anew_in_every_run_of_a_graph() -> None:
+    model, x, cache = Decoded(dropout=0.5).train(), torch.randn(6, 5), GraphCache()
+    local = objective(model, x, graphs=cache)
+    eps = torch.randn(1, 6, 2)
+    grads = [local.gradient(phi_of(6), eps) for _ in range(2)]
+    assert graph_of(cache) is not None
+    assert not torch.equal(*grads)
+    results = []
+    for candidate in (local, objective(model, x)):
+        torch.manual_seed(1)
+        results.append(candidate.gradient(phi_of(6), eps))
+    torch.testing.assert_close(*results)
+
+
+def test_tracing_leaves_the_random_numbers_of_the_caller_alone() -> None:
+    local = objective(Decoded(), torch.randn(6, 5), graphs=GraphCache())
+    eps, state = torch.randn(1, 6, 2), torch.get_rng_state()
+    local.gradient(phi_of(6), eps)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_functions_that_change_tensors_in_place_are_refused() -> None:
+    kept = torch.zeros(3)
+
+    def function(x: Tensor) -> tuple[Tensor]:
+        kept.add_(x)
+        return (kept * x,)
+
+    cache = GraphCache(compile=True)
+    with pytest.warns(UserWarning, match="compile=True has no effect because the model cannot be traced"):
+        assert cache.find("key", function, [torch.ones(3)], function) is None
+
+
+def test_simplification_keeps_the_numbers() -> None:
+    def function(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        one, zero = torch.ones_like(x), torch.zeros_like(x)
+        shifted = (x + zero) * one / one - zero
+        wide = shifted + y.new_zeros(2, 3)  # not the same shape
+        return shifted, wide, -(-shifted), (zero + shifted) * -1, shifted.t().t() if x.dim() == 2 else shifted, one * y
+
+    x, y = torch.randn(3), torch.randn(2, 3)
+    graph, captured = trace(function, [x, y])
+    assert captured == []
+    for actual, expected in zip(graph(x, y), function(x, y), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def simulated(size: int = 12) -> tuple[LinearGaussian, Tensor]:
+    linear = LinearGaussian.random_weights()
+    return linear, linear.simulate(size)
+
+
+@pytest.mark.slow
+def test_compiled_guides_train_as_uncompiled_ones(_compiler: None) -> None:
+    torch.set_default_dtype(torch.float64)
+    linear, x = simulated()
+    losses = []
+    for compile in (False, True):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        update = GradientAscent(0.01)
+        guide = SemiAmortizedGuide(linear.full, num_steps=4, update=update, compile=compile, num_particles=2)
+        svi = SVI(linear.full, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+        losses.append([svi.step(batch) for batch in (x, x[:7], x, x[:7])] + [svi.evaluate_loss(x)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-9)
+
+
+@pytest.mark.slow
+def test_compiled_diagnostics_give_the_same_figures(_compiler: None) -> None:
+    torch.set_default_dtype(torch.float64)
+    linear, x = simulated()
+    guide = AmortizedGuide(linear.full)
+    first, second = (estimate_gaps(linear.full, guide, (x,), compile=compile).dataset for compile in (False, True))
+    for name in ("log_evidence", "elbo_optimal", "elbo"):
+        assert abs(first[name] - second[name]).max() < 1e-6
+
+
+@pytest.mark.usefixtures("_float64")
+def test_diagnostics_by_blocks_give_the_figures_of_the_model_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 datapoints times 64 draws: many blocks, the last one partly filled."""
+    linear, x = simulated(300)
+    guide = AmortizedGuide(linear.full)
+    by_blocks = optimize_local(linear.full, guide, (x,))
+    monkeypatch.setattr("pyro_amortized.diagnostics.problem.GraphCache", lambda compile: None)
+    plain = optimize_local(linear.full, guide, (x,))
+    torch.testing.assert_close(by_blocks.elbo, plain.elbo, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(by_blocks.phi, plain.phi, rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_cannot_be_differentiated_twice() -> None:
+    linear, x = simulated()
+    structure = StructureCache().find(linear.full, (x,), {}, observed=False)
+    log_joint = LocalLogJoint(linear.full, (x,), {}, structure, {})
+    log_joint.like, log_joint.graphs = torch.empty(0), GraphCache()
+    z = torch.zeros(2, 12, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(log_joint(z).sum(), z, create_graph=True)
+    torch.testing.assert_close(gradient, torch.autograd.grad(log_joint.plain(z).sum(), z)[0])
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        torch.autograd.grad(gradient.sum(), z)
