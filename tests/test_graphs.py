@@ -68,10 +68,10 @@ def _compiler() -> Iterator[None]:
         yield
 
 
-@pytest.mark.usefixtures("_float64")
+@pytest.mark.usefixtures("_float64", "_compiler")
 @pytest.mark.parametrize("estimator", ["stl", "plain", "analytic_kl"])
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_graphs_give_the_numbers_and_derivatives_of_the_model(estimator: str, compile: bool, _compiler: None) -> None:
+def test_graphs_give_the_numbers_and_derivatives_of_the_model(estimator: str, compile: bool) -> None:
     model, x = Decoded(), torch.randn(6, 5)
     plain, cache = objective(model, x, estimator=estimator), GraphCache(compile)
     traced = LocalObjective(plain.log_joint, plain.family, estimator, cache)
@@ -183,7 +183,8 @@ def test_numbers_in_closures_globals_and_arguments_are_watched() -> None:
             pyro.sample("x", dist.Normal(z, noise * GLOBALS.noise * factor).to_event(1), obs=x)
 
     x, cache, eps = torch.randn(4, 2), GraphCache(), torch.randn(1, 4, 2)
-    for noise, GLOBALS.noise, factor in ((1.0, 1.0, 1.0), (2.0, 1.0, 1.0), (2.0, 3.0, 1.0), (2.0, 3.0, 4.0)):
+    for mine, shared, factor in ((1.0, 1.0, 1.0), (2.0, 1.0, 1.0), (2.0, 3.0, 1.0), (2.0, 3.0, 4.0)):
+        noise, GLOBALS.noise = mine, shared
         traced = objective(model, x, factor, graphs=cache).gradient(phi_of(4), eps)
         torch.testing.assert_close(traced, objective(model, x, factor).gradient(phi_of(4), eps))
         assert all(entry.graph is not None for entry in cache._entries.values())
@@ -227,10 +228,9 @@ def test_a_model_with_control_flow_on_values_runs_untraced_with_one_warning() ->
     x, lengths = torch.randn(5, 3), torch.tensor([1, 2, 3, 3, 1])
     guide = SemiAmortizedGuide(chains, encoder_input="x", num_steps=2, compile=True)
     svi = SVI(chains, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
-    with pytest.warns(UserWarning, match="compile=True has no effect because the model cannot be traced") as caught:
-        for _ in range(3):
-            svi.step(x, lengths)
-    assert len(caught) == 1
+    with pytest.warns(UserWarning, match="compile=True has no effect because the model cannot be traced"):
+        svi.step(x, lengths)
+    svi.step(x, lengths)  # a second warning would be an error
     silent = SemiAmortizedGuide(chains, encoder_input="x", num_steps=2, name="silent")
     assert math.isfinite(SVI(chains, silent, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(x, lengths))
 
@@ -274,8 +274,7 @@ def test_something_that_changes_in_every_call_ends_tracing() -> None:
 
     model, x, cache = Annealed(), torch.randn(6, 5), GraphCache(compile=True)
     with pytest.warns(UserWarning, match="compile=True has no effect"):
-        for _ in range(20):
-            objective(model, x, graphs=cache).gradient(phi_of(6), torch.randn(1, 6, 2))
+        _ = [objective(model, x, graphs=cache).gradient(phi_of(6), torch.randn(1, 6, 2)) for _ in range(20)]
     assert len(cache._entries) <= 10
 
 
@@ -327,7 +326,14 @@ def test_simplification_keeps_the_numbers() -> None:
         one, zero = torch.ones_like(x), torch.zeros_like(x)
         shifted = (x + zero) * one / one - zero
         wide = shifted + y.new_zeros(2, 3)  # not the same shape
-        return shifted, wide, -(-shifted), (zero + shifted) * -1, shifted.t().t() if x.dim() == 2 else shifted, one * y
+        return (
+            shifted,
+            wide,
+            shifted.neg().neg(),
+            (zero + shifted) * -1,
+            shifted.t().t() if x.dim() == 2 else shifted,
+            one * y,
+        )
 
     x, y = torch.randn(3), torch.randn(2, 3)
     graph, captured = trace(function, [x, y])
@@ -342,8 +348,8 @@ def simulated(size: int = 12) -> tuple[LinearGaussian, Tensor]:
 
 
 @pytest.mark.slow
-def test_compiled_guides_train_as_uncompiled_ones(_compiler: None) -> None:
-    torch.set_default_dtype(torch.float64)
+@pytest.mark.usefixtures("_float64", "_compiler")
+def test_compiled_guides_train_as_uncompiled_ones() -> None:
     linear, x = simulated()
     losses = []
     for compile in (False, True):
@@ -357,8 +363,8 @@ def test_compiled_guides_train_as_uncompiled_ones(_compiler: None) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_diagnostics_give_the_same_figures(_compiler: None) -> None:
-    torch.set_default_dtype(torch.float64)
+@pytest.mark.usefixtures("_float64", "_compiler")
+def test_compiled_diagnostics_give_the_same_figures() -> None:
     linear, x = simulated()
     guide = AmortizedGuide(linear.full)
     first, second = (estimate_gaps(linear.full, guide, (x,), compile=compile).dataset for compile in (False, True))
