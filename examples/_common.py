@@ -55,18 +55,22 @@ class VAE(nn.Module):
         return MLPEncoder(self.decoder[-1].out_features, (self.hidden_dim,) * 2, standardize=False)
 
 
-def make_parser(description: str | None, num_steps: int | None) -> argparse.ArgumentParser:
+def make_parser(description: str | None, *, num_steps: int | None, num_images: int) -> argparse.ArgumentParser:
     """The options that all examples have.
 
     Args:
         description: The text of ``--help``.
         num_steps: Default number of SVI steps per guide; None for no limit.
+        num_images: Default number of images per estimate.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help=".npz with train_images and test_images, such as MNIST (default: digits)")
-    limit = "SVI steps per guide (default: %(default)s)" if num_steps else "most SVI steps per guide (default: any)"
+    limit = "most SVI steps per guide (default: any)"
+    if num_steps:
+        limit = "SVI steps per guide; a quarter of them for guides that refine (default: %(default)s)"
     parser.add_argument("--num-steps", type=_positive, default=num_steps, help=limit)
-    parser.add_argument("--num-images", type=_positive, help="images per estimate (default: %(default)s)")
+    images = "most images per estimate (default: %(default)s)"
+    parser.add_argument("--num-images", type=_positive, default=num_images, help=images)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder, or .png file, for the results")
     return parser
@@ -155,7 +159,7 @@ def train(
 
 
 @torch.no_grad()
-def elbo(model: VAE, guide: Guide, images: torch.Tensor, num_particles: int = 500) -> tuple[float, float]:
+def elbo(model: VAE, guide: Guide, images: torch.Tensor, num_particles: int = 250) -> tuple[float, float]:
     """The ELBO in nats per image, a mean over images and draws, and its Monte Carlo standard error.
 
     Draws are the same in every call, so that guides can be compared closely.
@@ -163,12 +167,12 @@ def elbo(model: VAE, guide: Guide, images: torch.Tensor, num_particles: int = 50
     torch.manual_seed(0)
     posterior = guide.posterior(images)
     draws = []
-    for _ in range(num_particles):
-        z = posterior.rsample()
+    for _ in range(num_particles // 25):
+        z = posterior.rsample((25,))
         log_joint = dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
         log_joint += dist.Bernoulli(logits=model.decoder(z)).log_prob(images).sum(-1)
-        draws.append((log_joint - posterior.log_prob(z)).mean())
-    values = torch.stack(draws)
+        draws.append((log_joint - posterior.log_prob(z)).mean(-1))
+    values = torch.cat(draws)
     return values.mean().item(), (values.std() / len(values) ** 0.5).item()
 
 
@@ -194,3 +198,26 @@ def drawing(path: Path, title: str, rows: int = 1, columns: int = 1, **options: 
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def save_curves(
+    path: Path, title: str, steps: Sequence[int], curves: dict[str, Sequence[float]], height: float
+) -> None:
+    """Draws held-out ELBOs against the number of steps: all of the curves, and their uppermost part.
+
+    Args:
+        path: Where to save the picture.
+        title: Its title.
+        steps: Numbers of steps.
+        curves: ELBOs by name.
+        height: Height of the uppermost part, in nats.
+    """
+    high = max(map(max, curves.values()))
+    with drawing(path, title, 1, 2, figsize=(11, 4.5)) as (whole, detail):
+        for ax in (whole, detail):
+            for name, values in curves.items():
+                ax.plot(steps, values, "o-", label=name)
+            ax.set(xlabel="steps", ylabel="held-out ELBO, nats per image", xticks=steps)
+        whole.set(title="all")
+        whole.legend(frameon=False)
+        detail.set(title="the uppermost part", ylim=(high - height, high + 0.05 * height))

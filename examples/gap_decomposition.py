@@ -16,13 +16,7 @@ import pyro
 import torch
 from _common import VAE, Guide, drawing, elbo_by_steps, load_images, make_parser, picture_path, train
 
-from pyro_amortized import (
-    AmortizedGuide,
-    GapEstimate,
-    IterativeAmortizedGuide,
-    SemiAmortizedGuide,
-    estimate_gaps,
-)
+from pyro_amortized import AmortizedGuide, GapEstimate, IterativeAmortizedGuide, SemiAmortizedGuide, estimate_gaps
 
 REFINEMENT = (0, 1, 2, 3, 5, 10, 20)
 Results = dict[tuple[str, str], GapEstimate]
@@ -38,7 +32,7 @@ def train_guides(images: torch.Tensor, num_steps: int) -> tuple[VAE, dict[str, G
         "mean-field": mean_field,
         "refined": mean_field.refined(REFINEMENT[-1]),
         "semi-amortized": SemiAmortizedGuide(
-            model, model.make_encoder(), num_steps=5, encoder_gradient="first_order", num_particles=4, name="semi"
+            model, model.make_encoder(), num_steps=5, encoder_gradient="distill", num_particles=10
         ),
         "iterative": IterativeAmortizedGuide(model, num_steps=5, name="iterative"),
         "full-rank": AmortizedGuide(model, model.make_encoder(), family="multivariate_normal", name="full_rank"),
@@ -93,8 +87,7 @@ def save_refinement(results: Results, elbos: dict[str, list[float]], path: Path)
 
 def main(argv: list[str] | None = None) -> None:
     """Trains, measures, prints the table, saves the pictures and the numbers."""
-    parser = make_parser(__doc__, num_steps=5000)
-    parser.set_defaults(num_images=100)
+    parser = make_parser(__doc__, num_steps=5000, num_images=100)
     args = parser.parse_args(argv)
 
     start = time.perf_counter()

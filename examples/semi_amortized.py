@@ -12,7 +12,7 @@ import time
 
 import pyro
 import torch
-from _common import VAE, drawing, elbo, elbo_by_steps, load_images, make_parser, picture_path, train
+from _common import VAE, elbo, elbo_by_steps, load_images, make_parser, picture_path, save_curves, train
 
 from pyro_amortized import AmortizedGuide, NaturalGradient, SemiAmortizedGuide
 
@@ -23,24 +23,15 @@ METHODS = {
     "VAE+SVI": "initial",
     "VAE+SVI+KL": "distill",
 }
-TRAINING_STEPS = 5
 REFINEMENT = (0, 1, 2, 3, 5, 10, 20)
 
 
-def make_guide(model: VAE, name: str) -> AmortizedGuide | SemiAmortizedGuide:
+def make_guide(model: VAE, gradient: str | None) -> AmortizedGuide | SemiAmortizedGuide:
     """The guide of a method; all have the same encoder network."""
-    gradient, scope = METHODS[name], f"guide_{list(METHODS).index(name)}"
+    encoder, update = model.make_encoder(), NaturalGradient(0.3)
     if gradient is None:
-        return AmortizedGuide(model, model.make_encoder(), name=scope)
-    return SemiAmortizedGuide(
-        model,
-        model.make_encoder(),
-        num_steps=TRAINING_STEPS,
-        update=NaturalGradient(0.3),
-        encoder_gradient=gradient,
-        num_particles=2,
-        name=scope,
-    )
+        return AmortizedGuide(model, encoder)
+    return SemiAmortizedGuide(model, encoder, num_steps=3, update=update, encoder_gradient=gradient, num_particles=2)
 
 
 def measure(
@@ -55,19 +46,21 @@ def measure(
 
 def main(argv: list[str] | None = None) -> None:
     """Trains, measures, prints the table, saves the picture."""
-    parser = make_parser(__doc__, num_steps=None)
+    parser = make_parser(__doc__, num_steps=None, num_images=400)
     parser.add_argument("--seconds", type=float, default=40.0, help="time per guide (default: %(default)s)")
     args = parser.parse_args(argv)
+    if not args.seconds > 0:
+        parser.error("--seconds must be positive")
 
     start = time.perf_counter()
     train_images, held_out = load_images(args.data)
     held_out = held_out[: args.num_images]
     rows, curves = {}, {}
-    for name in METHODS:
+    for name, gradient in METHODS.items():
         pyro.clear_param_store()
         pyro.set_rng_seed(args.seed)
         model = VAE.for_images(train_images)
-        guide = make_guide(model, name)
+        guide = make_guide(model, gradient)
         num_steps = train(model, guide, train_images, name, num_steps=args.num_steps, seconds=args.seconds)
         as_trained, curves[name] = measure(model, guide, held_out)
         rows[name] = (num_steps, as_trained)
@@ -78,22 +71,13 @@ def main(argv: list[str] | None = None) -> None:
     for name, (num_steps, (as_trained, _)) in rows.items():
         print(f"{name:22s}{num_steps:10d}{curves[name][0]:15.3f}{as_trained:12.3f}{curves[name][-1]:10.3f}")
     best = max(curves, key=lambda name: curves[name][-1])
-    print(f"as trained: with {TRAINING_STEPS} refinement steps, but for the plain VAE. refined: all guides alike, with")
+    print("as trained: with the 3 refinement steps of training, but for the VAE. refined: all guides alike, with")
     print(f"{REFINEMENT[-1]} steps of guide.refined(...) from the encoder's answer; it compares the models that each")
     print(f"method has learned. Best of these, with this seed and {args.seconds:g} s of training each: {best}.")
 
     picture = picture_path(args.out, "semi_amortized")
     title = "Test-time refinement from the encoder's answer, for guides trained in different ways"
-    with drawing(picture, title, 1, 2, figsize=(11, 4.5)) as (whole, detail):
-        for name, values in curves.items():
-            whole.plot(REFINEMENT, values, "o-", label=name)
-            detail.plot(REFINEMENT, values, "o-", label=name)
-        whole.set(xlabel="refinement steps", ylabel="held-out ELBO, nats per image", xticks=REFINEMENT)
-        high = max(map(max, curves.values()))
-        detail.set(
-            title="the uppermost part", xlabel="refinement steps", xticks=REFINEMENT, ylim=(high - 2, high + 0.1)
-        )
-        whole.legend(frameon=False)
+    save_curves(picture, title, REFINEMENT, curves, height=0.8)
     print(f"\nsaved {picture} ({time.perf_counter() - start:.0f} s)")
 
 

@@ -31,14 +31,22 @@ Function = Callable[..., tuple[Tensor, ...]]
 _MAX_MISSES = 8
 """Traces in a row without a hit after which tracing is given up: something changes in every call."""
 
+_MAX_STATES = 4
+"""States of a model, such as training and evaluation, for which graphs are kept beside each other."""
+
 
 @dataclass
 class _Entry:
     """A graph, or None for a function that cannot be traced, with the conditions under which it may be used."""
 
     graph: Function | None
-    guards: Sequence[_Guard] = ()
+    owner: Any
+    guards: Sequence[_Guard]
     calls: int = 0
+
+    def is_valid(self, owner: Any) -> bool:
+        """Whether nothing that the graph depends on has been replaced."""
+        return self.owner == owner and all(guard.holds() for guard in self.guards)
 
 
 class GraphCache:
@@ -52,7 +60,7 @@ class GraphCache:
     def __init__(self, compile: bool = False, max_size: int = 32) -> None:
         self.compile = compile
         self.max_size = max_size
-        self._entries: OrderedDict[Any, _Entry] = OrderedDict()
+        self._entries: OrderedDict[Any, list[_Entry]] = OrderedDict()
         self._misses = 0
         self._warned = False
 
@@ -78,8 +86,9 @@ class GraphCache:
         Returns:
             The graph, or None if the function should be called itself.
         """
-        entry = self._entries.get(key)
-        if entry is not None and all(guard.holds() for guard in entry.guards):
+        known = self._entries.get(key, [])
+        entry = next((entry for entry in known if entry.is_valid(owner)), None)
+        if entry is not None:
             self._entries.move_to_end(key)
             self._misses = 0
             entry.calls += 1
@@ -93,7 +102,7 @@ class GraphCache:
             self._warn("some number, flag or tensor that it uses is replaced in every call (pass it as a tensor)")
             return None
         entry = self._trace(function, inputs, owner, derivatives)
-        self._entries[key] = entry
+        self._entries[key] = [entry, *known[: _MAX_STATES - 1]]
         if len(self._entries) > self.max_size:
             self._entries.popitem(last=False)
         return entry.graph
@@ -103,10 +112,10 @@ class GraphCache:
             with torch.enable_grad():
                 graph, captured = trace(function, inputs)
         except Exception as error:  # models may do anything
-            entry = _Entry(None, list(_guards(owner, ())))
+            entry = _Entry(None, owner, list(_guards(owner, ())))
             self._warn(f"{type(error).__name__}: {_first_line(error)}")
             return entry
-        entry = _Entry(graph, list(_guards(owner, captured)))
+        entry = _Entry(graph, owner, list(_guards(owner, captured)))
         if not self._agrees(graph, function, inputs, derivatives):
             self._give_up(entry, "the traced graph gives other numbers")
         elif self.compile:

@@ -570,12 +570,20 @@ class LocalObjective:
         """The gradient of the ELBO ``(N, P)`` on given noise; itself differentiable where gradients are enabled."""
         return self._run(_gradient, phi, noise)
 
-    def _run(self, program: Callable[..., Tensor], phi: Tensor, noise: Tensor | int) -> Tensor:
+    def prepare(self, phi: Tensor, noise: Tensor | int) -> None:
+        """Traces the gradient, if it is to be traced, before it is first run."""
+        self._program(_gradient, phi, noise)
+
+    def _program(
+        self, program: Callable[..., Tensor], phi: Tensor, noise: Tensor | int
+    ) -> tuple[Function, list[Tensor]]:
         key = (program, noise if isinstance(noise, int) else noise.shape)
-        found = self._programs.get(key)
-        if found is None:
-            found = self._programs[key] = self._find_program(program, phi, noise)
-        function, tensors = found
+        if key not in self._programs:
+            self._programs[key] = self._find_program(program, phi, noise)
+        return self._programs[key]
+
+    def _run(self, program: Callable[..., Tensor], phi: Tensor, noise: Tensor | int) -> Tensor:
+        function, tensors = self._program(program, phi, noise)
         return function(phi, *tensors)[0] if isinstance(noise, int) else function(phi, noise, *tensors)[0]
 
     def _find_program(
@@ -592,7 +600,6 @@ class LocalObjective:
         owner = (self.log_joint.model, family)
         return _traced(run, self.log_joint, inputs, (program.__name__, estimator, count), self.graphs, owner)
 
-    @torch.no_grad()
     def prior(self) -> Tensor:
         """phi close to the prior: locations and scales of every local latent, given those before it at their location.
 
@@ -610,7 +617,7 @@ class LocalObjective:
             locs[local.name], scales[local.name] = _unconstrained_moments(site["fn"], local)
             return local.transform(locs[local.name])
 
-        with pyro.validation_enabled(False):
+        with pyro.validation_enabled(False), torch.random.fork_rng():
             run_model(self.log_joint.model, self.log_joint.args, self.log_joint.kwargs, values, (InitMessenger(start),))
         dim = self.log_joint.layout.dim
         loc, scale = (torch.cat([s.flatten(part[s.name], dim) for s in sites.values()], -1) for part in (locs, scales))
@@ -744,8 +751,8 @@ def _unconstrained_moments(prior: dist.TorchDistribution, site: LocalSite) -> tu
         scale = prior.stddev
         if not site.is_real:
             with torch.enable_grad():
-                at = loc.detach().requires_grad_()
-                (slope,) = torch.autograd.grad(site.transform(at).sum(), at)
+                at = loc if loc.requires_grad else loc.detach().requires_grad_()
+                (slope,) = torch.autograd.grad(site.transform(at).sum(), at, create_graph=loc.requires_grad)
             scale = scale / slope.abs() if scale.shape == slope.shape == shape else torch.ones_like(loc)
         loc, scale = loc.expand(shape), scale.expand(shape)
     except (NotImplementedError, AttributeError, RuntimeError):

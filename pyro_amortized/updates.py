@@ -86,7 +86,7 @@ class _SteppedRule(UpdateRule):
                 f"Cannot clip gradients to max_norm={max_norm} because a norm is positive; try 10.0, or None."
             )
         self.max_norm = max_norm
-        self._step_size = step_size
+        self._step_size = float(step_size)
         self.log_step_size = nn.Parameter(torch.tensor(math.log(step_size))) if learned else None
 
     @property
@@ -102,7 +102,9 @@ class _SteppedRule(UpdateRule):
 
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""
-        return f"step_size={float(self.step_size):.4g}, learned={self.log_step_size is not None}"
+        step_size = self.step_size
+        number = step_size if isinstance(step_size, float) else step_size.item()
+        return f"step_size={number:.4g}, learned={self.log_step_size is not None}"
 
 
 _TYPICAL = "0.5 for NaturalGradient, 0.05 for Adam, 0.01 for GradientAscent"
@@ -216,6 +218,11 @@ class NaturalGradient(_SteppedRule):
         self, step_size: float = 0.5, *, max_shift: float = 3.0, max_log_ratio: float = 0.5, learned: bool = False
     ) -> None:
         super().__init__(step_size, learned, None)
+        if not (max_shift > 0 and max_log_ratio > 0):
+            raise ValueError(
+                f"Cannot refine with max_shift={max_shift} and max_log_ratio={max_log_ratio} because both must be "
+                "positive; try 3.0 and 0.5."
+            )
         self.max_shift = max_shift
         self.max_log_ratio = max_log_ratio
 

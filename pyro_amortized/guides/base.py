@@ -26,7 +26,7 @@ from pyro_amortized.layout import SiteLayout, is_enumerated
 from pyro_amortized.sampling import KeepLogDensity, sample_local
 from pyro_amortized.structure import Structure, StructureCache, check_bounds, check_observed
 from pyro_amortized.tracing import isolated, run_model
-from pyro_amortized.updates import UpdateRule
+from pyro_amortized.updates import NaturalGradient, UpdateRule
 
 if TYPE_CHECKING:
     from pyro_amortized.guides.semi_amortized import SemiAmortizedGuide
@@ -440,6 +440,8 @@ class LocalGuide(AutoGuide):
             raise ValueError(
                 "Cannot refine this guide because it was loaded without its model; try `guide.model = model`."
             )
+        if update is None and isinstance(self._family, Normal):
+            update = NaturalGradient(0.5)
         options = {"name": f"{self._pyro_name}_refined", "num_particles": num_particles, **options}
         guide = SemiAmortizedGuide(self.model, num_steps=num_steps, update=update, **options)
         guide._adopt(self)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from pyro_amortized.guides.refining import RefiningGuide, RefiningOptions
+from pyro_amortized.guides.refining import RefiningGuide, RefiningOptions, check_update
 from pyro_amortized.inference import InferenceStrategy, Prior
 from pyro_amortized.structure import Structure
 from pyro_amortized.updates import LearnedUpdate, UpdateRule
@@ -71,7 +71,8 @@ class IterativeAmortizedGuide(RefiningGuide):
         initial: str = "prior",
         **options: Unpack[RefiningOptions],
     ) -> None:
-        if update is not None and not getattr(update, "is_learned", True):
+        check_update(update)
+        if update is not None and not update.is_learned:
             raise ValueError(
                 f"Cannot use {type(update).__name__} in IterativeAmortizedGuide because there is nothing to learn in "
                 "it; try SemiAmortizedGuide, or update=LearnedUpdate()."

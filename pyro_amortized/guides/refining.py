@@ -19,7 +19,7 @@ from pyro_amortized.objective import ESTIMATORS, LocalLogJoint, LocalObjective
 from pyro_amortized.tracing import isolated
 from pyro_amortized.updates import UpdateRule
 
-__all__ = ["RefiningGuide", "RefiningOptions"]
+__all__ = ["RefiningGuide", "RefiningOptions", "check_update"]
 
 
 class RefiningOptions(GuideOptions, total=False):
@@ -28,6 +28,14 @@ class RefiningOptions(GuideOptions, total=False):
     fixed_noise: bool
     keep_best: bool | None
     estimator: str
+
+
+def check_update(update: Any) -> None:
+    """Raises a ValueError unless ``update`` is an update rule or None."""
+    if update is not None and not isinstance(update, UpdateRule):
+        raise ValueError(
+            f"Cannot refine by {update!r} because it is not an update rule; try NaturalGradient(0.5) or Adam(0.05)."
+        )
 
 
 class RefiningGuide(AmortizedGuide):
@@ -50,10 +58,7 @@ class RefiningGuide(AmortizedGuide):
     ) -> None:
         check_count("num_steps", num_steps, 0)
         check_count("num_particles", num_particles, 1)
-        if update is not None and not isinstance(update, UpdateRule):
-            raise ValueError(
-                f"Cannot refine by {update!r} because it is not an update rule; try NaturalGradient(0.5) or Adam(0.05)."
-            )
+        check_update(update)
         if initial not in ("encoder", "prior"):
             raise ValueError(f'Cannot start at {initial!r}; try initial="encoder" or initial="prior".')
         if estimator not in ESTIMATORS:

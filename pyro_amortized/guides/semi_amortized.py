@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from pyro_amortized.families import Normal
 from pyro_amortized.guides.base import LocalGuide
-from pyro_amortized.guides.refining import RefiningGuide, RefiningOptions
+from pyro_amortized.guides.refining import RefiningGuide, RefiningOptions, check_update
 from pyro_amortized.inference import ENCODER_GRADIENTS, InferenceStrategy, Prior
 from pyro_amortized.structure import Structure
 from pyro_amortized.updates import Adam, NaturalGradient, UpdateRule
@@ -34,10 +34,12 @@ class SemiAmortizedGuide(RefiningGuide):
         encoder: As in :class:`AmortizedGuide`.
         num_steps: Number of steps T; an attribute that may be changed at any time.
         update: The update rule: :class:`~pyro_amortized.NaturalGradient`, the default for the normal family,
-            :class:`~pyro_amortized.Adam`, the default for others, or :class:`~pyro_amortized.GradientAscent`.
+            :class:`~pyro_amortized.Adam`, the default for others, or :class:`~pyro_amortized.GradientAscent`. The
+            default's step size is 2 / ``num_steps``, at most 0.5: larger ones make the steps forget where they started,
+            so that nothing trains the encoder.
         encoder_gradient: How the encoder learns. ``"unrolled"``: by the exact gradient of the refined ELBO through all
             steps, as in the SA-VAE; ``"first_order"``: the same with the Jacobian of the steps taken for the identity,
-            several times cheaper; ``"initial"``: by the ELBO of its own answer, the model by that of the refined one
+            which is cheaper; ``"initial"``: by the ELBO of its own answer, the model by that of the refined one
             (VAE+SVI); ``"distill"``: by the KL divergence from its answer to the refined one (VAE+SVI+KL).
         num_particles: Number of draws for each step's gradient; antithetic pairs if it is even.
         compile: Whether to compile the refinement gradient with ``torch.compile``, once per structure. The numbers stay
@@ -94,7 +96,8 @@ class SemiAmortizedGuide(RefiningGuide):
                 f"Cannot use encoder_gradient={encoder_gradient!r} because it is none of {ENCODER_GRADIENTS}; try "
                 '"unrolled".'
             )
-        if update is not None and getattr(update, "is_learned", False):
+        check_update(update)
+        if update is not None and update.is_learned:
             raise ValueError(
                 f"Cannot use {type(update).__name__} in SemiAmortizedGuide because it has to be trained at every step; "
                 "try IterativeAmortizedGuide."
@@ -130,11 +133,17 @@ class SemiAmortizedGuide(RefiningGuide):
         return self._refine_from(initial, init_loc)
 
     def _refine_from(self, initial: InferenceStrategy, like: Tensor) -> InferenceStrategy:
-        default = NaturalGradient() if isinstance(self._family, Normal) else Adam()
-        update = (self._update_spec[0] or default).to(like)
+        update = (self._update_spec[0] or self._default_update()).to(like)
         update.setup(self._family)
         self._like = like.new_empty(0)
         return self._refined_from(initial, update)
+
+    def _default_update(self) -> UpdateRule:
+        """For an encoder, steps so small that its start still matters after all of them, lest nothing trains it."""
+        if not isinstance(self._family, Normal):
+            return Adam()
+        prior = self._initial_kind == "prior"
+        return NaturalGradient(0.5 if prior else min(0.5, 2.0 / max(1, self._num_steps)))
 
     def _adopt(self, guide: LocalGuide) -> None:
         """Takes another guide's answers as the start, sharing its parameters."""
@@ -142,7 +151,7 @@ class SemiAmortizedGuide(RefiningGuide):
             self.__dict__[name] = getattr(guide, name)
         self.family = guide._family
         if self._global_sites:
-            self.global_guide = guide.global_guide
+            self._modules["global_guide"] = guide.global_guide  # which stays the other guide's for Pyro
         initial: Any = guide._modules["inference"]
         like = next((p for p in initial.parameters()), None)
         self.inference = self._refine_from(initial, like if like is not None else guide._like)
