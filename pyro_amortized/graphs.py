@@ -9,6 +9,7 @@ has been replaced since.
 
 from __future__ import annotations
 
+import sys
 import types
 import warnings
 from collections import OrderedDict
@@ -62,6 +63,7 @@ class GraphCache:
         self.max_size = max_size
         self._entries: OrderedDict[Any, list[_Entry]] = OrderedDict()
         self._misses = 0
+        self._last_missed: Any = None
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,10 +97,11 @@ class GraphCache:
             if entry.graph is not None and _is_due(entry.calls) and not self._agrees(entry.graph, function, inputs):
                 self._give_up(entry, "its numbers change between calls for a reason that cannot be seen from outside")
             return entry.graph
-        if self._misses > _MAX_MISSES:
+        again, self._last_missed = key == self._last_missed and not known, key
+        if self._misses > _MAX_MISSES and not again:
             return None
         self._misses += 1
-        if self._misses > _MAX_MISSES:
+        if self._misses > _MAX_MISSES and not again:
             self._warn("some number, flag or tensor that it uses is replaced in every call (pass it as a tensor)")
             return None
         entry = self._trace(function, inputs, owner, derivatives)
@@ -111,11 +114,10 @@ class GraphCache:
         try:
             with torch.enable_grad():
                 graph, captured = trace(function, inputs)
+            entry = _Entry(graph, owner, list(_guards(owner, captured)))
         except Exception as error:  # models may do anything
-            entry = _Entry(None, owner, list(_guards(owner, ())))
-            self._warn(f"{type(error).__name__}: {_first_line(error)}")
-            return entry
-        entry = _Entry(graph, owner, list(_guards(owner, captured)))
+            self._warn(_reason(error))
+            return _Entry(None, owner, ())
         if not self._agrees(graph, function, inputs, derivatives):
             self._give_up(entry, "the traced graph gives other numbers")
         elif self.compile:
@@ -145,8 +147,12 @@ class GraphCache:
             )
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]
+def _reason(error: Exception) -> str:
+    """What went wrong, in a line."""
+    text = str(error).strip().split("\n")[0][:200]
+    if "_local_scalar_dense" in text:  # make_fx's words for it
+        return "it reads values of tensors in Python"
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
 def _is_due(calls: int) -> bool:
@@ -373,7 +379,7 @@ class _Compiled:
         try:
             return torch._inductor.compile(module, list(tensors), options=options)
         except Exception as error:  # a missing C++ compiler, or an operator that it cannot handle
-            self.warn(f"{type(error).__name__}: {_first_line(error)}")
+            self.warn(_reason(error))
             return lambda *tensors: self.graph(*tensors[:number])
 
 
@@ -422,100 +428,143 @@ class _Guard:
         except (KeyError, IndexError, AttributeError, ValueError):
             return False
         if isinstance(self.value, _SCALARS):
-            return type(now) is type(self.value) and (now == self.value or now != now)
+            same = now == self.value or (now != now and self.value != self.value)
+            return type(now) is type(self.value) and same
         return now is self.value
 
 
-_SCALARS = (bool, int, float, complex, str, type(None))
+_SCALARS = (bool, int, float, complex, str, bytes, type(None))
 _LIBRARIES = ("torch", "pyro", "numpy", "functools", "contextlib", "builtins", "typing", "pyro_amortized")
 _MAX_PLACES = 20000
+_MANY = 100
+"""Collections of more numbers and strings than this, such as vocabularies, are watched by their length only."""
 
 
 def _guards(owner: Any, captured: Sequence[Tensor]) -> Iterator[_Guard]:
-    """Guards of all that a model can reach: scalars, functions, modules, and the tensors that its graph uses."""
+    """Guards of all that a model can reach, and of the tensors that its graph uses.
+
+    Raises:
+        ValueError: If that is too much, or holds something that can change unseen.
+    """
     known = {id(tensor) for tensor in captured}
     for name, tensor in get_param_store()._params.items():
         if id(tensor) in known:
             yield _Guard(partial(_stored, name), tensor)
     seen: set[int] = set()
-    pending = [owner]
+    pending = [(owner, frozenset[str]())]
     places = 0
-    while pending and places < _MAX_PLACES:
-        holder = pending.pop()
+    while pending:
+        holder, names = pending.pop()
         if id(holder) in seen or _is_foreign(holder):
             continue
         seen.add(id(holder))
-        for read, value in _places(holder):
+        if type(holder).__module__ == "numpy" and hasattr(holder, "tobytes"):
+            yield _Guard(holder.tobytes, holder.tobytes())
+            continue
+        if isinstance(holder, dict | list | set):
+            yield _Guard(holder.__len__, len(holder))
+            if len(holder) > _MANY and all(isinstance(value, _SCALARS) for value in _values(holder)):
+                continue
+        for read, value in _places(holder, names):
             places += 1
-            if read is not None and (isinstance(value, _SCALARS) or id(value) in known or callable(value)):
+            if places > _MAX_PLACES:
+                raise ValueError("it can reach too many objects to watch them all")
+            if read is not None and (not isinstance(value, Tensor) or id(value) in known):
                 yield _Guard(read, value)
             if not isinstance(value, (*_SCALARS, Tensor)):
-                pending.append(value)
+                code = getattr(holder, "__code__", None)
+                pending.append((value, frozenset(_names(code)) if isinstance(value, types.ModuleType) else names))
+
+
+def _values(holder: Any) -> Any:
+    return holder.values() if isinstance(holder, dict) else holder
 
 
 def _stored(name: str) -> Tensor:
     return get_param_store()._params[name]
 
 
+def _in_library(thing: Any) -> bool:
+    return (getattr(thing, "__module__", None) or "").split(".")[0] in _LIBRARIES
+
+
 def _is_foreign(holder: Any) -> bool:
     """Whether something belongs to a library, or to Python, and is taken to stay as it is."""
-    if isinstance(holder, types.ModuleType | type | types.BuiltinFunctionType):
-        return True
+    if isinstance(holder, types.ModuleType):
+        return holder.__name__.split(".")[0] in _LIBRARIES or holder.__name__.split(".")[0] in sys.stdlib_module_names
+    if isinstance(holder, type):
+        return _in_library(holder) or holder.__module__.split(".")[0] in sys.stdlib_module_names
     if isinstance(holder, types.FunctionType):
-        module = holder.__module__ or ""
-        return module.split(".")[0] in _LIBRARIES and holder.__closure__ is None
-    return False
+        return _in_library(holder) and holder.__closure__ is None
+    return isinstance(holder, types.BuiltinFunctionType)
 
 
 _Place = tuple[Callable[[], Any] | None, Any]
 
 
-def _places(holder: Any) -> Iterator[_Place]:
-    """What an object holds, each with a function that reads it again; None for what cannot be replaced."""
+def _places(holder: Any, names: frozenset[str]) -> Iterator[_Place]:
+    """What an object holds, each with a function that reads it again; None for what cannot be replaced.
+
+    Args:
+        holder: The object.
+        names: For a module of Python code, the names that the function that uses it knows.
+    """
     if isinstance(holder, types.FunctionType):
-        for cell in holder.__closure__ or ():
-            try:
-                yield partial(getattr, cell, "cell_contents"), cell.cell_contents
-            except ValueError:  # not filled yet
-                continue
-        library = (holder.__module__ or "").split(".")[0] in _LIBRARIES
-        names = () if library else _names(holder.__code__)
-        space = holder.__globals__
-        yield from ((partial(space.__getitem__, name), space[name]) for name in names if name in space)
-        for default in (*(holder.__defaults__ or ()), *(holder.__kwdefaults__ or {}).values()):
-            yield None, default
+        yield from _places_of_function(holder)
     elif isinstance(holder, types.MethodType):
-        yield None, holder.__self__
-        yield None, holder.__func__
+        yield from ((None, holder.__self__), (None, holder.__func__))
     elif isinstance(holder, partial):
-        for part in (holder.func, holder.args, holder.keywords):
-            yield None, part
+        yield from ((None, holder.func), (None, holder.args), (None, holder.keywords))
     elif isinstance(holder, dict):
         yield from ((partial(holder.__getitem__, key), value) for key, value in list(holder.items()))
     elif isinstance(holder, list | tuple):
         yield from ((partial(holder.__getitem__, i), value) for i, value in enumerate(holder))
-    elif hasattr(holder, "__dict__"):
+    elif isinstance(holder, types.ModuleType):
         space = vars(holder)
-        skip = _MODULE_INTERNALS if isinstance(holder, nn.Module) else ()
-        yield from ((partial(space.__getitem__, k), v) for k, v in list(space.items()) if k not in skip)
-        if isinstance(holder, nn.Module) or callable(holder):
-            yield from _own_functions(holder)
+        yield from ((partial(space.__getitem__, name), space[name]) for name in names & space.keys())
+    elif isinstance(holder, type):
+        yield from _places_of_class(holder)
+    else:
+        yield from _places_of_object(holder)
 
 
-def _own_functions(holder: Any) -> Iterator[_Place]:
-    """The functions of an object's class that may be part of the model."""
-    for kind in type(holder).__mro__:
-        if kind.__module__.split(".")[0] in _LIBRARIES:
+def _places_of_function(function: types.FunctionType) -> Iterator[_Place]:
+    for cell in function.__closure__ or ():
+        try:
+            yield partial(getattr, cell, "cell_contents"), cell.cell_contents
+        except ValueError:  # not filled yet
             continue
-        for function in vars(kind).values():
-            if isinstance(function, types.FunctionType):
-                yield None, function
+    space = function.__globals__
+    names = () if _in_library(function) else _names(function.__code__)
+    yield from ((partial(space.__getitem__, name), space[name]) for name in names if name in space)
+    yield from ((None, default) for default in (function.__defaults__ or ()))
+    yield from ((None, default) for default in (function.__kwdefaults__ or {}).values())
 
 
-def _names(code: types.CodeType) -> set[str]:
-    """Global names that a function, and the functions inside it, may read."""
-    found = set(code.co_names)
-    for constant in code.co_consts:
+def _places_of_object(holder: Any) -> Iterator[_Place]:
+    space = getattr(holder, "__dict__", {})
+    skip = _MODULE_INTERNALS if isinstance(holder, nn.Module) else ()
+    yield from ((partial(space.__getitem__, name), value) for name, value in list(space.items()) if name not in skip)
+    for kind in type(holder).__mro__:
+        if _is_foreign(kind):
+            continue
+        slots = vars(kind).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if hasattr(holder, name):
+                yield partial(getattr, holder, name), getattr(holder, name)
+        yield None, kind
+
+
+def _places_of_class(kind: type) -> Iterator[_Place]:
+    for name, value in list(vars(kind).items()):
+        if isinstance(value, types.FunctionType) or not (name.startswith("__") or hasattr(value, "__get__")):
+            yield partial(vars(kind).__getitem__, name), value
+
+
+def _names(code: types.CodeType | None) -> set[str]:
+    """Names of globals and attributes that a function, and the functions inside it, may read."""
+    found = set(code.co_names) if code is not None else set()
+    for constant in code.co_consts if code is not None else ():
         if isinstance(constant, types.CodeType):
             found |= _names(constant)
     return found

@@ -261,7 +261,7 @@ class Refined(InferenceStrategy):
         """
         if objective is None:
             raise ValueError("Cannot refine phi because no objective was given; try a guide that refines.")
-        with self._fixing_initial():
+        with self._fixing_initial(), nullcontext() if self.training else _evaluating(self.initial):
             start = self.initial(inputs, index, objective)
         if not self.num_steps:
             return Refinement(start)
@@ -306,6 +306,8 @@ class Refined(InferenceStrategy):
                     phi, *rest = run(phi, noise, objective, *state)
                 state = tuple(rest)
             if best is not None:
+                if training and not bool(phi.isfinite().all()):
+                    return phi, nats  # no gradient would pass the steps that have diverged
                 best.offer(phi)
         return (phi if best is None else best.phi), nats
 
@@ -359,6 +361,19 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Runs a module, which may be shared with a guide in training, in evaluation mode."""
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
 class _Best:
     """The best phi of every datapoint so far, by the ELBO on noise that is the same for all."""
 
@@ -372,8 +387,8 @@ class _Best:
         self.objective = objective
         self.noise = noise
         self.seeding = seeding
-        self.phi = phi
         self.value = self._evaluate(phi)
+        self.phi = torch.where(self.value.isfinite().unsqueeze(-1), phi, math.nan)  # no ELBO, no answer
 
     def _evaluate(self, phi: Tensor) -> Tensor:
         with torch.no_grad(), self.seeding():

@@ -610,12 +610,15 @@ class LocalObjective:
         sites = {site.name: site for site in self.log_joint.layout.sites}
         locs, scales = {}, {}
 
+        gradients = torch.is_grad_enabled()
+
         def start(site: Site) -> Tensor | None:
             local = sites.get(site["name"])
             if local is None:
                 return None
-            locs[local.name], scales[local.name] = _unconstrained_moments(site["fn"], local)
-            return local.transform(locs[local.name])
+            with torch.set_grad_enabled(gradients):  # which Pyro switches off here
+                locs[local.name], scales[local.name] = _unconstrained_moments(site["fn"], local)
+                return local.transform(locs[local.name])
 
         with pyro.validation_enabled(False), torch.random.fork_rng():
             run_model(self.log_joint.model, self.log_joint.args, self.log_joint.kwargs, values, (InitMessenger(start),))

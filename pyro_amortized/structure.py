@@ -173,6 +173,11 @@ class StructureCache:
         self._templates: OrderedDict[Any, _Template] = OrderedDict()
         self._volatile: set[Any] = set()
 
+    def clear(self) -> None:
+        """Forgets all structures: the model is another one."""
+        self._templates.clear()
+        self._volatile.clear()
+
     def find(
         self,
         model: Callable[..., Any] | None,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -21,8 +22,17 @@ from pyro_amortized.objective import LocalLogJoint, LocalObjective
 from pyro_amortized.structure import StructureCache
 
 
+class Slotted:
+    __slots__ = ("scale",)
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+
 class Decoded(nn.Module):
-    """A model with a network, a number, a closure and a buffer that its log-joint depends on."""
+    """A model with a network, and numbers and tensors in all the places where people keep them."""
+
+    class_scale = 1.0
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -30,6 +40,10 @@ class Decoded(nn.Module):
         self.noise = 1.0
         self.register_buffer("shift", torch.zeros(5))
         self.settings = {"scale": 1.0}
+        self.config = SimpleNamespace(scale=1.0)
+        self.slotted = Slotted()
+        self.array = np.ones(2)
+        self.pair = (torch.zeros(5), 1.0)
         self.offset = torch.zeros(5)
 
     def forward(self, x: Tensor) -> None:
@@ -37,7 +51,9 @@ class Decoded(nn.Module):
         width = pyro.param("width", lambda: x.new_ones(()), constraint=dist.constraints.positive)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-            loc = self.decoder(z) * self.settings["scale"] + self.shift + self.offset
+            scale = self.settings["scale"] * self.settings.get("extra", 1.0) * self.config.scale * self.slotted.scale
+            scale = scale * self.class_scale * float(self.array[0]) * self.pair[1]
+            loc = self.decoder(z) * scale + self.shift + self.offset + self.pair[0]
             pyro.sample("x", dist.Normal(loc, self.noise * width).to_event(1), obs=x)
 
 
@@ -47,6 +63,11 @@ def objective(model: Any, *args: Any, graphs: GraphCache | None = None, estimato
     guide.setup(*args)
     log_joint = LocalLogJoint(model, args, {}, structure, {})
     return LocalObjective(log_joint, guide.family, estimator, graphs)
+
+
+def graph_of_last(cache: GraphCache) -> Any:
+    """The graph that a cache found last."""
+    return list(cache._entries.values())[-1][0].graph
 
 
 def phi_of(size: int, latents: int = 2) -> Tensor:
@@ -147,6 +168,34 @@ def reload_parameters(model: Decoded) -> None:
     pyro.param("width", torch.tensor(2.0), constraint=dist.constraints.positive)
 
 
+def replace_dictionary(model: Decoded) -> None:
+    model.settings = {"scale": 3.0}
+
+
+def replace_object(model: Decoded) -> None:
+    model.config = SimpleNamespace(scale=4.0)
+
+
+def change_slot(model: Decoded) -> None:
+    model.slotted.scale = 4.0
+
+
+def change_class(model: Decoded) -> None:
+    type(model).class_scale = 5.0
+
+
+def change_array(model: Decoded) -> None:
+    model.array[0] = 6.0
+
+
+def add_key(model: Decoded) -> None:
+    model.settings["extra"] = 2.0
+
+
+def replace_tuple(model: Decoded) -> None:
+    model.pair = (torch.ones(5), 2.0)
+
+
 CHANGES: list[Callable[[Decoded], None]] = [
     replace_number,
     replace_nested_number,
@@ -156,11 +205,19 @@ CHANGES: list[Callable[[Decoded], None]] = [
     replace_layer,
     replace_parameter,
     reload_parameters,
+    replace_dictionary,
+    replace_object,
+    change_slot,
+    change_class,
+    change_array,
+    add_key,
+    replace_tuple,
 ]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_no_graph_is_stale_after_a_change(change: Callable[[Decoded], None]) -> None:
+def test_no_graph_is_stale_after_a_change(change: Callable[[Decoded], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Decoded, "class_scale", 1.0)
     model, x, cache = Decoded(), torch.randn(6, 5), GraphCache()
     noise = torch.randn(1, 6, 2)
     before = objective(model, x, graphs=cache).gradient(phi_of(6), noise)
@@ -276,6 +333,30 @@ def test_something_that_changes_in_every_call_ends_tracing() -> None:
     with pytest.warns(UserWarning, match="compile=True has no effect"):
         _ = [objective(model, x, graphs=cache).gradient(phi_of(6), torch.randn(1, 6, 2)) for _ in range(20)]
     assert len(cache._entries) <= 10
+
+
+def test_tracing_begins_again_when_the_changes_end() -> None:
+    def model(x: Tensor, beta: float) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(beta * z, 1.0).to_event(1), obs=x)
+
+    x, cache, eps = torch.randn(4, 2), GraphCache(), torch.randn(1, 4, 2)
+    for beta in [*(i / 20 for i in range(20)), 1.0, 1.0]:
+        last = objective(model, x, beta, graphs=cache).gradient(phi_of(4), eps)
+    assert graph_of_last(cache) is not None
+    torch.testing.assert_close(last, objective(model, x, 1.0).gradient(phi_of(4), eps))
+    assert len(cache._entries) < 12
+
+
+def test_a_large_vocabulary_is_not_looked_through() -> None:
+    model = Decoded()
+    model.vocabulary = {f"word {i}": i for i in range(30000)}
+    cache = GraphCache()
+    objective(model, torch.randn(6, 5), graphs=cache).gradient(phi_of(6), torch.randn(1, 6, 2))
+    assert graph_of(cache) is not None
+    (entries,) = cache._entries.values()
+    assert len(entries[0].guards) < 300
 
 
 def test_another_batch_size_is_another_graph_and_an_old_one_is_kept() -> None:

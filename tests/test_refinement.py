@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -16,6 +17,7 @@ from models import LinearGaussian, counts, topics
 from pyro import poutine
 from pyro.infer import (
     SVI,
+    JitTrace_ELBO,
     Predictive,
     RenyiELBO,
     Trace_ELBO,
@@ -1248,3 +1250,93 @@ def test_learned_update_serves_one_guide() -> None:
     IterativeAmortizedGuide(linear.full, update=rule)(linear.simulate(4))
     with pytest.raises(ValueError, match="a new LearnedUpdate for each guide"):
         IterativeAmortizedGuide(topics, update=rule, name="other")(counts(4))
+
+
+# What a start, a shared encoder and a broken datapoint may not do.
+
+
+@pytest.mark.usefixtures("_float64")
+@pytest.mark.parametrize(
+    "update", [NaturalGradient(0.3), Adam(0.05), GradientAscent(0.01)], ids=lambda u: type(u).__name__
+)
+def test_gradients_reach_a_learned_prior_that_refinement_starts_at(update: Any) -> None:
+    loc = torch.tensor(0.3, requires_grad=True)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(loc, 1.0))
+            pyro.sample("x", dist.Normal(z.tanh(), 0.5), obs=x)
+
+    x = torch.tensor([0.1, -0.4, 1.0])
+    guide = SemiAmortizedGuide(model, num_steps=3, update=update, initial="prior", fixed_noise=True, keep_best=False)
+    (gradient,) = torch.autograd.grad(guide.variational_parameters(x).sum(), loc)
+    values = []
+    for shift in (1e-5, -1e-5):
+        with torch.no_grad():
+            loc.add_(shift)
+            values.append(guide.variational_parameters(x).sum().item())
+            loc.sub_(shift)
+    assert gradient.item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-6)
+
+
+@pytest.mark.parametrize("Guide", [SemiAmortizedGuide, IterativeAmortizedGuide])
+def test_datapoints_without_an_elbo_get_no_answer(Guide: Any) -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.randn(5)
+    guide = Guide(model, num_steps=3, initial="prior")
+    guide.setup(x)
+    guide.eval()
+    x[2] = torch.nan
+    with pytest.raises(ValueError, match=r"1 datapoints \(first: \[2\]\)"):
+        guide.median(x)
+
+
+def test_keeping_the_best_hides_no_divergence_in_training() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Poisson(z.exp()), obs=x)
+
+    guide = SemiAmortizedGuide(model, num_steps=8, update=GradientAscent(1.0), keep_best=True, num_particles=4)
+    with pytest.raises(ValueError, match="refinement has diverged"):
+        svi(model, guide).step(torch.tensor([0.0, 1.0, 2.0, 500.0]))
+
+
+def test_a_refined_guide_leaves_a_shared_encoder_in_training_alone() -> None:
+    x = torch.randn(20, 5)
+    encoder = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.repeat(1, 3)[:, :5], 1.0).to_event(1), obs=x)
+
+    guide = AmortizedGuide(model, encoder)
+    guide.setup(x)
+    refined = guide.refined(0)
+    before = encoder[1].running_mean.clone()
+    assert torch.equal(refined.variational_parameters(x), refined.variational_parameters(x))
+    assert torch.equal(before, encoder[1].running_mean)
+    assert all(module.training for module in encoder.modules())
+
+
+def test_a_refined_guide_shares_what_it_cannot_change() -> None:
+    linear = LinearGaussian.random_weights()
+    guide = AmortizedGuide(linear.full)
+    guide.setup(linear.simulate(4))
+    with pytest.raises(ValueError, match=r"with other \['family', 'initial'\] because these are shared"):
+        guide.refined(3, family="multivariate_normal", initial="prior")
+
+
+def test_jit_tracing_is_refused() -> None:
+    linear = LinearGaussian.random_weights()
+    x = linear.simulate(4)
+    guide = SemiAmortizedGuide(linear.full, num_steps=2)
+    guide.setup(x)
+    with pytest.raises(ValueError, match="inside torch.jit.trace"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        svi(linear.full, guide, JitTrace_ELBO()).step(x)

@@ -262,8 +262,8 @@ class LocalGuide(AutoGuide):
             return
         cause, remedy = "its parameters have diverged", "a smaller learning rate or clipped gradients"
         if isinstance(self._modules["inference"], Refined):
-            cause = "refinement has diverged or met a gradient that is not finite, or the encoder has diverged"
-            remedy = "a smaller step_size, max_norm=..., keep_best=True, or a smaller learning rate"
+            cause = "refinement has diverged, the data hold invalid values, or the encoder has diverged"
+            remedy = "a smaller step_size, max_norm=..., a smaller learning rate, and a look at the data"
         for i, x in enumerate(inputs):
             if x.is_floating_point() and not x.isfinite().all():
                 cause = f"its input number {i} holds NaN or infinite values"
@@ -436,6 +436,12 @@ class LocalGuide(AutoGuide):
             raise ValueError(
                 "Cannot refine this guide because the model has no local latents; try this guide as it is."
             )
+        taken = {"family", "initial", "encoder_input", "global_guide", "create_plates", "plate"} & options.keys()
+        if taken:
+            raise ValueError(
+                f"Cannot refine this guide with other {sorted(taken)} because these are shared with it; try a new "
+                "SemiAmortizedGuide."
+            )
         if self._model_at_hand is None:
             raise ValueError(
                 "Cannot refine this guide because it was loaded without its model; try `guide.model = model`."
@@ -465,6 +471,8 @@ class LocalGuide(AutoGuide):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "model":  # not registered as a submodule, as in all of Pyro's autoguides
             self.__dict__["_model"] = (value,)
+            if "_structures" in self.__dict__:
+                self._structures.clear()
         else:
             super().__setattr__(name, value)
 

@@ -16,10 +16,12 @@ from pyro_amortized.guides.amortized import AmortizedGuide
 from pyro_amortized.guides.base import GuideOptions
 from pyro_amortized.inference import InferenceStrategy, Refined, check_count
 from pyro_amortized.objective import ESTIMATORS, LocalLogJoint, LocalObjective
-from pyro_amortized.tracing import isolated
+from pyro_amortized.tracing import call_key, isolated
 from pyro_amortized.updates import UpdateRule
 
 __all__ = ["RefiningGuide", "RefiningOptions", "check_update"]
+
+_MAX_MODES = 128
 
 
 class RefiningOptions(GuideOptions, total=False):
@@ -90,6 +92,10 @@ class RefiningGuide(AmortizedGuide):
         if "inference" in self._modules:
             self._modules["inference"].num_steps = value  # type: ignore[union-attr]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """As every guide's, without what has been found out about the model."""
+        return {**super().__getstate__(), "_vectorized": {}}
+
     def _run_strategy(self, strategy: InferenceStrategy, inputs: tuple[Tensor, ...], call: Call) -> Tensor:
         refinement = strategy.refine(inputs, call.index, self._objective(call))  # type: ignore[operator]
         call.signal = refinement.signal
@@ -103,9 +109,17 @@ class RefiningGuide(AmortizedGuide):
             )
         log_joint = LocalLogJoint(self.model, call.args, call.kwargs, call.structure, self._global_values(call))
         log_joint.validate = False
-        key = (tuple(call.structure.frames.values()), getattr(self.model, "training", None))
-        if key not in self._vectorized:
+        if torch._C._get_tracing_state():
+            raise ValueError(
+                "Cannot refine phi inside torch.jit.trace, as JitTrace_ELBO does, because gradients cannot be taken "
+                "there; try Trace_ELBO, and compile=True for speed."
+            )
+        shapes = call_key((call.args, call.kwargs))
+        key = (self.model, tuple(call.structure.frames.values()), getattr(self.model, "training", None), shapes)
+        if shapes is None or key not in self._vectorized:
             self._vectorized[key] = self._choose_mode(log_joint)
+            if len(self._vectorized) > _MAX_MODES:
+                self._vectorized.pop(next(iter(self._vectorized)))
         log_joint.vectorized = self._vectorized[key]
         return LocalObjective(log_joint, self._family, self._estimator, self._graphs)
 
