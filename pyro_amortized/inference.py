@@ -306,7 +306,7 @@ class Refined(InferenceStrategy):
                     phi, *rest = run(phi, noise, objective, *state)
                 state = tuple(rest)
             if best is not None:
-                if training and not bool(phi.isfinite().all()):
+                if training and self.training and not bool(phi.isfinite().all()):
                     return phi, nats  # no gradient would pass the steps that have diverged
                 best.offer(phi)
         return (phi if best is None else best.phi), nats
