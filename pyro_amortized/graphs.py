@@ -115,10 +115,11 @@ class GraphCache:
             with torch.enable_grad():
                 graph, captured = trace(function, inputs)
             entry = _Entry(graph, owner, list(_guards(owner, captured)))
+            agrees = self._agrees(graph, function, inputs, derivatives)
         except Exception as error:  # models may do anything
             self._warn(_reason(error))
             return _Entry(None, owner, ())
-        if not self._agrees(graph, function, inputs, derivatives):
+        if not agrees:
             self._give_up(entry, "the traced graph gives other numbers")
         elif self.compile:
             entry.graph = _Compiled(graph, self._warn)
@@ -230,17 +231,17 @@ _NEUTRAL: dict[Any, int] = {
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps the shapes of all values, and those values that are constant."""
+    """Runs a graph and keeps the shapes and dtypes of all values, and those values that are constant."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
-        self.shapes: dict[fx.Node, torch.Size] = {}
+        self.shapes: dict[fx.Node, tuple[torch.Size, torch.dtype]] = {}
         self.constants: dict[fx.Node, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor):
-            self.shapes[n] = value.shape
+            self.shapes[n] = (value.shape, value.dtype)
             sources = n.all_input_nodes
             fresh = n.target is _ATEN.lift_fresh_copy.default or n.target in _FILLS
             derived = sources and all(source in self.constants for source in sources) and not _is_random(n)
@@ -289,6 +290,8 @@ class _Simplifier:
             replacement = args[0]
         elif target in (_ATEN.t.default, _ATEN.neg.default) and getattr(args[0], "target", None) is target:
             replacement = args[0].args[0]  # type: ignore[union-attr]
+        elif target is _ATEN.copy.default and same and self._same_shape(node, args[1]):
+            replacement = args[1]  # functionalisation's form of an assignment, which has no derivative
         elif target in _NEUTRAL and not node.kwargs:
             if same and self._is(args[1], _NEUTRAL[target]):
                 replacement = args[0]
