@@ -310,7 +310,11 @@ class LearnedUpdate(UpdateRule):
         """One step."""
         phi, grad = phi.detach(), grad.detach()
         size = grad.abs().clamp(min=_SMALLEST).log() / -math.log(_SMALLEST)
-        assert self.network is not None
+        if self.network is None:
+            raise ValueError(
+                "Cannot refine with this LearnedUpdate because it has no network yet; try update.setup(family, "
+                "num_features) first, as IterativeAmortizedGuide does."
+            )
         parts = self.network(torch.cat([*state, phi, size, grad.sign()], -1)).split(phi.shape[-1], -1)
         keep = parts[0].sigmoid()
         new = keep * phi + (1 - keep) * parts[1]

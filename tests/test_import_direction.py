@@ -15,6 +15,7 @@ LAYERS: list[set[str]] = [
     {"updates"},
     {"inference"},
     {"tracing"},
+    {"guards"},
     {"graphs"},
     {"layout"},
     {"structure"},
