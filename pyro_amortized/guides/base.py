@@ -263,7 +263,10 @@ class LocalGuide(AutoGuide):
         cause, remedy = "its parameters have diverged", "a smaller learning rate or clipped gradients"
         if isinstance(self._modules["inference"], Refined):
             cause = "refinement has diverged, the data hold invalid values, or the encoder has diverged"
-            remedy = "a smaller step_size, max_norm=..., a smaller learning rate, and a look at the data"
+            remedy = (
+                'a smaller step_size, encoder_gradient="first_order" (exact gradients through steep models explode), '
+                "a smaller learning rate, and a look at the data"
+            )
         for i, x in enumerate(inputs):
             if x.is_floating_point() and not x.isfinite().all():
                 cause = f"its input number {i} holds NaN or infinite values"
