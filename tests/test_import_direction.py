@@ -11,7 +11,7 @@ import pytest
 import pyro_amortized
 
 LAYERS: list[set[str]] = [
-    {"families", "encoders"},
+    {"batches", "families", "encoders"},
     {"updates"},
     {"inference"},
     {"tracing"},
@@ -25,7 +25,7 @@ LAYERS: list[set[str]] = [
     {"export"},
 ]
 """From low to high: a module imports from lower layers only. ``__init__`` gathers them all."""
-WITHOUT_PYRO = {"families", "encoders", "updates", "inference"}
+WITHOUT_PYRO = {"batches", "families", "encoders", "updates", "inference"}
 """Modules that know torch, not Pyro, but for its distributions."""
 
 ROOT = Path(pyro_amortized.__file__).parent

@@ -7,7 +7,6 @@ r"""The gap decomposition: how far a guide's ELBO is from the log evidence, and 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,10 +17,10 @@ import torch
 from pyro_amortized.diagnostics.evidence import estimate_evidence
 from pyro_amortized.diagnostics.local_optimum import solve
 from pyro_amortized.diagnostics.problem import bind, to_dataset
+from pyro_amortized.diagnostics.report import Report, join, new_axes
 from pyro_amortized.guides import LocalGuide
 
 if TYPE_CHECKING:
-    import xarray
     from matplotlib.axes import Axes
 
 __all__ = ["GapEstimate", "estimate_gaps"]
@@ -37,7 +36,7 @@ _ROWS = {
 
 
 @dataclass
-class GapEstimate:
+class GapEstimate(Report):
     """Gaps of every datapoint.
 
     Attributes:
@@ -48,8 +47,6 @@ class GapEstimate:
             ``elbo <= elbo_optimal <= log_evidence`` holds within three standard errors (as it should for all but one in
             a thousand datapoints).
     """
-
-    dataset: xarray.Dataset
 
     @property
     def plate(self) -> str:
@@ -86,10 +83,7 @@ class GapEstimate:
         Returns:
             The axes.
         """
-        if ax is None:
-            import matplotlib.pyplot as plt
-
-            ax = plt.subplots(figsize=(7, 4))[1]
+        ax = new_axes(ax)
         data = self.dataset.sortby("inference_gap")
         position = np.arange(data.sizes[self.plate])
         amortization, approximation = data["amortization_gap"].values, data["approximation_gap"].values
@@ -108,19 +102,6 @@ class GapEstimate:
         ax.legend(frameon=False)
         return ax
 
-    def to_netcdf(self, path: str | os.PathLike[str]) -> None:
-        """Saves the dataset; :meth:`from_netcdf` reads it again."""
-        self.dataset.to_netcdf(path)
-
-    @classmethod
-    def from_netcdf(cls, path: str | os.PathLike[str]) -> GapEstimate:
-        """Reads what :meth:`to_netcdf` saved."""
-        import xarray
-
-        with xarray.open_dataset(path) as dataset:
-            dataset = dataset.load()
-        return cls(dataset.assign(reliable=dataset["reliable"].astype(bool)))
-
     @classmethod
     def concat(cls, estimates: Sequence[GapEstimate]) -> GapEstimate:
         """Joins the estimates of several batches along the plate.
@@ -130,8 +111,6 @@ class GapEstimate:
         Raises:
             ValueError: If there are none, or they belong to different plates or families.
         """
-        import xarray
-
         if not estimates:
             raise ValueError("Cannot join gap estimates because there are none; try passing at least one.")
         kinds = {(e.plate, e.dataset.attrs.get("family")) for e in estimates}
@@ -140,11 +119,7 @@ class GapEstimate:
                 f"Cannot join gap estimates because they belong to different plates or families: {sorted(kinds)}; "
                 "try joining the batches of one guide."
             )
-        plate = estimates[0].plate
-        joined = xarray.concat([e.dataset for e in estimates], dim=plate, combine_attrs="drop_conflicts")
-        if len(np.unique(joined[plate].values)) < joined.sizes[plate]:
-            joined = joined.assign_coords({plate: np.arange(joined.sizes[plate])})
-        return cls(joined)
+        return cls(join([e.dataset for e in estimates], estimates[0].plate))
 
 
 def estimate_gaps(
