@@ -64,6 +64,8 @@ def bind(
             "Cannot call the model with model_args=<tensor> because arguments are passed as a tuple; try (x,)."
         )
     args, kwargs = tuple(model_args), dict(model_kwargs or {})
+    with torch.no_grad(), seeded(generator(seed, 10)):
+        guide.setup(*args, **kwargs)
     with torch.no_grad(), seeded(generator(seed, 10)), guide._repeatable():
         structure, phi = guide._infer(args, kwargs)
         _check_repeatable(guide, args, kwargs, structure, phi)

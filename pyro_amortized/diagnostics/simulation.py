@@ -1,0 +1,279 @@
+"""Data sets simulated from the model: latents and observations whose true latents are known.
+
+With the global latents held at the guide's median, local latents are drawn from the prior and observations given them.
+The simulated observations are put among the model's arguments where the observed ones were, so that the guide, however
+it finds its inputs, infers on them as on any other data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_amortized.diagnostics.noise import generator, seeded
+from pyro_amortized.diagnostics.problem import LocalProblem, bind
+from pyro_amortized.diagnostics.substitution import Arguments, Place, SampleDatapoints
+from pyro_amortized.guides import LocalGuide
+from pyro_amortized.layout import SiteLayout
+from pyro_amortized.objective import LocalLogJoint
+from pyro_amortized.tracing import isolated, run_model, sample_sites
+
+__all__ = ["Simulation", "Simulator", "simulate"]
+
+_BLOCK = 1000
+"""Datapoints simulated in one call of the model; bounds memory."""
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """One call of the model with simulated observations, and the latents that they came from.
+
+    Attributes:
+        args: The model's positional arguments, with simulated observations in place of the observed ones.
+        kwargs: Its keyword arguments likewise.
+        latents: The true local latents, flat and unconstrained, of shape ``(S, D)``.
+        observed: The simulated observations by site, as the model observes them.
+        rows: Which datapoint of the original call each simulated one takes its other arguments (covariates, masks,
+            indices) from, ``(S,)``.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    latents: Tensor
+    observed: dict[str, Tensor]
+    rows: Tensor
+
+
+def simulate(
+    model: Callable[..., Any],
+    guide: LocalGuide,
+    model_args: Sequence[Any] = (),
+    model_kwargs: Mapping[str, Any] | None = None,
+    num_datapoints: int | None = None,
+    *,
+    seed: int = 0,
+) -> Simulation:
+    """Simulates datapoints from the model, with the global latents held at the guide's median.
+
+    Observed values must be among the arguments: as they are, as views of them (``x[:, t]``, ``x.reshape(...)``), as the
+    rows of a subsample (``x[index]``) or in another dtype. Where an observation is masked, it keeps its value. Torch's
+    global seed is left alone.
+
+    Args:
+        model: The Pyro model.
+        guide: A guide of this package that serves unseen data.
+        model_args: The model's positional arguments, as a tuple.
+        model_kwargs: Its keyword arguments.
+        num_datapoints: S, by default as many as the call has. Further ones repeat the rows of all arguments that have
+            one entry per datapoint; fewer are a random selection of them.
+        seed: Seed of all draws.
+
+    Returns:
+        The simulated call.
+
+    Raises:
+        ValueError: If the model is none that can be simulated, observations are not found among its arguments, or it
+            cannot be run on another number of datapoints.
+    """
+    simulator = Simulator(bind(model, guide, model_args, model_kwargs, seed), guide)
+    rng = generator(seed, 20)
+    if num_datapoints is None:
+        return simulator.run(None, rng)
+    if num_datapoints < 1:
+        raise ValueError(f"Cannot simulate {num_datapoints} datapoints because it takes at least one; try 100.")
+    rows = simulator.choose_rows(num_datapoints, rng)
+    if rows is None:
+        raise ValueError(
+            f"Cannot simulate {num_datapoints} datapoints in one call because the model and its guide can only be run "
+            f"on their own {simulator.num_datapoints} rows; try num_datapoints=None, or a plate that takes its size "
+            "from the arguments."
+        )
+    return simulator.run(rows, rng)
+
+
+class Simulator:
+    """Simulates from one call of a model any number of times.
+
+    Args:
+        problem: The call.
+        guide: The guide.
+
+    Raises:
+        ValueError: If the call is none that can be simulated.
+    """
+
+    def __init__(self, problem: LocalProblem, guide: LocalGuide) -> None:
+        self.guide = guide
+        self.log_joint = problem.objective.log_joint
+        self.num_datapoints = self.log_joint.num_datapoints
+        _check_call(guide, self.log_joint)
+
+    def blocks(self, num_simulations: int, rng: torch.Generator) -> Iterator[Simulation]:
+        """Simulates at least ``num_simulations`` datapoints: in blocks, or as whole data sets if it has to be."""
+        rows = self.choose_rows(num_simulations, rng)
+        if rows is None:
+            for _ in range(math.ceil(num_simulations / self.num_datapoints)):
+                yield self.run(None, rng)
+        else:
+            for block in rows.chunk(math.ceil(num_simulations / _BLOCK)):
+                yield self.run(block, rng)
+
+    def choose_rows(self, number: int, rng: torch.Generator) -> Tensor | None:
+        """Rows of the call to simulate, each equally often but for a remainder; None if only all can be run at once."""
+        size = self.num_datapoints
+        rows = torch.cat([torch.arange(number - number % size) % size, torch.randperm(size, generator=rng)])[:number]
+        rows = rows.sort().values if number <= size else rows
+        return rows if self._can_run(rows) else None
+
+    def _can_run(self, rows: Tensor) -> bool:
+        if _is_range(rows, self.num_datapoints):
+            return True
+        if self.guide.master is not None:  # an AutoGuideList fixes the sizes of its plates
+            return False
+        part = self.log_joint.select(rows)
+        if part is None or (len(rows) > self.num_datapoints and self._indexed):
+            return False
+        try:
+            look = self.guide._structures.look
+            structure, _, _ = look(part.model, tuple(part.args), part.kwargs, part.structure.indices)
+            self.log_joint.structure.check_same(structure)
+        except Exception:  # a model may fail in any way on a part of its data; then it is run on all of it
+            return False
+        return True
+
+    @cached_property
+    def _indexed(self) -> bool:
+        """Whether observations are rows of an argument, each of which can be observed only once."""
+        return any(place.index is not None for place in self._draw(self.log_joint, generator(0))[1].values())
+
+    @torch.no_grad()
+    def run(self, rows: Tensor | None, rng: torch.Generator) -> Simulation:
+        """Simulates the given rows of the call, or all of them."""
+        if rows is None:
+            rows = torch.arange(self.num_datapoints)
+        part = self.log_joint if _is_range(rows, self.num_datapoints) else self.log_joint.select(rows)
+        if part is None:
+            raise ValueError(f"Cannot simulate rows {rows.tolist()[:5]}... on their own; try rows of choose_rows.")
+        trace, places, arguments = self._draw(part, rng)
+        nodes: dict[str, Any] = trace.nodes
+        observed = {name: nodes[name]["value"] for name in places}
+        args, kwargs = arguments.replaced([(place, observed[name]) for name, place in places.items()])
+        _check_same_model(part, trace, args, kwargs)
+        _check_inputs(self.guide, arguments.call, (args, kwargs))
+        latents = part.layout.flatten({site.name: nodes[site.name]["value"] for site in part.layout.sites})
+        _check_finite(part.layout, latents, observed)
+        return Simulation(args, kwargs, latents, observed, rows)
+
+    def _draw(self, part: LocalLogJoint, rng: torch.Generator) -> tuple[Trace, dict[str, Place], Arguments]:
+        """A run of the model with simulated observations, and where among its arguments the observed ones lie."""
+        arguments = Arguments(part.args, part.kwargs, (self.log_joint.args, self.log_joint.kwargs))
+        args, kwargs = arguments.call
+        sampler = SampleDatapoints(part.layout.plate)
+        with torch.no_grad(), pyro.validation_enabled(False), seeded(rng):
+            trace = run_model(part.model, args, kwargs, {**part.global_values, **part.structure.indices}, (sampler,))
+        _check_scales(part, trace)
+        places = {}
+        for name, value in sampler.observed.items():
+            place = arguments.find(value, tuple(part.structure.indices.values()))
+            if place is None:
+                raise ValueError(
+                    f"Cannot simulate data because the values of observed site {name!r} are not found among the "
+                    "model's arguments, so that simulated ones cannot be put in their place; try passing the data as "
+                    "an argument of the model, just as the site observes them."
+                )
+            places[name] = place
+        return trace, places, arguments
+
+
+def _is_range(rows: Tensor, size: int) -> bool:
+    return len(rows) == size and torch.equal(rows, torch.arange(size))
+
+
+def _check_call(guide: LocalGuide, log_joint: LocalLogJoint) -> None:
+    if guide.inference.num_known is not None:
+        raise ValueError(
+            f"Cannot infer the latents of simulated data with this {type(guide).__name__} because its table holds "
+            "variational parameters of the observed datapoints only; try AmortizedGuide, or SemiAmortizedGuide if "
+            "answers are to be optimised for each datapoint."
+        )
+    if log_joint.structure.random_plates:
+        raise ValueError(
+            f"Cannot simulate data because plates {log_joint.structure.random_plates} draw another subsample in every "
+            "run, which would not meet the simulated datapoints; try pyro.plate(name, size, subsample=index) with the "
+            "indices, or only the batch itself, as an argument of the model."
+        )
+
+
+def _check_scales(part: LocalLogJoint, trace: Trace) -> None:
+    """Refuses models whose log-joint is not that of what was drawn."""
+    frame = part.structure.datapoints
+    subsampling = frame.full_size / frame.size if frame.subsampled else 1.0
+    for name, site in sample_sites(trace).items():
+        if all(f.name != frame.name for f in site["cond_indep_stack"]) or site["infer"].get("_deterministic"):
+            continue
+        scale = torch.as_tensor(site["scale"], dtype=torch.float64) / subsampling
+        if not torch.allclose(scale, torch.ones_like(scale)):
+            raise ValueError(
+                f"Cannot simulate data because site {name!r} has a scale of its own ({scale.flatten()[0].item():.3g}) "
+                "from poutine.scale, and nothing can be drawn from a scaled density; try the model without it."
+            )
+
+
+def _check_same_model(part: LocalLogJoint, trace: Trace, args: Any, kwargs: Any) -> None:
+    """Runs the model on the simulated data: all its distributions must be those that the data were drawn from."""
+    before = sample_sites(trace)
+    values = {name: site["value"] for name, site in before.items() if not site["is_observed"]}
+    with pyro.validation_enabled(False):
+        again = run_model(part.model, args, kwargs, {**values, **part.structure.indices})
+        trace.compute_log_prob()
+        again.compute_log_prob()
+    after = sample_sites(again)
+    for name, site in before.items():
+        first = site["log_prob"]
+        second = after[name]["log_prob"] if name in after else first.new_empty(0)
+        tolerance = 1e-8 if first.dtype == torch.float64 else 1e-4
+        same = first.shape == second.shape
+        if not same or not torch.allclose(first, second, rtol=tolerance, atol=tolerance, equal_nan=True):
+            raise ValueError(
+                f"Cannot simulate data because the log-probability of site {name!r} is another when the model runs on "
+                "the simulated data: the model looks at its observed data elsewhere, or draws random numbers of its "
+                "own; try the values that pyro.sample returns in place of the argument, and model.eval()."
+            )
+
+
+def _check_inputs(guide: LocalGuide, before: tuple[Any, Any], after: tuple[Any, Any]) -> None:
+    """Refuses a guide that looks elsewhere for the data than the simulated ones are."""
+    if not guide._needs_inputs:
+        return
+    with isolated():
+        inputs = [guide._inputs(guide._prepare(*call)) for call in (before, after)]
+    if all(torch.equal(x, y) for x, y in zip(*inputs, strict=True)):
+        raise ValueError(
+            "Cannot infer the latents of simulated data because the inputs of the guide's encoder do not change with "
+            "the observations; try an encoder_input that is, or is computed from, the argument that the model observes."
+        )
+
+
+def _check_finite(layout: SiteLayout, latents: Tensor, observed: Mapping[str, Tensor]) -> None:
+    parts = {site.name: latents[:, site.start : site.stop] for site in layout.sites}
+    for name, value in parts.items():
+        rows = (~value.isfinite()).any(-1).sum().item()
+        if rows:
+            raise ValueError(
+                f"Cannot use the simulated data because {rows} of {len(latents)} draws of latent site {name!r} lie on "
+                "the boundary of its support; try a less extreme prior, or float64."
+            )
+    for name, value in observed.items():
+        if value.isinf().any():
+            raise ValueError(
+                f"Cannot use the simulated data because draws of observed site {name!r} are not finite; try a prior "
+                "whose draws keep the likelihood's parameters in a moderate range."
+            )
