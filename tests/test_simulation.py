@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyro_amortized import AmortizedGuide, PerDatapointGuide, SemiAmortizedGuide
+from pyro_amortized import AmortizedGuide, NaturalGradient, PerDatapointGuide, SemiAmortizedGuide
 from pyro_amortized.diagnostics.noise import generator
 from pyro_amortized.diagnostics.problem import bind
 from pyro_amortized.diagnostics.simulation import Simulator, simulate
@@ -63,7 +63,7 @@ def test_the_whole_call_by_default_and_reproducibly() -> None:
 
 def test_the_guide_infers_the_simulated_latents() -> None:
     oracle = LinearGaussian.random_weights(orthogonal=True)
-    guide = SemiAmortizedGuide(oracle.full, num_steps=30, num_particles=8)
+    guide = SemiAmortizedGuide(oracle.full, num_steps=30, update=NaturalGradient(0.5), num_particles=8)
     simulation = simulate(oracle.full, guide, (oracle.simulate(20),), None, 50)
     mean = guide.posterior(*simulation.args, **simulation.kwargs).mean
     assert (mean - oracle.posterior(simulation.args[0]).mean).abs().max() < 0.01
