@@ -359,12 +359,23 @@ class LocalLogJoint:
         return lambda z: self.plain(z.new_zeros(len(z), size, z.shape[-1]).index_copy(1, rows.to(z.device), z))[:, rows]
 
     @torch.no_grad()
-    def prior_draw(self) -> Tensor:
-        """One draw of the local latents from the prior, flat and unconstrained, of shape ``(N, D)``."""
-        values = {**self.global_values, **self.structure.indices}
+    def prior_draws(self, num_draws: int) -> Tensor:
+        """Draws of the local latents from the prior, flat and unconstrained, of shape ``(K, N, D)``."""
+        if not self.vectorized:
+            return torch.cat([self._prior_draws(1) for _ in range(num_draws)])
+        return torch.cat([self._prior_draws(p.stop - p.start) for p in chunks(num_draws, self.num_datapoints)])
+
+    def _prior_draws(self, num_draws: int) -> Tensor:
+        values, handlers = {**self.global_values, **self.structure.indices}, []
+        if num_draws > 1:
+            with isolated():
+                handlers.append(pyro.plate("_local_draws", num_draws, dim=-self.depth - 1))
         with pyro.validation_enabled(False):
-            nodes: dict[str, Any] = run_model(self.model, self.args, self.kwargs, values).nodes
-        return self.layout.flatten({site.name: nodes[site.name]["value"] for site in self.layout.sites})
+            nodes: dict[str, Any] = run_model(self.model, self.args, self.kwargs, values, handlers).nodes
+        drawn = {site.name: nodes[site.name]["value"] for site in self.layout.sites}
+        if num_draws == 1:
+            return self.layout.flatten(drawn).unsqueeze(0)
+        return torch.stack([self.layout.flatten({name: x[k] for name, x in drawn.items()}) for k in range(num_draws)])
 
     def _selected(self, rows: Tensor) -> LocalLogJoint:
         size = self.num_datapoints

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pyro_amortized.diagnostics.annealing import anneal
 from pyro_amortized.diagnostics.importance import psis
-from pyro_amortized.diagnostics.laplace import covariance_root, find_modes, hessian, moments
 from pyro_amortized.diagnostics.local_optimum import LocalOptimum, solve
-from pyro_amortized.diagnostics.noise import generator, seeded
+from pyro_amortized.diagnostics.noise import generator
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar, to_dataset
+from pyro_amortized.diagnostics.proposal import Proposal, first_proposal
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.objective import chunks
 
@@ -29,18 +30,18 @@ if TYPE_CHECKING:
 
 __all__ = ["log_evidence"]
 
-_LIGHT_TAIL = 0.5
+_LIGHT_TAIL, _HEAVY_TAIL = 0.5, 0.7
 _ROUND = 1000
 _LEAST_ROUNDS = 2
 """Rounds that every datapoint gets, so that its khat and standard error mean something."""
 _BLOCK = 256
 """Datapoints worked on at a time; bounds memory."""
-_NUM_STARTS = 16
-"""Draws from the prior, per datapoint, from which modes are looked for."""
-_MAX_FURTHER = 4
-"""Most modes, beyond the one that the guide leads to, that a proposal covers."""
-_SMALLEST_SHARE = 0.02
-"""Least share of a mode found in the mixture, so that a wrong guess of its weight does little harm."""
+_BOUNDED = 5.0
+"""Weights that exceed their mean by no more than this have no tail to fit: of those that have one, the largest of a
+thousand exceed it many times over."""
+_ANNEALING = 8
+"""Evaluations of the log-joint that annealing may take, for every draw allowed."""
+_NUM_ADAPTATIONS = 4
 _PATIENCE = 4
 """Rounds that a proposal gets before it is adapted."""
 
@@ -76,8 +77,10 @@ def log_evidence(
         progress: Whether to show progress bars.
 
     Returns:
-        A dataset over the plate's dimension with ``log_evidence`` and ``log_evidence_se`` in nats, ``khat``, ``ess``
-        (effective sample size) and ``num_samples``. Global latents are held at the guide's median.
+        A dataset over the plate's dimension with ``log_evidence`` and ``log_evidence_se`` in nats; ``khat``, the shape of
+        the weights' tail (0 or less where no weight exceeds five times the mean: there is no tail then); ``ess``
+        (effective sample size); ``num_samples``. The attribute ``num_annealed`` counts the datapoints whose weights are
+        those of annealed chains, the last resort. Global latents are held at the guide's median.
 
     Raises:
         ValueError: If the log-joint cannot be evaluated, or is not finite, naming the datapoints.
@@ -92,84 +95,9 @@ def log_evidence(
     problem = bind(model, guide, model_args, model_kwargs, seed, compile)
     optimum = solve(problem, tolerance, seed, progress) if optimum is None else optimum
     evidence = estimate_evidence(problem, optimum.phi, tolerance, max_samples, seed, progress)
-    settings = {"tolerance": tolerance, "max_samples": max_samples, "seed": seed}
+    num_annealed = int(evidence.pop("annealed").sum())
+    settings = {"tolerance": tolerance, "max_samples": max_samples, "seed": seed, "num_annealed": num_annealed}
     return to_dataset(problem, evidence, **settings)
-
-
-@dataclass
-class Proposal:
-    """A mixture of C multivariate t's per datapoint.
-
-    Attributes:
-        loc: ``(C, N, D)``, float64.
-        scale_tril: ``(C, N, D, D)``, float64.
-        log_share: Logarithms of the mixture's weights ``(C, N)``; minus infinity for a component not in use.
-        df: Degrees of freedom.
-    """
-
-    loc: Tensor
-    scale_tril: Tensor
-    log_share: Tensor
-    df: float = 10.0
-
-    @classmethod
-    def single(cls, loc: Tensor, scale_tril: Tensor) -> Proposal:
-        """One component per datapoint, of ``(N, D)`` and ``(N, D, D)``."""
-        return cls(loc.unsqueeze(0), scale_tril.unsqueeze(0), loc.new_zeros(1, len(loc)))
-
-    def __getitem__(self, rows: Tensor) -> Proposal:
-        return Proposal(self.loc[:, rows], self.scale_tril[:, rows], self.log_share[:, rows], self.df)
-
-    def sample(self, num_draws: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draws ``(K, N, D)`` and their log-densities ``(K, N)``.
-
-        Draws 2i and 2i + 1, a pair, lie in opposite directions, and four in a row at distances from the same of K/4
-        equally likely intervals. So skewed posteriors cost little, and those whose weights depend on the distance alone
-        next to nothing; the two pairs of an interval tell the error (:func:`_summary`).
-
-        Args:
-            num_draws: K, a multiple of 4.
-            rng: Source of the draws.
-        """
-        _, size, dim = self.loc.shape
-        normal = torch.randn(num_draws // 2, size, dim, generator=rng, dtype=torch.float64)
-        direction = normal / normal.norm(dim=-1, keepdim=True)
-        radius = _radii(dim, self.df, num_draws // 2, size, rng)
-        white = (torch.stack([direction, -direction], 1) * radius.unsqueeze(-1)).flatten(0, 1)
-        chosen = torch.multinomial(self.log_share.exp().T, num_draws // 2, replacement=True, generator=rng).T
-        chosen = chosen.repeat_interleave(2, 0)
-        z = self.loc[0] + torch.einsum("nij,knj->kni", self.scale_tril[0], white)
-        for c, rows in self._further():
-            other = self.loc[c, rows] + torch.einsum("nij,knj->kni", self.scale_tril[c, rows], white[:, rows])
-            z[:, rows] = torch.where((chosen[:, rows] == c).unsqueeze(-1), other, z[:, rows])
-        log_density = self.log_share[0] + self._log_density(0, torch.arange(size), z)
-        for c, rows in self._further():
-            further = self.log_share[c, rows] + self._log_density(c, rows, z[:, rows])
-            log_density[:, rows] = torch.logaddexp(log_density[:, rows], further)
-        return z, log_density
-
-    def _further(self) -> list[tuple[int, Tensor]]:
-        """The components beyond the first, each with the datapoints that use it."""
-        used = [(c, self.log_share[c].isfinite().nonzero().squeeze(-1)) for c in range(1, len(self.loc))]
-        return [(c, rows) for c, rows in used if len(rows)]
-
-    def _log_density(self, c: int, rows: Tensor, z: Tensor) -> Tensor:
-        df, dim = self.df, self.loc.shape[-1]
-        centred = (z - self.loc[c, rows]).permute(1, 2, 0)
-        white = torch.linalg.solve_triangular(self.scale_tril[c, rows], centred, upper=False)
-        constant = math.lgamma((df + dim) / 2) - math.lgamma(df / 2) - 0.5 * dim * math.log(df * math.pi)
-        log_det = self.scale_tril[c, rows].diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return constant - log_det - 0.5 * (df + dim) * torch.log1p(white.square().sum(1).T / df)
-
-
-def _radii(dim: int, df: float, num_pairs: int, size: int, rng: torch.Generator) -> Tensor:
-    """Norms of standard t vectors, two pairs from each of equally likely intervals: ``(num_pairs, 2, size)``."""
-    from scipy.special import fdtri
-
-    interval = torch.arange(num_pairs // 2, dtype=torch.float64).repeat_interleave(2).reshape(-1, 1, 1)
-    uniform = (interval + torch.rand(num_pairs, 2, size, generator=rng, dtype=torch.float64)) / (num_pairs // 2)
-    squares = torch.from_numpy(fdtri(dim, df, uniform.clamp(1e-12, 1 - 1e-12).numpy()))
-    return (dim * squares).sqrt()
 
 
 def estimate_evidence(
@@ -195,61 +123,26 @@ def _part(problem: LocalProblem, rows: Tensor) -> LocalProblem:
 
 
 def _estimate_block(
-    problem: LocalProblem, phi: Tensor, tolerance: float, max_samples: int, seed: tuple[int, int]
+    problem: LocalProblem, phi: Tensor, tolerance: float, max_samples: int, seed: tuple[int, ...]
 ) -> dict[str, Tensor]:
-    """Estimates by the first proposal, by a fitted one where that is poor, and with more draws where they lack."""
+    """Estimates by the first proposal, by a fitted one, with more draws, by annealing."""
     rounds, rows = _Rounds(problem, tolerance, max_samples), torch.arange(len(phi))
-    proposal = _first_proposal(problem, phi, seed)
+    proposal = first_proposal(problem, phi, seed)
     result = rounds.run(proposal, rows, generator(*seed, 6), patience=_PATIENCE)
-    single = ~proposal.log_share[1:].isfinite().any(0)
-    poor = (~rounds.done(result) & single).nonzero().squeeze(-1)
+    poor = (~rounds.done(result)).nonzero().squeeze(-1)
     if len(poor):
         fitted = _adapt(problem, proposal[poor], poor, generator(*seed, 7))
         _keep_better(result, rounds.run(fitted, poor, generator(*seed, 8)), poor)
-    stuck = (~rounds.done(result) & (~single | (result["khat"] <= _LIGHT_TAIL))).nonzero().squeeze(-1)
+    stuck = (~rounds.done(result) & (result["khat"] <= _LIGHT_TAIL)).nonzero().squeeze(-1)
     if len(stuck):  # the first proposal was the better one, and only lacks draws
         _keep_better(result, rounds.run(proposal[stuck], stuck, generator(*seed, 9)), stuck)
+    result["annealed"] = torch.zeros(len(phi), dtype=torch.bool)
+    hopeless = (result["khat"] > _HEAVY_TAIL) | (result["log_evidence_se"] > tolerance)
+    hopeless = hopeless.nonzero().squeeze(-1)
+    if len(hopeless):
+        weights = anneal(problem, proposal[hopeless], hopeless, tolerance, _ANNEALING * max_samples, seed)
+        _keep_better(result, _checked(_summary(weights), result, hopeless), hopeless)
     return result
-
-
-def _first_proposal(problem: LocalProblem, phi: Tensor, seed: tuple[int, int]) -> Proposal:
-    """A t at the mean of the optimal member, and at each mode found from draws of the prior that is another one."""
-    log_joint, family = problem.objective.log_joint, problem.objective.family
-    mean, scale_tril = moments(family, phi, generator(*seed, 5))
-    root = covariance_root(hessian(log_joint.plain, mean, phi), scale_tril)
-    with seeded(generator(*seed, 12)):
-        draws = torch.stack([log_joint.prior_draw() for _ in range(_NUM_STARTS)]).double().cpu()
-    modes, heights = find_modes(log_joint, torch.cat([mean.unsqueeze(0), draws]), root, phi, tolerance=0.01)
-    locs, roots, masses = [mean], [root], [heights[0] + _log_volume(root)]
-    for mode, height in zip(modes[1:], heights[1:], strict=True):
-        known = torch.stack([modes[0], *locs[1:]])
-        distance = torch.linalg.solve_triangular(torch.stack(roots), (mode - known).unsqueeze(-1), upper=False)
-        new = height.isfinite() & (distance.square().sum((-2, -1)) > 1.0).all(0)
-        rows = new.nonzero().squeeze(-1)
-        other, mass = root.clone(), torch.full_like(height, -math.inf)
-        if len(rows):
-            curvature = hessian(log_joint.on_rows(rows, plain=True), mode[rows], phi)
-            other[rows] = covariance_root(curvature, root[rows])
-            mass[rows] = (height + _log_volume(other))[rows]
-        locs.append(torch.where(new[:, None], mode, math.inf))
-        roots.append(other)
-        masses.append(mass)
-    log_share, order = torch.stack(masses).log_softmax(0)[1:].topk(min(_MAX_FURTHER, _NUM_STARTS), 0)
-    log_share = torch.cat([torch.stack(masses).log_softmax(0)[:1], log_share])
-    everyone = torch.arange(len(mean))
-    locs = [mean, *torch.stack(locs[1:])[order, everyone]]
-    roots = [root, *torch.stack(roots[1:])[order, everyone]]
-    floor = torch.where(log_share.isfinite(), math.log(_SMALLEST_SHARE), -math.inf)
-    negligible = log_share < math.log(1e-6)
-    log_share = torch.where(negligible, -math.inf, torch.maximum(log_share, floor))
-    log_share[0] = torch.maximum(log_share[0], torch.tensor(math.log(_SMALLEST_SHARE)))
-    return Proposal(torch.stack(locs).nan_to_num(posinf=0.0), torch.stack(roots), log_share.log_softmax(0))
-
-
-def _log_volume(scale_tril: Tensor) -> Tensor:
-    """Log of the integral of a normal's unnormalised density, ``(N,)``."""
-    dim = scale_tril.shape[-1]
-    return scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * dim * math.log(2 * math.pi)
 
 
 @torch.no_grad()
@@ -274,10 +167,11 @@ def _summary(log_weights: Tensor) -> dict[str, Tensor]:
     mean = relative.mean(0)
     pairs = relative.unflatten(0, (-1, 2, 2)).mean(2)
     differences = pairs[:, 0] - pairs[:, 1]
+    khat = psis(log_weights)[1]
     return {
         "log_evidence": log_weights.logsumexp(0) - math.log(count),
         "log_evidence_se": differences.square().sum(0).sqrt() / (mean * count / 2),
-        "khat": psis(log_weights)[1],
+        "khat": torch.where(relative.amax(0) <= _BOUNDED * mean, khat.clamp(max=0.0), khat),
         "ess": relative.sum(0).square() / relative.square().sum(0),
         "num_samples": torch.full_like(mean, count),
     }
@@ -329,6 +223,15 @@ class _Rounds:
         return (summary["khat"] > _LIGHT_TAIL) | (summary["num_samples"] * ratio.square() > self.max_samples)
 
 
+def _checked(annealed: dict[str, Tensor], other: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """Results of annealing, with the other estimate's khat where the two do not agree: chains may miss modes too."""
+    difference = annealed["log_evidence"] - other["log_evidence"][rows]
+    error = (annealed["log_evidence_se"].square() + other["log_evidence_se"][rows].square()).sqrt()
+    doubtful = torch.maximum(annealed["khat"], other["khat"][rows])
+    khat = torch.where(difference.abs() <= 3 * error, annealed["khat"], doubtful)
+    return {**annealed, "khat": khat, "annealed": torch.ones_like(khat, dtype=torch.bool)}
+
+
 def _keep_better(result: dict[str, Tensor], other: Mapping[str, Tensor], rows: Tensor) -> None:
     """Puts the estimates of ``rows`` in ``other`` into ``result`` where they are the better ones."""
     better = _badness(other) < _badness(result)[rows]
@@ -342,19 +245,8 @@ def _badness(summary: Mapping[str, Tensor]) -> Tensor:
 
 
 def _adapt(problem: LocalProblem, proposal: Proposal, rows: Tensor, rng: torch.Generator) -> Proposal:
-    """Moves single-component proposals of ``rows`` to the weighted moments of draws from them, three times."""
-    loc, scale_tril = proposal.loc[0], proposal.scale_tril[0]
-    for _ in range(3):
-        z, log_weights = _log_weights(problem, Proposal.single(loc, scale_tril), rows, 2 * _ROUND, rng)
-        weights = psis(log_weights)[0].softmax(0)
-        mean = torch.einsum("kn,knd->nd", weights, z)
-        centred = z - mean
-        covariance = torch.einsum("kn,kni,knj->nij", weights, centred, centred)
-        effective = 1 / weights.square().sum(0)
-        trust = (effective / (effective + 2 * z.shape[-1]))[:, None, None]
-        shrunk = trust * covariance + (1 - trust) * scale_tril @ scale_tril.transpose(-1, -2)
-        factor, failed = torch.linalg.cholesky_ex(shrunk)
-        good = failed == 0
-        loc = torch.where(good[:, None], mean, loc)
-        scale_tril = torch.where(good[:, None, None], factor, scale_tril)
-    return Proposal.single(loc, scale_tril)
+    """Moves the proposals of ``rows`` towards weighted draws from them, a few times."""
+    for _ in range(_NUM_ADAPTATIONS):
+        z, log_weights = _log_weights(problem, proposal, rows, 2 * _ROUND, rng)
+        proposal = proposal.adapted(z, psis(log_weights)[0].softmax(0))
+    return proposal

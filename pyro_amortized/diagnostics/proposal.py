@@ -1,0 +1,235 @@
+"""Where importance samples of a posterior come from: mixtures of multivariate t's, one mixture per datapoint.
+
+A component sits at the mean of the best member of the guide's family, one at every further mode that climbing from
+draws of the prior has found, and one, with a small share, is as wide as the prior: it finds what the others have
+missed. Weighted draws then show how to do better.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyro_amortized.diagnostics.laplace import covariance_root, find_modes, hessian, moments
+from pyro_amortized.diagnostics.noise import generator, seeded
+from pyro_amortized.diagnostics.problem import LocalProblem
+from pyro_amortized.objective import chunks
+
+__all__ = ["Proposal", "first_proposal"]
+
+_NUM_PRIOR_DRAWS = 256
+_NUM_STARTS = 16
+"""Draws from the prior, per datapoint, from which modes are looked for: half of them plain, half likely ones."""
+_MAX_FURTHER = 4
+"""Most modes, beyond the one that the guide leads to, that a proposal covers."""
+_PARTS = 250
+"""Shares of the components are multiples of one in this many, so that every round draws the same number from each."""
+_WIDE_PARTS = 10
+"""Share of the component as wide as the prior."""
+_SMALLEST_PARTS = 5
+"""Least share of a mode found, so that a wrong guess of its weight does little harm."""
+
+
+@dataclass
+class Proposal:
+    """A mixture of C multivariate t's per datapoint.
+
+    Attributes:
+        loc: ``(C, N, D)``, float64.
+        scale_tril: ``(C, N, D, D)``, float64.
+        parts: Shares of the components in parts of 250, ``(C, N)``, integers; 0 for a component not in use. The last
+            component is as wide as the prior.
+        df: Degrees of freedom.
+        has_spare: Whether the last but one is a component that was added to be adapted.
+    """
+
+    loc: Tensor
+    scale_tril: Tensor
+    parts: Tensor
+    df: float = 10.0
+    has_spare: bool = False
+
+    def __getitem__(self, rows: Tensor) -> Proposal:
+        return replace(self, loc=self.loc[:, rows], scale_tril=self.scale_tril[:, rows], parts=self.parts[:, rows])
+
+    def adapted(self, z: Tensor, weights: Tensor) -> Proposal:
+        """One EM step towards weighted draws; where no component is spare, one is taken from the wide one.
+
+        Args:
+            z: Draws ``(K, N, D)``.
+            weights: Their weights ``(K, N)``, which sum to 1.
+
+        References:
+            Adaptive Importance Sampling in General Mixture Classes, Olivier Cappé, Randal Douc, Arnaud Guillin,
+            Jean-Michel Marin, Christian P. Robert (2008).
+        """
+        old = self if self.has_spare else self._with_spare()
+        everyone = torch.arange(z.shape[1])
+        log_share = (old.parts[:-1].double() / _PARTS).log()
+        logits = torch.stack([log_share[c] + old._component(c, everyone, z) for c in range(len(log_share))])
+        owned = weights * logits.softmax(0)  # (C - 1, K, N)
+        share = owned.sum(1)
+        within = owned / share.clamp(min=1e-300).unsqueeze(1)
+        mean = torch.einsum("ckn,knd->cnd", within, z)
+        covariance = torch.einsum("ckn,knd,kne->cnde", within, z, z) - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+        effective = 1 / within.square().sum(1).clamp(min=1e-300)
+        trust = torch.where(share > 0, effective / (effective + 2 * z.shape[-1]), 0.0)[..., None]
+        before = old.scale_tril[:-1] @ old.scale_tril[:-1].transpose(-1, -2)
+        factor, failed = torch.linalg.cholesky_ex(trust[..., None] * covariance + (1 - trust[..., None]) * before)
+        good = (failed == 0) & (share > 0)
+        loc = torch.where(good[..., None], trust * mean + (1 - trust) * old.loc[:-1], old.loc[:-1])
+        scale_tril = torch.where(good[..., None, None], factor, old.scale_tril[:-1])
+        return Proposal(
+            torch.cat([loc, old.loc[-1:]]), torch.cat([scale_tril, old.scale_tril[-1:]]), _parts(share), self.df, True
+        )
+
+    def _with_spare(self) -> Proposal:
+        parts = torch.cat([self.parts[:-1], torch.full_like(self.parts[:1], _WIDE_PARTS), self.parts[-1:]])
+        largest = parts.argmax(0, keepdim=True)
+        parts = parts.scatter_add(0, largest, torch.full_like(largest, -_WIDE_PARTS))
+        loc, scale_tril = (torch.cat([x, x[-1:]]) for x in (self.loc, self.scale_tril))
+        return Proposal(loc, scale_tril, parts, self.df, True)
+
+    def sample(self, num_draws: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draws ``(K, N, D)`` and their log-densities ``(K, N)``.
+
+        Draws 2i and 2i + 1, a pair, lie in opposite directions, and four in a row come from one component, at distances
+        from the same one of as many equally likely intervals as the component has fours. So skewed posteriors cost
+        little, and those whose weights depend on the distance alone next to nothing; the two pairs of an interval tell
+        the error.
+
+        Args:
+            num_draws: K, a multiple of 4.
+            rng: Source of the draws.
+        """
+        _, size, dim = self.loc.shape
+        normal = torch.randn(num_draws // 2, size, dim, generator=rng, dtype=torch.float64)
+        direction = normal / normal.norm(dim=-1, keepdim=True)
+        chosen, uniform = self._strata(num_draws // 4, rng)
+        radius = _radii(uniform, dim, self.df)
+        white = (torch.stack([direction, -direction], 1) * radius.unsqueeze(-1)).flatten(0, 1)
+        z = self.loc[0] + torch.einsum("nij,knj->kni", self.scale_tril[0], white)
+        for c, rows in self._further():
+            other = self.loc[c, rows] + torch.einsum("nij,knj->kni", self.scale_tril[c, rows], white[:, rows])
+            z[:, rows] = torch.where((chosen[:, rows] == c).unsqueeze(-1), other, z[:, rows])
+        return z, self.log_prob(z)
+
+    def _strata(self, num_fours: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Components ``(4 fours, N)`` and, within the interval of each four, uniform numbers ``(2 fours, 2, N)``."""
+        size, position = self.parts.shape[1], torch.arange(num_fours, dtype=torch.float64)
+        ends = self.parts.cumsum(0).double() * (num_fours / _PARTS)
+        offset = torch.rand(size, generator=rng, dtype=torch.float64)
+        place = (position.unsqueeze(-1) + offset).clamp(max=num_fours - 1e-9)
+        chosen = (place.unsqueeze(0) >= ends.unsqueeze(1)).sum(0)
+        same = torch.nn.functional.one_hot(chosen, len(self.parts))  # (fours, N, C)
+        rank = (same.cumsum(0) - 1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+        count = same.sum(0).gather(-1, chosen.T).T
+        draws = torch.rand(2 * num_fours, 2, size, generator=rng, dtype=torch.float64)
+        pairs = [x.repeat_interleave(2, 0).unsqueeze(1) for x in (rank, count)]
+        return chosen.repeat_interleave(4, 0), (pairs[0] + draws) / pairs[1]
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-densities ``(K, N)`` of ``(K, N, D)``."""
+        log_share = (self.parts.double() / _PARTS).log()
+        log_density = log_share[0] + self._component(0, torch.arange(z.shape[1]), z)
+        for c, rows in self._further():
+            further = log_share[c, rows] + self._component(c, rows, z[:, rows])
+            mixed = torch.logaddexp(log_density[:, rows], further)
+            log_density = log_density.index_copy(1, rows, mixed)
+        return log_density
+
+    def _further(self) -> list[tuple[int, Tensor]]:
+        """The components beyond the first, each with the datapoints that use it."""
+        used = [(c, self.parts[c].nonzero().squeeze(-1)) for c in range(1, len(self.loc))]
+        return [(c, rows) for c, rows in used if len(rows)]
+
+    def _component(self, c: int, rows: Tensor, z: Tensor) -> Tensor:
+        df, dim = self.df, self.loc.shape[-1]
+        centred = (z - self.loc[c, rows]).permute(1, 2, 0)
+        white = torch.linalg.solve_triangular(self.scale_tril[c, rows], centred, upper=False)
+        constant = math.lgamma((df + dim) / 2) - math.lgamma(df / 2) - 0.5 * dim * math.log(df * math.pi)
+        log_det = self.scale_tril[c, rows].diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return constant - log_det - 0.5 * (df + dim) * torch.log1p(white.square().sum(1).T / df)
+
+
+def _radii(uniform: Tensor, dim: int, df: float) -> Tensor:
+    """Norms of standard t vectors at given probabilities."""
+    from scipy.special import fdtri
+
+    squares = torch.from_numpy(fdtri(dim, df, uniform.clamp(1e-12, 1 - 1e-12).numpy()))
+    return (dim * squares).sqrt()
+
+
+def first_proposal(problem: LocalProblem, phi: Tensor, seed: tuple[int, ...]) -> Proposal:
+    """The proposal of every datapoint, from the optimal phi ``(N, P)``."""
+    log_joint, family = problem.objective.log_joint, problem.objective.family
+    mean, scale_tril = moments(family, phi, generator(*seed, 5))
+    root = covariance_root(hessian(log_joint.plain, mean, phi), scale_tril)
+    with seeded(generator(*seed, 12)):
+        draws = log_joint.prior_draws(_NUM_PRIOR_DRAWS).double().cpu()
+    starts = torch.cat([mean.unsqueeze(0), _choose_starts(problem, draws, phi, generator(*seed, 13))])
+    modes, heights = find_modes(log_joint, starts, root, phi, tolerance=0.01)
+    locs, roots, masses = [mean], [root], [heights[0] + _log_volume(root)]
+    for mode, height in zip(modes[1:], heights[1:], strict=True):
+        known = torch.stack([modes[0], *locs[1:]])
+        distance = torch.linalg.solve_triangular(torch.stack(roots), (mode - known).unsqueeze(-1), upper=False)
+        new = height.isfinite() & (distance.square().sum((-2, -1)) > 1.0).all(0)
+        rows = new.nonzero().squeeze(-1)
+        other, mass = root.clone(), torch.full_like(height, -math.inf)
+        if len(rows):
+            curvature = hessian(log_joint.on_rows(rows, plain=True), mode[rows], phi)
+            other[rows] = covariance_root(curvature, root[rows])
+            mass[rows] = (height + _log_volume(other))[rows]
+        locs.append(torch.where(new[:, None], mode, math.inf))
+        roots.append(other)
+        masses.append(mass)
+    share = torch.stack(masses).softmax(0)
+    order = share[1:].topk(_MAX_FURTHER, 0).indices + 1
+    order = torch.cat([torch.zeros_like(order[:1]), order])
+    everyone = torch.arange(len(mean))
+    wide_loc, wide_root = _as_wide_as(draws)
+    return Proposal(
+        torch.cat([torch.stack(locs)[order, everyone].nan_to_num(posinf=0.0), wide_loc.unsqueeze(0)]),
+        torch.cat([torch.stack(roots)[order, everyone], wide_root.unsqueeze(0)]),
+        _parts(share.gather(0, order)),
+    )
+
+
+def _choose_starts(problem: LocalProblem, draws: Tensor, phi: Tensor, rng: torch.Generator) -> Tensor:
+    """Draws of the prior to climb from, ``(S, N, D)``: half as they come, half by likelihood, without replacement."""
+    log_joint, plain = problem.objective.log_joint, _NUM_STARTS // 2
+    wide_loc, wide_root = _as_wide_as(draws)
+    with torch.no_grad():
+        values = [log_joint(draws[piece].to(phi)) for piece in chunks(len(draws), draws.shape[1])]
+    height = torch.cat(values).double().cpu().nan_to_num(nan=-math.inf, posinf=-math.inf)
+    scale = wide_root.diagonal(dim1=-2, dim2=-1)
+    log_prior = -0.5 * ((draws - wide_loc) / scale).square().sum(-1)  # about, and up to a constant
+    gumbel = -torch.log(-torch.rand(height.shape, generator=rng, dtype=torch.float64).clamp(1e-12, 1 - 1e-12).log())
+    keys = (height - log_prior + gumbel)[plain:]
+    likely = keys.topk(_NUM_STARTS - plain, 0).indices + plain
+    return torch.cat([draws[:plain], draws.gather(0, likely.unsqueeze(-1).expand(-1, -1, draws.shape[-1]))])
+
+
+def _as_wide_as(draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Location ``(N, D)`` and diagonal Cholesky factor ``(N, D, D)`` of draws ``(K, N, D)``, by their quantiles."""
+    low, loc, high = (draws.kthvalue(max(1, round(q * len(draws))), 0).values for q in (0.16, 0.5, 0.84))
+    return loc, torch.diag_embed((0.5 * (high - low)).clamp(min=1e-6))
+
+
+def _parts(share: Tensor) -> Tensor:
+    """Shares of modes, the first of them always in use, as parts of 250, with the wide component's at the end."""
+    used = share >= 1e-6
+    used[0] = True
+    parts = torch.where(used, (share * (_PARTS - _WIDE_PARTS)).floor().long().clamp(min=_SMALLEST_PARTS), 0)
+    parts = torch.cat([parts, torch.full_like(parts[:1], _WIDE_PARTS)])
+    largest = parts[:-1].argmax(0, keepdim=True)
+    return parts.scatter_add(0, largest, _PARTS - parts.sum(0, keepdim=True))
+
+
+def _log_volume(scale_tril: Tensor) -> Tensor:
+    """Log of the integral of a normal's unnormalised density, ``(N,)``."""
+    dim = scale_tril.shape[-1]
+    return scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * dim * math.log(2 * math.pi)
