@@ -8,8 +8,10 @@ in folded into the datapoint, are local; every datapoint's local values, unconst
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import pyro.distributions as dist
@@ -18,7 +20,7 @@ from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.poutine import Trace
 from torch import Tensor
-from torch.distributions import Transform, biject_to
+from torch.distributions import AffineTransform, ComposeTransform, IndependentTransform, Transform, biject_to
 
 from pyro_amortized.tracing import PlateFrame, Site, sample_sites, size_at
 
@@ -119,10 +121,11 @@ class LocalSite:
         normal = dist.Normal(loc, scale, validate_args=False)
         if self.is_real:
             return normal.to_event(self.event_dim)
-        try:
-            transform = self.transform.with_cache()
-        except NotImplementedError:
-            transform = self.transform
+        transform = self.transform
+        while isinstance(transform, IndependentTransform):  # as the priors that `to_event` makes are built
+            transform = transform.base_transform
+        with suppress(NotImplementedError):
+            transform = transform.with_cache()
         pushed = dist.TransformedDistribution(normal, [transform])
         return pushed.to_event(self.event_dim - len(pushed.event_shape))
 
@@ -136,6 +139,21 @@ def bounds(transform: Any) -> list[Tensor]:
             return bounds(transform.inv)
         transform = [value for name, value in vars(transform).items() if not name.startswith("_")]
     return [tensor for part in transform for tensor in bounds(part)] if isinstance(transform, list | tuple) else []
+
+
+def _without_identities(transform: Transform) -> Transform:
+    """Drops shifts by 0 and scales by 1: torch's way to the positive numbers then is that of a ``LogNormal``."""
+    if isinstance(transform, IndependentTransform):
+        return IndependentTransform(_without_identities(transform.base_transform), transform.reinterpreted_batch_ndims)
+    if not isinstance(transform, ComposeTransform) or not transform.parts:
+        return transform
+    parts = [part for part in transform.parts if not _is_neutral(part)]
+    return parts[0] if len(parts) == 1 else ComposeTransform(parts)
+
+
+def _is_neutral(transform: Transform) -> bool:
+    numbers = getattr(transform, "loc", None), getattr(transform, "scale", None)
+    return type(transform) is AffineTransform and not any(isinstance(n, Tensor) for n in numbers) and numbers == (0, 1)
 
 
 def _is_identity(transform: Transform) -> bool:
@@ -259,6 +277,16 @@ class SiteLayout:
                 sites.append(_local_site(name, site, inner, sites[-1].stop if sites else 0))
         return cls(plate, frames[plate].dim, tuple(sites), sites[-1].stop if sites else 0)
 
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of the D dimensions: the site's, with the position in its inner plates and event, as ``z[0]``."""
+        found = []
+        for site in self.sites:
+            sizes = [*(size for _, size in site.inner), *site.shape]
+            positions = product(*map(range, sizes)) if sizes else [()]
+            found += [f"{site.name}[{','.join(map(str, at))}]" if at else site.name for at in positions]
+        return tuple(found)
+
     def batch(self, flat: Tensor) -> Tensor:
         """Puts datapoints at their plate's dimension: ``(*, N, P)`` to ``(*, N, 1, ..., 1, P)``."""
         if self.dim == -1:
@@ -342,7 +370,7 @@ def _local_site(name: str, site: dict[str, Any], inner: list[PlateFrame], start:
     support = site["fn"].support
     try:
         with helpful_support_errors(site):
-            transform = biject_to(support)
+            transform = _without_identities(biject_to(support))
     except NotImplementedError as error:
         raise ValueError(
             f"Cannot guide local site {name!r} because no bijection from unconstrained space to its support {support} "
