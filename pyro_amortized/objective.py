@@ -386,9 +386,14 @@ class LocalLogJoint:
             frames[name] = replace(frames[name], full_size=len(rows))
         indices = {k: v[rows.to(v.device)] if k == name else v for k, v in self.structure.indices.items()}
         structure = replace(self.structure, frames=frames, indices=indices, observed=None)
+        part = self.of_call(args, kwargs, structure)
+        part.graphs, part._selectable = self.graphs, True
+        return part
+
+    def of_call(self, args: Sequence[Any], kwargs: Mapping[str, Any], structure: Structure) -> LocalLogJoint:
+        """The log-joint of another call of the same model, at the same global values, without new checks."""
         part = LocalLogJoint(self.model, args, kwargs, structure, self.global_values)
         part.validate, part.vectorized, part.like = self.validate, self.vectorized, self.like
-        part.graphs, part._selectable = self.graphs, True
         return part
 
     @torch.no_grad()
