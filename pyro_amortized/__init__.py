@@ -5,9 +5,12 @@ say where its parameters come from, ``guides`` put them together for Pyro, ``dia
 """
 
 from pyro_amortized.diagnostics import (
+    GapComparison,
     GapEstimate,
     LocalOptimum,
+    compare_gaps,
     estimate_gaps,
+    evidence_bounds,
     log_evidence,
     optimize_local,
     psis,
@@ -23,6 +26,7 @@ __all__ = [
     "Adam",
     "AmortizedGuide",
     "DeepSetEncoder",
+    "GapComparison",
     "GapEstimate",
     "GradientAscent",
     "IterativeAmortizedGuide",
@@ -37,7 +41,9 @@ __all__ = [
     "SemiAmortizedGuide",
     "UpdateRule",
     "VariationalFamily",
+    "compare_gaps",
     "estimate_gaps",
+    "evidence_bounds",
     "log_evidence",
     "optimize_local",
     "psis",

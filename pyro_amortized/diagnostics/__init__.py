@@ -1,8 +1,20 @@
-"""Diagnostics of amortized inference: log evidence, local optimum and the gaps between them, per datapoint."""
+"""Diagnostics of amortized inference."""
 
+from pyro_amortized.diagnostics.bounds import evidence_bounds
+from pyro_amortized.diagnostics.comparison import GapComparison, compare_gaps
 from pyro_amortized.diagnostics.evidence import log_evidence
 from pyro_amortized.diagnostics.gaps import GapEstimate, estimate_gaps
 from pyro_amortized.diagnostics.importance import psis
 from pyro_amortized.diagnostics.local_optimum import LocalOptimum, optimize_local
 
-__all__ = ["GapEstimate", "LocalOptimum", "estimate_gaps", "log_evidence", "optimize_local", "psis"]
+__all__ = [
+    "GapComparison",
+    "GapEstimate",
+    "LocalOptimum",
+    "compare_gaps",
+    "estimate_gaps",
+    "evidence_bounds",
+    "log_evidence",
+    "optimize_local",
+    "psis",
+]

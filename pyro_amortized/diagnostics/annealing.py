@@ -148,7 +148,7 @@ def anneal(
 
 
 def _run(path: _Path, schedule: _Schedule, num_chains: int, rng: torch.Generator) -> Tensor:
-    points = path.at(path.proposal.sample(num_chains, rng)[0])
+    points = path.at(path.proposal.sample(num_chains, rng))
     log_weights = torch.zeros_like(points.log_p)
     last = len(schedule.beta) - 2
     for t, (before, beta) in enumerate(zip(schedule.beta[:-1], schedule.beta[1:], strict=True)):
@@ -160,7 +160,7 @@ def _run(path: _Path, schedule: _Schedule, num_chains: int, rng: torch.Generator
 
 def _pilot(path: _Path, rng: torch.Generator) -> _Schedule:
     """Step sizes by stochastic approximation, and the length of the path by the spread of log p - log q along it."""
-    points = path.at(path.proposal.sample(_NUM_PILOT_CHAINS, rng)[0])
+    points = path.at(path.proposal.sample(_NUM_PILOT_CHAINS, rng))
     size, dim = points.z.shape[1:]
     beta = torch.linspace(0, 1, _NUM_PILOT_TEMPERATURES + 1, dtype=torch.float64).square()  # steepest at the start
     log_step = torch.full((size,), math.log(dim**-0.25), dtype=torch.float64)

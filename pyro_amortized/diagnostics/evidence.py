@@ -28,7 +28,7 @@ from pyro_amortized.objective import chunks
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["log_evidence"]
+__all__ = ["adapted_proposals", "estimate_evidence", "log_evidence", "log_weights_at"]
 
 _LIGHT_TAIL, _HEAVY_TAIL = 0.5, 0.7
 _ROUND = 1000
@@ -77,8 +77,8 @@ def log_evidence(
         progress: Whether to show progress bars.
 
     Returns:
-        A dataset over the plate's dimension with ``log_evidence`` and ``log_evidence_se`` in nats; ``khat``, the shape of
-        the weights' tail (0 or less where no weight exceeds five times the mean: there is no tail then); ``ess``
+        A dataset over the plate's dimension with ``log_evidence`` and ``log_evidence_se`` in nats; ``khat``, the shape
+        of the weights' tail (0 or less where no weight exceeds five times the mean: there is no tail then); ``ess``
         (effective sample size); ``num_samples``. The attribute ``num_annealed`` counts the datapoints whose weights are
         those of annealed chains, the last resort. Global latents are held at the guide's median.
 
@@ -145,16 +145,35 @@ def _estimate_block(
     return result
 
 
-@torch.no_grad()
+def adapted_proposals(
+    problem: LocalProblem, phi: Tensor, tolerance: float, seed: tuple[int, ...]
+) -> list[tuple[Tensor, Proposal]]:
+    """Rows and their proposals: the first ones where a few rounds show that they do, adapted ones elsewhere."""
+    rounds, rows = _Rounds(problem, tolerance, _PATIENCE * _ROUND), torch.arange(len(phi))
+    proposal = first_proposal(problem, phi, seed)
+    done = rounds.done(rounds.run(proposal, rows, generator(*seed, 6)))
+    good, poor = done.nonzero().squeeze(-1), (~done).nonzero().squeeze(-1)
+    pairs = [(good, proposal[good])] if len(good) else []
+    if len(poor):
+        pairs.append((poor, _adapt(problem, proposal[poor], poor, generator(*seed, 7))))
+    return pairs
+
+
 def _log_weights(
     problem: LocalProblem, proposal: Proposal, rows: Tensor, num_draws: int, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Draws ``(K, n, D)`` and log-weights ``(K, n)`` for ``rows``, where ``proposal`` has one row for each of them."""
+    z = proposal.sample(num_draws, rng)
+    return z, log_weights_at(problem, proposal, rows, z)
+
+
+@torch.no_grad()
+def log_weights_at(problem: LocalProblem, proposal: Proposal, rows: Tensor, z: Tensor) -> Tensor:
+    """Log-weights ``(K, n)`` of ``rows`` at latents ``(K, n, D)``."""
     log_joint = problem.objective.log_joint.on_rows(rows)
-    z, log_q = proposal.sample(num_draws, rng)
-    values = [log_joint(z[piece].to(problem.phi)) for piece in chunks(num_draws, len(rows))]
+    values = [log_joint(z[piece].to(problem.phi)) for piece in chunks(len(z), len(rows))]
     log_p = torch.cat(values).double().cpu().nan_to_num(nan=-math.inf)
-    return z, log_p - log_q
+    return log_p - proposal.log_prob(z)
 
 
 def _summary(log_weights: Tensor) -> dict[str, Tensor]:

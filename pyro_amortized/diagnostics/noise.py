@@ -11,7 +11,7 @@ from torch.quasirandom import SobolEngine
 
 from pyro_amortized.families import VariationalFamily
 
-__all__ = ["draw", "generator", "quasi_normal", "seeded"]
+__all__ = ["batch_seed", "draw", "generator", "quasi_normal", "seeded"]
 
 
 def generator(*seed: int) -> torch.Generator:
@@ -20,6 +20,11 @@ def generator(*seed: int) -> torch.Generator:
     for part in seed:
         state = (state * 1_000_003 + part + 1) % (2**63 - 1)
     return torch.Generator().manual_seed(state)
+
+
+def batch_seed(seed: int, number: int) -> int:
+    """The seed of a batch: the user's own for the first one."""
+    return seed if number == 0 else int(torch.randint(2**31 - 1, (), generator=generator(seed, 1000, number)))
 
 
 def quasi_normal(num_draws: int, num_datapoints: int, dim: int, rng: torch.Generator, *, whiten: bool = True) -> Tensor:

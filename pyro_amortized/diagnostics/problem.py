@@ -47,8 +47,19 @@ def bind(
     model_kwargs: Mapping[str, Any] | None,
     seed: int,
     compile: bool = False,
+    *,
+    graphs: GraphCache | None = None,
 ) -> LocalProblem:
     """Binds a call, and checks that its numbers can be trusted.
+
+    Args:
+        model: The Pyro model.
+        guide: A guide of this package.
+        model_args: The model's positional arguments.
+        model_kwargs: Its keyword arguments.
+        seed: Seed of the draws that the checks use.
+        compile: Whether to compile the log-joint.
+        graphs: Its traced forms, to share them between calls; new ones by default.
 
     Raises:
         ValueError: If the guide is none of this package, the model has no local latents, its log-joint is not finite at
@@ -72,7 +83,7 @@ def bind(
         global_values = guide.global_median(*args, **kwargs)
     log_joint = LocalLogJoint(model, args, kwargs, structure, global_values)
     log_joint.check(draw(guide.family, phi, 2, generator(seed, 0)))
-    log_joint.graphs = GraphCache(compile)
+    log_joint.graphs = GraphCache(compile) if graphs is None else graphs
     frame = structure.datapoints
     index = structure.indices.get(frame.name, torch.arange(frame.size))
     return LocalProblem(
@@ -107,7 +118,7 @@ def to_dataset(problem: LocalProblem, variables: Mapping[str, Tensor], **attribu
     )
 
 
-def progress_bar(total: int, description: str, progress: bool) -> Any:
+def progress_bar(total: int | None, description: str, progress: bool) -> Any:
     """A tqdm bar, as in Pyro's MCMC; silent unless ``progress``."""
     from tqdm.auto import tqdm
 

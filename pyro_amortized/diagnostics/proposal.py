@@ -93,8 +93,8 @@ class Proposal:
         loc, scale_tril = (torch.cat([x, x[-1:]]) for x in (self.loc, self.scale_tril))
         return Proposal(loc, scale_tril, parts, self.df, True)
 
-    def sample(self, num_draws: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draws ``(K, N, D)`` and their log-densities ``(K, N)``.
+    def sample(self, num_draws: int, rng: torch.Generator) -> Tensor:
+        """Stratified draws ``(K, N, D)``.
 
         Draws 2i and 2i + 1, a pair, lie in opposite directions, and four in a row come from one component, at distances
         from the same one of as many equally likely intervals as the component has fours. So skewed posteriors cost
@@ -111,11 +111,24 @@ class Proposal:
         chosen, uniform = self._strata(num_draws // 4, rng)
         radius = _radii(uniform, dim, self.df)
         white = (torch.stack([direction, -direction], 1) * radius.unsqueeze(-1)).flatten(0, 1)
+        return self._place(white, chosen)
+
+    def draw(self, num_draws: int, rng: torch.Generator) -> Tensor:
+        """Independent draws ``(K, N, D)``."""
+        _, size, dim = self.loc.shape
+        white = torch.randn(num_draws, size, dim, generator=rng, dtype=torch.float64)
+        uniform = torch.rand(num_draws, size, 1, generator=rng, dtype=torch.float64)
+        white = white / white.norm(dim=-1, keepdim=True) * _radii(uniform, dim, self.df)
+        chosen = torch.multinomial(self.parts.T.double(), num_draws, replacement=True, generator=rng).T
+        return self._place(white, chosen)
+
+    def _place(self, white: Tensor, chosen: Tensor) -> Tensor:
+        """Standard t vectors ``(K, N, D)`` put where the chosen components ``(K, N)`` are."""
         z = self.loc[0] + torch.einsum("nij,knj->kni", self.scale_tril[0], white)
         for c, rows in self._further():
             other = self.loc[c, rows] + torch.einsum("nij,knj->kni", self.scale_tril[c, rows], white[:, rows])
             z[:, rows] = torch.where((chosen[:, rows] == c).unsqueeze(-1), other, z[:, rows])
-        return z, self.log_prob(z)
+        return z
 
     def _strata(self, num_fours: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Components ``(4 fours, N)`` and, within the interval of each four, uniform numbers ``(2 fours, 2, N)``."""

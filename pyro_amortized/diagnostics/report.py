@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     import xarray
     from matplotlib.axes import Axes
 
-__all__ = ["Report", "join", "new_axes"]
+__all__ = ["Report", "fill", "join", "new_axes"]
 
 
 @dataclass
@@ -54,6 +55,11 @@ def join(datasets: Sequence[xarray.Dataset], plate: str) -> xarray.Dataset:
     if len(np.unique(joined[plate].values)) < joined.sizes[plate]:
         joined = joined.assign_coords({plate: np.arange(joined.sizes[plate])})
     return joined
+
+
+def fill(text: str, width: int = 92) -> list[str]:
+    """The lines of a text."""
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def new_axes(ax: Axes | None, figsize: tuple[float, float] = (7, 4)) -> Axes:
