@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyro_amortized.structure import Structure
 
-__all__ = ["Call", "EncoderInput", "encoder_inputs"]
+__all__ = ["Call", "EncoderInput", "encoder_inputs", "named_arguments"]
 
 EncoderInput = str | Sequence[str] | Callable[..., Any] | None
 """None (the observed values), an argument's name, several names, or a function of the model's arguments."""
@@ -70,13 +70,7 @@ def _argument(name: str, model: Callable[..., Any] | None, call: Call) -> Any:
         raise ValueError(
             f"Cannot find argument {name!r} because this guide was loaded without its model; try `guide.model = model`."
         )
-    signature = inspect.signature(_named_function(model))
-    bound = signature.bind_partial(*call.args, **call.kwargs)
-    bound.apply_defaults()
-    arguments = dict(bound.arguments)
-    for parameter in signature.parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            arguments.update(arguments.pop(parameter.name))
+    arguments = named_arguments(model, call.args, call.kwargs)
     if name not in arguments:
         raise ValueError(
             f"Cannot use encoder_input={name!r} because the model has no argument of that name; try one of "
@@ -86,6 +80,18 @@ def _argument(name: str, model: Callable[..., Any] | None, call: Call) -> Any:
     if call.index is not None and isinstance(value, Tensor) and len(value) == frame.full_size != frame.size:
         return value[call.index.to(value.device)]
     return value
+
+
+def named_arguments(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names that the model gives them, with its defaults."""
+    signature = inspect.signature(_named_function(model))
+    bound = signature.bind_partial(*args, **kwargs)
+    bound.apply_defaults()
+    arguments = dict(bound.arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments.update(arguments.pop(parameter.name))
+    return arguments
 
 
 def _named_function(model: Any) -> Any:

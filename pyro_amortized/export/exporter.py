@@ -1,0 +1,198 @@
+"""From a guide to the groups of an export, one batch after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime, timezone
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyro_amortized.diagnostics.noise import draw, generator, seeded
+from pyro_amortized.diagnostics.problem import bind
+from pyro_amortized.encoder_inputs import named_arguments
+from pyro_amortized.export.batch import Batch, Options
+from pyro_amortized.export.groups import Group, to_dataset
+from pyro_amortized.export.runs import Draws, Mode, ModelRuns
+from pyro_amortized.guides import LocalGuide
+from pyro_amortized.structure import Structure
+from pyro_amortized.tracing import isolated, run_model
+
+if TYPE_CHECKING:
+    import xarray
+
+__all__ = ["Exporter", "check_guide", "check_number"]
+
+
+def check_guide(guide: Any) -> None:
+    """Raises a ValueError unless this is a guide of this package."""
+    if not isinstance(guide, LocalGuide):
+        raise ValueError(
+            f"Cannot export the posterior of a {type(guide).__name__} because it is no guide of this package; try an "
+            "AmortizedGuide, which serves the latents outside of its plate by global_guide=...."
+        )
+
+
+def check_number(name: str, value: Any, least: int) -> None:
+    """Raises a ValueError unless this is a whole number, large enough."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"Cannot use {name}={value!r} because it must be a whole number from {least} on; try 1000.")
+
+
+class Exporter:
+    """Exports one batch after the other, with the same draws of the global latents.
+
+    Args:
+        model: The Pyro model.
+        guide: The guide.
+        options: What was asked for.
+
+    Attributes:
+        plate: Name of the datapoint plate; None before the first batch, and if there is none.
+    """
+
+    def __init__(self, model: Callable[..., Any], guide: LocalGuide, options: Options) -> None:
+        self.model = model
+        self.guide = guide
+        self.options = options
+        self.plate: str | None = None
+        self._number = 0
+        self._globals: dict[str, Tensor] | None = None
+        self._prior_globals: dict[str, Tensor] = {}
+        self._modes: dict[Any, dict[str, Mode]] = {}
+        self._arguments: Group = {}
+
+    @torch.no_grad()
+    def export(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], advance: Callable[[int], Any] | None = None
+    ) -> dict[str, xarray.Dataset]:
+        """The groups of the next batch.
+
+        Args:
+            args: The model's positional arguments.
+            kwargs: Its keyword arguments.
+            advance: Called with the number of draws done.
+        """
+        with seeded(generator(self.options.seed, 30, self._number)):
+            structure, phi = self._infer(args, kwargs)
+            batch = Batch(ModelRuns(self.model, args, kwargs, structure), self.options, self._log_q(phi))
+            if self.options.quantiles:
+                batch.add_quantiles(self._quantiles(structure, phi, args, kwargs))
+            if self.options.num_samples:
+                self._add_draws(batch, phi, advance)
+            if batch.has_prior:
+                found = batch.add_prior(self._prior_globals)
+                self._prior_globals = self._prior_globals or found
+        batch.add_observed()
+        batch.add_arguments(named_arguments(self.model, args, kwargs), self._arguments)
+        self._arguments = self._arguments or batch.groups.get("constant_data", {})
+        self._number += 1
+        self.plate = structure.plate
+        attributes = self._attributes(structure)
+        return {name: to_dataset(name, group, structure, attributes) for name, group in batch.groups.items()}
+
+    def _add_draws(self, batch: Batch, phi: Tensor | None, advance: Callable[[int], Any] | None) -> None:
+        draws = self._draw(batch.runs, phi)
+        self._choose_modes(batch, draws)
+        if self.options.resample:
+            draws = batch.resampled(draws, generator(self.options.seed, 31, self._number))
+        batch.add_posterior(draws, with_globals=self._number == 0)
+        batch.add_evaluations(draws, advance)
+
+    def _quantiles(self, structure: Structure, phi: Tensor | None, args: Any, kwargs: Any) -> dict[str, Tensor]:
+        """Quantiles ``(Q, *batch, *event)`` by site; of global latents only in the first batch."""
+        guide, probs, values = self.guide, torch.tensor(self.options.quantiles), {}
+        if structure.global_sites and self._number == 0:
+            try:
+                found = guide.quantiles(self.options.quantiles, *args, **kwargs)
+            except (AttributeError, NotImplementedError) as error:
+                raise ValueError(
+                    f"Cannot take quantiles of global latents {list(structure.global_sites)} because "
+                    f"{type(guide.global_guide).__name__} knows none; try quantiles=(0.5,), to_arviz for draws, or "
+                    "another global_guide, such as AutoNormal."
+                ) from error
+            values = {name: found[name] for name in structure.global_sites}
+        if structure.layout is not None and phi is not None:
+            values.update(structure.layout.values(guide._family.quantile(phi, probs.to(phi))))
+        return values
+
+    def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Structure, Tensor | None]:
+        """The structure of a call with all indices, and phi where there are local latents."""
+        guide = self.guide
+        guide.setup(*args, **kwargs)
+        if guide.layout is None:
+            with isolated():
+                structure = guide._prepare(args, kwargs).structure
+            if structure.random_plates:
+                looked = guide._structures.look(guide.model, args, kwargs, structure.indices)[0]
+                structure = replace(structure, indices={**looked.indices, **structure.indices})
+            return structure, None
+        if self.options.weighs:
+            problem = bind(self.model, guide, args, kwargs, self.options.seed)
+            return problem.objective.log_joint.structure, problem.phi
+        with guide._repeatable():
+            return guide._infer(args, kwargs)
+
+    def _draw(self, runs: ModelRuns, phi: Tensor | None) -> Draws:
+        number = self.options.num_samples
+        if self._globals is None:
+            self._globals = self._draw_globals(runs)
+        if self.options.resample and (phi is None or self._globals):
+            cause = f"global latents {sorted(self._globals)} are drawn, and weights would mix draws of them"
+            remedy = "pyro.condition(model, data=guide.global_median(*args)) for the model"
+            if phi is None:
+                cause, remedy = "the model has no local latents", "resample=False"
+            raise ValueError(f"Cannot resample the draws of every datapoint because {cause}; try {remedy}.")
+        z = None
+        if phi is not None:
+            z = draw(self.guide._family, phi, number, generator(self.options.seed, 32, self._number))
+        return Draws(z, self._globals)
+
+    def _draw_globals(self, runs: ModelRuns) -> dict[str, Tensor]:
+        """Draws of the global latents that are latent in the model, one by one, which every autoguide can do."""
+        names = [name for name in runs.structure.global_sites if name in runs.latent]
+        if not names:
+            return {}
+        guide, values = self.guide._global(), []
+        for _ in range(self.options.num_samples):
+            nodes: dict[str, Any] = run_model(guide, runs.args, runs.kwargs).nodes
+            values.append([nodes[name]["value"] for name in names])
+        return {name: torch.stack(column) for name, column in zip(names, zip(*values, strict=True), strict=True)}
+
+    def _log_q(self, phi: Tensor | None) -> Callable[[Tensor], Tensor]:
+        if phi is None:
+            return lambda z: z
+        return self.guide._family(phi).log_prob
+
+    def _choose_modes(self, batch: Batch, draws: Draws) -> None:
+        """Finds out how draws may be evaluated, once for batches of the same structure."""
+        runs = batch.runs
+        key = (tuple(runs.structure.frames.values()), bool(self._prior_globals))
+        if key not in self._modes:
+            for function in batch.passes if self.options.num_samples > 1 else ():
+                runs.choose_mode(function, draws[:2])
+            if batch.has_prior and self.options.num_prior_samples > 1:
+                runs.choose_mode(runs.prior, Draws(None, self._prior_globals)[:2])
+            self._modes[key] = runs.modes
+        runs.modes = self._modes[key]
+
+    def _attributes(self, structure: Structure) -> dict[str, Any]:
+        guide, options = self.guide, self.options
+        local, drawn = structure.layout is not None, sorted(self._globals or ())
+        return {
+            "created_at": datetime.now(timezone.utc).isoformat(),
+            "inference_library": "pyro_amortized",
+            "inference_library_version": metadata.version("pyro-amortized"),
+            "guide": type(guide).__name__,
+            "family": type(guide._family).__name__ if local else "none",
+            "latent_dim": structure.layout.latent_dim if structure.layout is not None else 0,
+            "datapoint_plate": structure.plate or "none",
+            "global_latents": f"drawn from {type(guide.global_guide).__name__}: {', '.join(drawn)}"
+            if drawn
+            else "none",
+            "resampled": int(options.resample),
+            "seed": options.seed,
+        }

@@ -1,0 +1,140 @@
+"""A guide's posterior as ArviZ knows it: groups of arrays whose axes are named after the model's plates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pyro_amortized.batches import ModelArgs, calls, num_calls
+from pyro_amortized.diagnostics.problem import progress_bar
+from pyro_amortized.export.batch import Options
+from pyro_amortized.export.exporter import Exporter, check_guide, check_number
+from pyro_amortized.export.groups import join_group
+from pyro_amortized.guides import LocalGuide
+
+if TYPE_CHECKING:
+    import xarray
+
+__all__ = ["to_arviz"]
+
+GROUPS = ("posterior", "posterior_predictive", "log_likelihood", "sample_stats", "observed_data", "constant_data")
+"""The groups of an export, but for those of the prior."""
+PRIOR_GROUPS = ("prior", "prior_predictive")
+
+
+def to_arviz(
+    model: Callable[..., Any],
+    guide: LocalGuide,
+    model_args: ModelArgs = (),
+    model_kwargs: Mapping[str, Any] | None = None,
+    *,
+    num_samples: int = 1000,
+    prior: bool = False,
+    num_prior_samples: int | None = None,
+    resample: bool = False,
+    groups: Collection[str] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Any:
+    r"""Draws from a guide's posterior, and all that ArviZ makes of them: tables, plots, predictive checks, files.
+
+    One chain of independent draws :math:`\theta \sim q(\theta)`, :math:`z_n \sim q(z_n; \phi_n)`. Axes are named after
+    the plates, outermost first, then ``<site>_dim_0`` and so on for event dimensions; a plate's coordinates are the
+    positions of its datapoints in the full data set. Batches of a loader are inferred one at a time, with the same
+    global draws, and joined along the datapoint plate.
+
+    ======================  ==========================================================================================
+    posterior               latents by site, in their supports, ``(chain, draw, *plates, *event)``; discrete latents
+                            that the model sums out (``infer={"enumerate": "parallel"}``) are left out
+    posterior_predictive    new observations given each draw, ``(chain, draw, *plates, *event)``
+    log_likelihood          :math:`\log p(x_n \mid z_n, \theta)` in nats, ``(chain, draw, *plates)``, masked, without
+                            any scale, discrete latents summed out
+    sample_stats            ``log_weight``, :math:`\log p(x_n, z_n \mid \theta) - \log q(z_n)` in nats, ``(chain, draw,
+                            plate)``, and the Pareto ``khat`` of each datapoint's weights, ``(plate)``, where no global
+                            latents are drawn; nothing for a model without local latents
+    observed_data           observed values, ``(*plates, *event)``
+    constant_data           tensors among the model's arguments that are not observed, such as covariates
+    prior, prior_predictive  draws of latents and observations from the prior, on request
+    ======================  ==========================================================================================
+
+    The log-likelihood is that of an observation *given its own latents*. Leave-one-out cross-validation (``arviz.loo``)
+    and WAIC are wrong with it as soon as there are local latents, since :math:`x_n` is what informs :math:`z_n`: what
+    they need is the marginal :math:`\log p(x_n \mid \theta)`, which :func:`~pyro_amortized.log_evidence` estimates.
+
+    Args:
+        model: The Pyro model.
+        guide: A guide of this package.
+        model_args: The model's positional arguments as a tuple, or a ``DataLoader`` of batches.
+        model_kwargs: The model's keyword arguments.
+        num_samples: Number of draws K.
+        prior: Whether to add the groups ``prior`` and ``prior_predictive``.
+        num_prior_samples: Number of draws from the prior; by default K.
+        resample: Whether to correct the guide by importance resampling: each datapoint's draws are drawn once more, in
+            proportion to their Pareto-smoothed weights. ``khat`` is that of the weights before; above 0.7 the result
+            cannot be trusted. All other groups belong to the resampled draws.
+        groups: Which groups to make; by default all but those of the prior. Memory is that of the groups asked for:
+            draws of large observations are best left out of large data sets.
+        seed: Seed of all draws; torch's global seed is not touched.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        An ``arviz.InferenceData`` (ArviZ below 1) or an ``xarray.DataTree`` (from 1 on).
+
+    Raises:
+        ValueError: If the guide is none of this package, the log-joint cannot be evaluated or is not finite, batches
+            cannot be joined, or resampling is asked for a model whose global latents are drawn.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> from pyro_amortized import AmortizedGuide
+        >>> _ = pyro.set_rng_seed(0); pyro.clear_param_store()
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        ...         pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+        >>> data = to_arviz(model, AmortizedGuide(model), (torch.randn(8, 2),), num_samples=100)
+        >>> dict(data["posterior"].sizes)
+        {'chain': 1, 'draw': 100, 'data': 8, 'z_dim_0': 2}
+        >>> data["sample_stats"]["log_weight"].dims
+        ('chain', 'draw', 'data')
+    """
+    options = _checked(num_samples, num_prior_samples, prior, resample, groups, seed)
+    check_guide(guide)
+    total = num_calls(model_args)
+    exporter = Exporter(model, guide, options)
+    parts: dict[str, list[xarray.Dataset]] = {}
+    with progress_bar(None if total is None else total * num_samples, "Drawing", progress) as bar:
+        for args, kwargs in calls(model_args, model_kwargs):
+            for name, dataset in exporter.export(args, kwargs, bar.update).items():
+                parts.setdefault(name, []).append(dataset)
+    joined = {name: join_group(name, parts[name], exporter.plate) for name in (*GROUPS, *PRIOR_GROUPS) if name in parts}
+    return _inference_data({name: dataset for name, dataset in joined.items() if dataset.data_vars})
+
+
+def _checked(
+    num_samples: int,
+    num_prior_samples: int | None,
+    prior: bool,
+    resample: bool,
+    groups: Collection[str] | None,
+    seed: int,
+) -> Options:
+    num_prior_samples = num_samples if num_prior_samples is None else num_prior_samples
+    for name, value in (("num_samples", num_samples), ("num_prior_samples", num_prior_samples)):
+        check_number(name, value, 1)
+    asked = frozenset((groups,) if isinstance(groups, str) else GROUPS if groups is None else groups)
+    unknown = sorted(asked.difference(GROUPS, PRIOR_GROUPS))
+    if unknown:
+        raise ValueError(
+            f"Cannot make groups {unknown} because they are unknown; try some of {[*GROUPS, *PRIOR_GROUPS]}."
+        )
+    return Options(num_samples, num_prior_samples, resample, asked.union(PRIOR_GROUPS if prior else ()), seed)
+
+
+def _inference_data(groups: Mapping[str, xarray.Dataset]) -> Any:
+    import arviz
+    import xarray
+
+    if int(arviz.__version__.split(".")[0]) >= 1:
+        return xarray.DataTree.from_dict(dict(groups))
+    return arviz.InferenceData(**dict[str, Any](groups))

@@ -1,0 +1,313 @@
+"""Runs of one call of a model at many draws of its latents: log-likelihoods, log-joints, predictions, prior draws.
+
+All draws are evaluated in one run, in a plate outside of all others, if the model gives the same numbers that way as
+one draw at a time; else by torch's ``vmap``, if that does; else one by one. Results are brought to a common form: a
+leading axis of the draws, then the model's batch dimensions, then those of an event.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.ops import packed
+from pyro.ops.contract import contract_tensor_tree
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_amortized.layout import is_data, latent_sites
+from pyro_amortized.objective import LocalLogJoint
+from pyro_amortized.structure import Structure
+from pyro_amortized.tracing import Site, isolated, probe, run_model, sample_sites
+
+__all__ = ["Draws", "Mode", "ModelRuns", "Pass", "Results", "SiteShape"]
+
+Results = dict[tuple[str, str], Tensor]
+"""Tensors of shape ``(K, *batch, *event)`` by group and site, with as many batch dimensions as the call has."""
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """What the axes of a site's values are.
+
+    Attributes:
+        event_dim: Number of event dimensions.
+        batch_rank: Number of batch dimensions in the model.
+        plates: Names of its plates by their dimension.
+    """
+
+    event_dim: int
+    batch_rank: int
+    plates: Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Draws of the latents of a call.
+
+    Attributes:
+        z: Flat unconstrained local latents, ``(K, N, D)``; None if there are none.
+        globals: Values of global latents by site, ``(K, *batch, *event)``.
+    """
+
+    z: Tensor | None
+    globals: Mapping[str, Tensor]
+
+    def __getitem__(self, part: slice) -> Draws:
+        """Some of the draws."""
+        z = None if self.z is None else self.z[part]
+        return Draws(z, {name: value[part] for name, value in self.globals.items()})
+
+
+Pass = Callable[[Draws, int, bool], Results]
+"""What a run of the model gives, as a function of the draws, their number and whether it is for all of them."""
+Mode = Callable[[Pass, Draws, int], Results]
+"""How a pass is evaluated at several draws."""
+
+
+class ModelRuns:
+    """Evaluates a call of a model at many draws.
+
+    Args:
+        model: The Pyro model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        structure: The structure of this call, with the indices of subsampled plates.
+
+    Attributes:
+        data: Observed values by site, ``(*batch, *event)`` as the model has them.
+        sites: The axes of all sites.
+        latent: Names of the latent sites, but for those that the model sums out.
+        depth: Number of batch dimensions of results.
+        num_rows: Largest number of batch elements of a site.
+        modes: How several draws are evaluated, by pass; those missing one by one.
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], structure: Structure
+    ) -> None:
+        self.model = model
+        self.args = args
+        self.kwargs = kwargs
+        self.structure = structure
+        trace, _, _ = probe(model, args, kwargs, structure.indices)
+        found = sample_sites(trace)
+        self.sites = {name: _site_shape(site) for name, site in found.items()}
+        self.latent = tuple(latent_sites(trace))
+        self.data: dict[str, Tensor] = {
+            name: torch.as_tensor(site["value"]).detach()
+            for name, site in found.items()
+            if is_data(site) and name not in structure.global_sites and torch.as_tensor(site["value"]).numel() > 0
+        }
+        self._plate_depth = max((-frame.dim for frame in structure.frames.values()), default=0)
+        self.depth = max([self._plate_depth, *(len(site["fn"].batch_shape) for site in found.values())])
+        self.num_rows = max([1, *(site["fn"].batch_shape.numel() for site in found.values())])
+        self.modes: dict[str, Mode] = {}
+        self._check_latents()
+
+    def _check_latents(self) -> None:
+        local = () if self.structure.layout is None else self.structure.layout.sites
+        missing = [site.name for site in local if site.name not in self.latent]
+        if missing:
+            raise ValueError(
+                f"Cannot evaluate the model at the guide's draws because local sites {missing} are not latent in this "
+                "model; try the model that the guide was made for, called with the data that it observes."
+            )
+
+    # What a run gives
+
+    def weigh(self, draws: Draws, number: int, together: bool) -> Results:
+        """Log-likelihoods of every data site, and the log-joint of every datapoint where there are local latents."""
+        recorder = poutine.trace(self.model)
+        results: Results = {}
+        values = self._global_values(draws, together)
+        if draws.z is not None:
+            log_joint = LocalLogJoint(recorder, self.args, self.kwargs, self.structure, values)
+            log_joint.vectorized, log_joint.validate = together, False
+            results["log_joint", ""] = log_joint.plain(draws.z)
+        else:
+            handlers = self._draws_plate(number, together)
+            if self.structure.enumerated:
+                handlers.append(poutine.enum(first_available_dim=-self.depth - 2))
+            self._run(recorder, values, handlers)
+        trace = recorder.trace
+        for name in self.data:
+            value = _log_likelihood(trace, name, bool(self.structure.enumerated))
+            results["log_likelihood", name] = self._aligned(value, 0, number, together)
+        return results
+
+    def predict(self, draws: Draws, number: int, together: bool) -> Results:
+        """New values of every data site."""
+        values = {**self._global_values(draws, together), **self._local_values(draws, together)}
+        return self._sample(values, number, together, {"posterior_predictive": tuple(self.data)})
+
+    def prior(self, draws: Draws, number: int, together: bool) -> Results:
+        """Draws of every latent and data site from the prior; global latents of ``draws`` are taken as they are."""
+        values = self._global_values(draws, together)
+        return self._sample(values, number, together, {"prior": self.latent, "prior_predictive": tuple(self.data)})
+
+    def _sample(
+        self, values: Mapping[str, Tensor], number: int, together: bool, groups: Mapping[str, tuple[str, ...]]
+    ) -> Results:
+        trace = self._run(poutine.uncondition(self.model), values, self._draws_plate(number, together))
+        nodes: dict[str, Any] = trace.nodes
+        return {
+            (group, name): self._aligned(nodes[name]["value"], self.sites[name].event_dim, number, together)
+            for group, names in groups.items()
+            for name in names
+        }
+
+    def _run(self, model: Callable[..., Any], values: Mapping[str, Tensor], handlers: list[Any]) -> Trace:
+        with pyro.validation_enabled(False):
+            return run_model(model, self.args, self.kwargs, {**values, **self.structure.indices}, handlers)
+
+    def _draws_plate(self, number: int, together: bool) -> list[Any]:
+        with isolated():
+            return [pyro.plate("_local_draws", number, dim=-self.depth - 1)] if together else []
+
+    # How draws are evaluated
+
+    @torch.no_grad()
+    def choose_mode(self, function: Pass, draws: Draws) -> None:
+        """Finds out from two draws how a pass may be evaluated at many."""
+        apart = _one_by_one(function, draws, 2)
+        modes = (mode for mode in (_together, _mapped) if self._agrees(mode, function, draws, apart))
+        self.modes[function.__name__] = next(modes, _one_by_one)
+
+    def _agrees(self, mode: Mode, function: Pass, draws: Draws, apart: Results) -> bool:
+        """Whether a mode gives the shapes, and where nothing is random the numbers, of one draw at a time."""
+        if mode is _together and self.depth != self._plate_depth and draws.z is not None:
+            return False
+        try:
+            results = mode(function, draws, 2)
+        except Exception:  # a model may fail in any way on a batch of draws; then it is run otherwise
+            return False
+        same = all(value.shape == apart[key].shape for key, value in results.items())
+        return same and (function != self.weigh or all(_close(v, apart[key]) for key, v in results.items()))
+
+    @torch.no_grad()
+    def evaluate(self, function: Pass, draws: Draws, number: int) -> Results:
+        """The results of a pass at ``number`` draws."""
+        mode = self.modes.get(function.__name__, _one_by_one) if number > 1 else _one_by_one
+        return mode(function, draws, number)
+
+    # Axes
+
+    def _global_values(self, draws: Draws, together: bool) -> dict[str, Tensor]:
+        return {name: self._placed(name, value, together) for name, value in draws.globals.items()}
+
+    def _local_values(self, draws: Draws, together: bool) -> dict[str, Tensor]:
+        if draws.z is None:
+            return {}
+        values = self.structure.layout.values(draws.z)  # type: ignore[union-attr]
+        return {name: self._placed(name, value, together) for name, value in values.items()}
+
+    def _placed(self, name: str, value: Tensor, together: bool) -> Tensor:
+        """Values ``(K, *batch, *event)`` with the draws where their plate is, or a single draw as the model has it."""
+        return self.aligned(name, value) if together else value.squeeze(0)
+
+    def aligned(self, name: str, value: Tensor) -> Tensor:
+        """Brings a site's values ``(K, *batch, *event)`` to the common number of batch dimensions."""
+        batch_rank = value.dim() - 1 - self.sites[name].event_dim
+        return value.reshape(value.shape[:1] + (1,) * (self.depth - batch_rank) + value.shape[1:])
+
+    def _aligned(self, value: Tensor, event_dim: int, number: int, together: bool) -> Tensor:
+        """Brings what a run gives to the common form."""
+        missing = self.depth + together - (value.dim() - event_dim)
+        value = value.reshape((1,) * missing + value.shape)
+        value = value if together else value.unsqueeze(0)
+        return value.expand((number,) + value.shape[1:])
+
+    def natural(self, name: str, value: Tensor) -> Tensor:
+        """The inverse of :meth:`aligned`: a site's values with only the batch dimensions that it has in the model."""
+        return value.reshape(value.shape[:1] + value.shape[1 + self.depth - self.sites[name].batch_rank :])
+
+
+def _site_shape(site: Site) -> SiteShape:
+    plates = {frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.vectorized}
+    return SiteShape(site["fn"].event_dim, len(site["fn"].batch_shape), plates)
+
+
+def _together(function: Pass, draws: Draws, number: int) -> Results:
+    """All draws in one run of the model, in a plate outside of all others."""
+    return function(draws, number, True)
+
+
+def _mapped(function: Pass, draws: Draws, number: int) -> Results:
+    """All draws in one run of the model as it is, vectorised by torch."""
+
+    def single(_: Tensor, tensors: dict[str, Tensor]) -> Results:
+        parts = {name: value.unsqueeze(0) for name, value in tensors.items()}
+        results = function(Draws(parts.pop("", None), parts), 1, False)
+        return {key: value.squeeze(0) for key, value in results.items()}
+
+    tensors = dict(draws.globals) if draws.z is None else {**draws.globals, "": draws.z}
+    return torch.vmap(single, randomness="different")(torch.arange(number), tensors)
+
+
+def _one_by_one(function: Pass, draws: Draws, number: int) -> Results:
+    """A run of the model for every draw."""
+    results = [function(draws[k : k + 1], 1, False) for k in range(number)]
+    return {key: torch.cat([result[key] for result in results]) for key in results[0]}
+
+
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    tolerance = 1e-8 if expected.dtype == torch.float64 else 1e-4
+    return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def _log_likelihood(trace: Trace, name: str, enumerated: bool) -> Tensor:
+    """The log-likelihood of a data site over its batch dimensions: masked, not scaled, discrete latents summed out."""
+    site: Site = trace.nodes[name]  # type: ignore[assignment]
+    if enumerated:
+        trace.compute_log_prob()
+        trace.pack_tensors()
+        symbols = {
+            s["infer"]["_enumerate_symbol"] for s in sample_sites(trace).values() if "_enumerate_symbol" in s["infer"]
+        }
+        if not symbols.isdisjoint(site["packed"]["unscaled_log_prob"]._pyro_dims):
+            return _marginal_log_likelihood(trace, name, symbols)
+    log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    return scale_and_mask(log_prob, mask=site["mask"])
+
+
+def _marginal_log_likelihood(trace: Trace, name: str, symbols: set[str]) -> Tensor:
+    r""":math:`\log \sum_k p(x, z, k) - \log \sum_k p(z, k)` over the discrete latents k that the site depends on."""
+    factors = {
+        n: (_factor(site), frozenset(trace.plate_to_symbol[f.name] for f in site["cond_indep_stack"] if f.vectorized))
+        for n, site in sample_sites(trace).items()
+        if n == name or not is_data(site)
+    }
+    reached, members = set(factors[name][0]._pyro_dims) & symbols, {name}
+    grown = True
+    while grown:  # all that the discrete latents of this site are connected with
+        found = {n for n, (factor, _) in factors.items() if not reached.isdisjoint(factor._pyro_dims)}
+        grown = found != members
+        members = found
+        reached |= {s for n in members for s in factors[n][0]._pyro_dims if s in symbols}
+    joint = _summed([factors[n] for n in members], symbols, trace)
+    return joint - _summed([factors[n] for n in members if n != name], symbols, trace)
+
+
+def _factor(site: Site) -> Any:
+    factor = site["packed"]["unscaled_log_prob"]
+    if "_enumerate_symbol" in site["infer"]:
+        return factor
+    return packed.scale_and_mask(factor, mask=site["packed"]["mask"])
+
+
+def _summed(factors: list[tuple[Any, frozenset[str]]], symbols: set[str], trace: Trace) -> Tensor:
+    tree: OrderedDict[Any, list[Tensor]] = OrderedDict()
+    for factor, ordinal in factors:
+        tree.setdefault(ordinal, []).append(factor)
+    terms = [term for group in contract_tensor_tree(tree, symbols).values() for term in group]
+    total: Any = 0.0
+    for term in terms:
+        total = total + packed.unpack(term, trace.symbol_to_dim)
+    return total

@@ -1,0 +1,95 @@
+"""Quantiles and draws of every latent, for data sets larger than memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pyro_amortized.batches import ModelArgs, calls, num_calls
+from pyro_amortized.diagnostics.problem import progress_bar
+from pyro_amortized.export.batch import Options
+from pyro_amortized.export.exporter import Exporter, check_guide, check_number
+from pyro_amortized.export.groups import join_group
+from pyro_amortized.guides import LocalGuide
+
+if TYPE_CHECKING:
+    import xarray
+
+__all__ = ["posterior_summary"]
+
+
+def posterior_summary(
+    model: Callable[..., Any],
+    guide: LocalGuide,
+    model_args: ModelArgs = (),
+    model_kwargs: Mapping[str, Any] | None = None,
+    *,
+    quantiles: Sequence[float] = (0.05, 0.5, 0.95),
+    num_samples: int = 0,
+    seed: int = 0,
+    progress: bool = False,
+) -> xarray.Dataset:
+    r"""Marginal quantiles of every latent, and draws if asked for.
+
+    Batches of a loader are inferred one at a time and joined along the datapoint plate; memory is that of the result
+    and of one batch.
+
+    Args:
+        model: The Pyro model.
+        guide: A guide of this package.
+        model_args: The model's positional arguments as a tuple, or a ``DataLoader`` of batches.
+        model_kwargs: The model's keyword arguments.
+        quantiles: Q probabilities between 0 and 1; 0.5 is the median. See :meth:`LocalGuide.quantiles`.
+        num_samples: Number of draws K.
+        seed: Seed of all draws; torch's global seed is not touched.
+        progress: Whether to show a progress bar over batches.
+
+    Returns:
+        A dataset with the quantiles of every latent under its name, ``(quantile, *plates, *event)``, in the site's own
+        units; and, if asked for, draws under ``<site>_draws``, ``(draw, *plates, *event)``. Coordinates of a plate are
+        the positions in the full data set.
+
+    Raises:
+        ValueError: If the guide is none of this package, a probability lies outside of 0 and 1, or the guide of the
+            global latents has no quantiles.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> from torch.utils.data import DataLoader
+        >>> from pyro_amortized import AmortizedGuide
+        >>> _ = pyro.set_rng_seed(0); pyro.clear_param_store()
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> loader = DataLoader(torch.randn(10), batch_size=4)
+        >>> summary = posterior_summary(model, AmortizedGuide(model), loader)
+        >>> dict(summary.sizes)
+        {'quantile': 3, 'data': 10}
+        >>> median = summary["z"].sel(quantile=0.5)
+    """
+    check_guide(guide)
+    probs = _checked(quantiles)
+    check_number("num_samples", num_samples, 0)
+    names = {"quantiles", "posterior"} if num_samples else {"quantiles"}
+    exporter = Exporter(model, guide, Options(num_samples, 0, False, frozenset(names), seed, probs))
+    parts: dict[str, list[xarray.Dataset]] = {name: [] for name in names}
+    with progress_bar(num_calls(model_args), "Summarising", progress) as bar:
+        for args, kwargs in calls(model_args, model_kwargs):
+            for name, dataset in exporter.export(args, kwargs).items():
+                parts[name].append(dataset)
+            bar.update()
+    summary = join_group("quantiles", parts["quantiles"], exporter.plate).assign_coords(quantile=list(probs))
+    if not num_samples:
+        return summary
+    draws = join_group("posterior", parts["posterior"], exporter.plate).squeeze("chain", drop=True)
+    return summary.merge(draws.rename({name: f"{name}_draws" for name in draws.data_vars}))
+
+
+def _checked(quantiles: Sequence[float]) -> tuple[float, ...]:
+    probs = tuple(float(q) for q in quantiles)
+    if not probs or not all(0.0 < q < 1.0 for q in probs):
+        raise ValueError(
+            f"Cannot take quantiles {list(probs)} because these must lie between 0 and 1; try (0.05, 0.5, 0.95)."
+        )
+    return probs
