@@ -86,8 +86,8 @@ def test_false_alarms_are_as_rare_as_promised() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"scale": 1.2}, "too wide (overdispersed: ranks in the middle), scale about 1.2"),
-        ({"scale": 1 / 1.2}, "too narrow (underdispersed: ranks at the ends), scale about 0.8"),
+        ({"scale": 1.2}, "too wide (overdispersed, hump-shaped ranks), scale about 1.2"),
+        ({"scale": 1 / 1.2}, "too narrow (underdispersed, U-shaped ranks), scale about 0.8"),
         ({"shift": 0.4}, "biased high by about 0.4"),
         ({"shift": -0.4}, "biased low by about 0.3"),
     ],
@@ -123,7 +123,7 @@ def test_missing_correlations_are_seen_by_the_log_joint() -> None:
     found = calibrate(oracle.full, guide, (oracle.simulate(50),), num_simulations=500)
     assert found.failing[0] == "log_joint"
     assert not {"z[0]", "z[1]", "z[2]"} & set(found.failing)
-    assert "one by one are right, together wrong" in str(found)
+    assert "right one by one and wrong together" in str(found)
 
 
 def full_rank(oracle: LinearGaussian) -> AmortizedGuide:

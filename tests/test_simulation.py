@@ -322,3 +322,13 @@ def test_dropout_in_the_model_is_refused() -> None:
     model = with_site(lambda z, x: _normal(dropout(z), x))
     with pytest.raises(ValueError, match=r"try model.eval"):
         simulate(model, AmortizedGuide(model), (torch.ones(4),))
+
+
+def test_one_observation_of_many_datapoints_is_refused() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", 5):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x.expand(5))
+
+    with pytest.raises(ValueError, match=r"'x' are not found among the model's arguments"):
+        simulate(model, AmortizedGuide(model), (torch.zeros(()),))

@@ -152,8 +152,8 @@ def calibrate(
     latents one by one do not, for :math:`\log q(z | x)`, which gives the expected coverage of the guide's regions of
     highest density, and for the distance to a random reference point (TARP).
 
-    Every quantity is tested for a shift, a wrong spread and any other shape (:func:`uniformity_test`), and p-values are
-    adjusted for the number of quantities by Holm's method, so that an exact posterior fails with probability 5% at
+    Every quantity is tested for a shift, a wrong spread and any other shape of its distribution function, and p-values
+    are adjusted for the number of quantities by Holm's method, so that an exact posterior fails with probability 5% at
     most. A guide that passes is right on average over the prior, which is no promise for each datapoint.
 
     Args:
@@ -174,6 +174,17 @@ def calibrate(
         ValueError: If the model is none that can be simulated (see :func:`simulate`), it has no local latents, the
             guide only knows the observed datapoints, or a number is too small.
 
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_amortized import AmortizedGuide
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> report = calibrate(model, AmortizedGuide(model), (torch.randn(50),), num_simulations=200)
+        >>> report.calibrated  # the guide has not been trained
+        False
+
     References:
         Validating Bayesian Inference Algorithms with Simulation-Based Calibration, Sean Talts, Michael Betancourt,
         Daniel Simpson, Aki Vehtari, Andrew Gelman (2018), https://arxiv.org/abs/1804.06788
@@ -185,6 +196,9 @@ def calibrate(
         A Trust Crisis In Simulation-Based Inference? Your Posterior Approximations Can Be Unfaithful, Joeri Hermans,
         Arnaud Delaunoy, François Rozet, Antoine Wehenkel, Volodimir Begy, Gilles Louppe (2022),
         https://arxiv.org/abs/2110.06581
+
+        Graphical Test for Discrete Uniformity and its Applications in Goodness-of-Fit Evaluation and Multiple Sample
+        Comparison, Teemu Säilynoja, Paul-Christian Bürkner, Aki Vehtari (2022), https://arxiv.org/abs/2103.10522
 
         Sampling-Based Accuracy Testing of Posterior Estimators for General Inference, Pablo Lemos, Adam Coogan, Yashar
         Hezaveh, Laurence Perreault-Levasseur (2023), https://arxiv.org/abs/2302.03026

@@ -27,10 +27,13 @@ def draw_ecdf(data: xarray.Dataset, ax: Axes, names: Sequence[str], failing: Seq
     for name in sorted(names, key=lambda name: name in coloured):
         style: dict[str, Any] = {"label": name} if name in coloured else {"color": "0.5", "alpha": 0.6}
         ax.plot(points, _distribution(data, name) - points, drawstyle="steps-mid", lw=1.2, **style)
-    left_out = len(failing) - len(coloured)
-    title = f"and {left_out} more" if left_out > 0 and len(names) > 1 else None
+    left_out = len(failing) - len(coloured) if len(names) > 1 else 0
+    if left_out > 0:
+        ax.plot([], [], color="0.5", label=f"{left_out} more that fail")
+    low, high = ax.get_ylim()
     ax.set(xlabel="rank of the truth / number of draws", ylabel="difference from uniform", xlim=(0, 1))
-    ax.legend(frameon=False, title=title)
+    ax.set_ylim(low, high + 0.35 * (high - low))
+    ax.legend(frameon=False, loc="upper center", ncols=3, fontsize="small")
     return ax
 
 
@@ -44,6 +47,7 @@ def draw_ranks(data: xarray.Dataset, ax: Axes, name: str) -> Axes:
     ax.axhspan(low, high, color="0.85", lw=0, label="95% band, all bins at once")
     ax.axhline(len(values) / _NUM_BINS, color="0.5", lw=1)
     ax.hist(values, bins=[i / _NUM_BINS for i in range(_NUM_BINS + 1)], color="C0", alpha=0.8)
+    ax.set_ylim(0, 1.2 * max(high, ax.get_ylim()[1]))
     finding = data["finding"].sel(quantity=name).item()
     ax.set(xlabel="rank of the truth / number of draws", ylabel="simulations", xlim=(0, 1))
     ax.set_title(f"{name}: {finding}", fontsize="medium")

@@ -13,7 +13,7 @@ LEVEL = 0.05
 JOINT, DENSITY, TARP = "log_joint", "log_q", "tarp"
 """The quantities beside the latents: log p(x, z), log q(z | x), and the distance to a random reference point."""
 
-_OTHER = "another shape of the ranks: skewness, tails or modes"
+_OTHER = "another shape: skewness, tails or modes"
 
 
 def findings(names: list[str], test: UniformityTest, p_adjusted: list[float]) -> list[str]:
@@ -45,13 +45,13 @@ def _in_words(name: str, shift: float, spread: float) -> str:
         return _OTHER
     said = []
     if spread < 1:
-        said.append("too wide (overdispersed: ranks in the middle)")
+        said.append("too wide (overdispersed, hump-shaped ranks)")
     elif spread > 1:
-        said.append("too narrow (underdispersed: ranks at the ends)")
+        said.append("too narrow (underdispersed, U-shaped ranks)")
     if name == TARP and shift:
         said.append(f"draws too {'close to' if shift > 0 else 'far from'} random points")
     if name != TARP and spread != 1.0:
-        said[0] += f", scale about {1 / spread:.2f} times the right one"
+        said[0] += f", scale about {1 / spread:.2f} of the right one"
     if name != TARP and shift:
         said.append(f"biased {'low' if shift > 0 else 'high'} by about {abs(shift):.2f} of its sd")
     return "; ".join(said) or _OTHER
@@ -66,7 +66,7 @@ def advice(found: Mapping[str, str]) -> list[str]:
     lines = []
     others = {JOINT, DENSITY, TARP}
     if set(failing) <= others and len(found) > len(others) + 1:
-        lines.append('latents one by one are right, together wrong: try family="multivariate_normal" or "flow"')
+        lines.append('latents are right one by one and wrong together: try family="multivariate_normal"')
     elif "too narrow" in said:
         lines.append(
             'too narrow: try a richer family such as "multivariate_normal", longer training, guide.refined(20)'
@@ -75,6 +75,8 @@ def advice(found: Mapping[str, str]) -> list[str]:
         lines.append("too wide: try longer training at the full weight of the KL term, a larger encoder")
     if "biased" in said:
         lines.append("biased: try a larger encoder, an encoder_input with all data and covariates, guide.refined(20)")
+    if "another shape" in said:
+        lines.append('another shape: try a more flexible family, and look at plot("ecdf") for how much it matters')
     return [
         *lines,
         "estimate_gaps tells whether family or encoder is to blame, on the observed data",

@@ -82,6 +82,17 @@ def simulate(
     Raises:
         ValueError: If the model is none that can be simulated, observations are not found among its arguments, or it
             cannot be run on another number of datapoints.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_amortized import AmortizedGuide
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> simulation = simulate(model, AmortizedGuide(model), (torch.zeros(10),), num_datapoints=500)
+        >>> simulation.args[0].shape, simulation.latents.shape
+        (torch.Size([500]), torch.Size([500, 1]))
     """
     simulator = Simulator(bind(model, guide, model_args, model_kwargs, seed), guide)
     rng = generator(seed, 20)

@@ -82,7 +82,7 @@ class Arguments:
             The place, or None if there is none or more than one.
         """
         distinct = [i for i, leaf in enumerate(self.leaves) if _is_plain(leaf) and self._same[i] == i]
-        if _is_plain(value):
+        if _is_plain(value) and 0 not in value.stride():  # an expanded tensor holds one number for several
             memory = value.untyped_storage().data_ptr()
             for i in distinct:
                 if self.leaves[i].untyped_storage().data_ptr() == memory and self.leaves[i].dtype == value.dtype:
