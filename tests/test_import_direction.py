@@ -21,8 +21,8 @@ LAYERS: list[set[str]] = [
     {"structure"},
     {"objective", "sampling", "encoder_inputs"},
     {"guides"},
-    {"diagnostics", "training"},
-    {"export"},
+    {"diagnostics"},
+    {"training", "export"},
 ]
 """From low to high: a module imports from lower layers only. ``__init__`` gathers them all."""
 WITHOUT_PYRO = {"batches", "families", "encoders", "updates", "inference"}
