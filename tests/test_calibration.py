@@ -106,6 +106,7 @@ def test_wrong_posteriors_fail_in_their_direction(options: dict[str, float], wor
 def test_expected_coverage_has_a_direction(scale: float, word: str, sign: int) -> None:
     found = report(500, scale=scale)
     assert f"{word}confident" in found.dataset["finding"].sel(quantity="log_q").item()
+    assert ("too wide" if scale > 1 else "too narrow") in found.dataset["finding"].sel(quantity="tarp").item()
     share, error = found.coverage(0.8)
     assert sign * (share - 0.8) > 4 * error
     exact = dist.Chi2(torch.tensor(3.0)).cdf(torch.tensor(stats.chi2.ppf(0.8, 3) * scale**2)).item()
@@ -230,6 +231,18 @@ def test_enumerated_and_simplex_latents() -> None:
     assert calibrate(mixture, guide, (torch.linspace(-1.0, 21.0, 30),), num_simulations=400).calibrated
 
 
+def test_ties_are_broken_at_random() -> None:
+    """Around 1e20 all draws are the same number."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(1e20, 1.0))
+            pyro.sample("x", dist.Normal(0 * z, 1.0), obs=x)
+
+    guide = AmortizedGuide(model, _Function(lambda x: (torch.full((len(x), 1), 1e20), torch.ones(len(x), 1))))
+    assert calibrate(model, guide, (torch.zeros(10),), num_simulations=200).calibrated
+
+
 def test_reproducible_and_without_a_trace_in_the_global_seed() -> None:
     state = torch.get_rng_state()
     first, again, other = (report(50, seed=seed) for seed in (3, 3, 4))
@@ -307,6 +320,13 @@ def test_what_cannot_be_calibrated_is_refused() -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
+    def extreme(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 100.0))
+            pyro.sample("x", dist.Normal(z.exp(), 1.0), obs=x)
+
+    with pytest.raises(ValueError, match=r"no answer to data simulated.*try a prior.*Cannot sample the latents of"):
+        calibrate(extreme, AmortizedGuide(extreme), (torch.zeros(10),))
     with pytest.raises(ValueError, match="no local latents"):
         calibrate(no_local, AmortizedGuide(no_local), (torch.randn(5),))
 

@@ -17,13 +17,13 @@ from torch import Tensor
 from pyro_amortized.batches import ModelArgs, calls, num_calls
 from pyro_amortized.diagnostics.calibration_plots import draw_coverage, draw_ecdf, draw_ranks
 from pyro_amortized.diagnostics.findings import DENSITY, JOINT, LEVEL, TARP, advice, findings
-from pyro_amortized.diagnostics.noise import draw, generator, seeded
+from pyro_amortized.diagnostics.noise import generator
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar
+from pyro_amortized.diagnostics.ranks import prior_location, ranks
 from pyro_amortized.diagnostics.report import Report, new_axes
-from pyro_amortized.diagnostics.simulation import Simulation, Simulator
+from pyro_amortized.diagnostics.simulation import Simulator
 from pyro_amortized.diagnostics.uniformity import holm, simultaneous_band, uniformity_test
 from pyro_amortized.guides import LocalGuide
-from pyro_amortized.objective import chunks
 
 if TYPE_CHECKING:
     import xarray
@@ -212,20 +212,20 @@ def calibrate(
                 f"Cannot calibrate with {name}={value!r} because it must be an integer of at least {least}; "
                 f"try {name}={10 * least}."
             )
-    rng, ranks = generator(seed, 21), []
+    rng, parts = generator(seed, 21), []
     with progress_bar(num_simulations, "calibration", progress) as bar:
         for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs)):
             share = _share(num_simulations, num_calls(model_args), number)
             if share == 0:
                 continue
             problem = bind(model, guide, args, kwargs, seed)
-            prior = _prior_location(problem, rng)
+            prior = prior_location(problem, rng)
             for simulation in Simulator(problem, guide).blocks(share, rng):
-                found = _ranks(guide, problem, simulation, prior, num_samples, rng)[:share]
-                ranks.append(found)
+                found = ranks(guide, problem, simulation, prior, num_samples, rng)[:share]
+                parts.append(found)
                 share -= len(found)
                 bar.update(len(found))
-    return CalibrationReport(_to_dataset(torch.cat(ranks), problem, guide, num_samples, seed))
+    return CalibrationReport(_to_dataset(torch.cat(parts), problem, guide, num_samples, seed))
 
 
 def _share(total: int, number_of_calls: int | None, number: int) -> int:
@@ -238,66 +238,22 @@ def _share(total: int, number_of_calls: int | None, number: int) -> int:
     return total // number_of_calls + (number < total % number_of_calls)
 
 
-@torch.no_grad()
-def _ranks(
-    guide: LocalGuide,
-    original: LocalProblem,
-    simulation: Simulation,
-    prior: tuple[Tensor, Tensor],
-    num_samples: int,
-    rng: torch.Generator,
-) -> Tensor:
-    """Ranks of the true value of every quantity among draws from the guide, ties broken at random, ``(S, Q)``.
-
-    Reference points are draws from a normal with the prior's mean and standard deviation.
-    """
-    with seeded(rng), guide._repeatable():
-        structure, phi = guide._infer(simulation.args, simulation.kwargs)
-    log_joint = original.objective.log_joint.of_call(simulation.args, simulation.kwargs, structure)
-    family = original.objective.family
-    loc, scale = prior
-    reference = loc + scale * torch.randn(simulation.latents.shape, generator=rng, dtype=torch.float64).to(scale)
-
-    def quantities(z: Tensor) -> Tensor:
-        log_q = family(phi).log_prob(z)
-        distance = ((z - reference) / scale).square().sum(-1)
-        others = torch.stack([part.to(z) for part in (log_joint.plain(z), log_q, distance)], -1)
-        return torch.cat([z, others.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)], -1)
-
-    truth = quantities(simulation.latents.to(phi).unsqueeze(0))
-    below, equal = torch.zeros(truth.shape[1:]), torch.zeros(truth.shape[1:])
-    for piece in chunks(num_samples, len(phi)):
-        values = quantities(draw(family, phi, piece.stop - piece.start, rng))
-        below += (values < truth).sum(0).cpu()
-        equal += (values == truth).sum(0).cpu()
-    ties = torch.rand(equal.shape, generator=rng, dtype=torch.float64) * (equal + 1)
-    return below.long() + ties.floor().long()
-
-
-def _prior_location(problem: LocalProblem, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the prior's draws, ``(D,)`` each."""
-    log_joint = problem.objective.log_joint
-    with seeded(rng):
-        prior = log_joint.prior_draws(1 + 200 // log_joint.num_datapoints).flatten(0, 1)
-    return prior.mean(0), prior.std(0).clamp(min=1e-6)
-
-
-def _to_dataset(ranks: Tensor, problem: LocalProblem, guide: LocalGuide, num_samples: int, seed: int) -> xarray.Dataset:
+def _to_dataset(found: Tensor, problem: LocalProblem, guide: LocalGuide, num_samples: int, seed: int) -> xarray.Dataset:
     import xarray
 
     names = [*problem.objective.log_joint.layout.names, JOINT, DENSITY, TARP]
-    noise = torch.rand(ranks.shape, generator=generator(seed, 22), dtype=torch.float64)
-    pit = ((ranks + noise) / (num_samples + 1)).numpy()
+    noise = torch.rand(found.shape, generator=generator(seed, 22), dtype=torch.float64)
+    pit = ((found + noise) / (num_samples + 1)).numpy()
     points = _points(num_samples)
     test = uniformity_test(pit, points)
     adjusted = holm(test.p_value)
-    lower, upper = simultaneous_band(len(ranks), points, LEVEL / len(names))
+    lower, upper = simultaneous_band(len(found), points, LEVEL / len(names))
     held = ", ".join(problem.global_sites)
     columns = {key: ("quantity", getattr(test, key)) for key in vars(test)}
     words = np.array(findings(names, test, adjusted.tolist()), dtype=object)
     return xarray.Dataset(
         {
-            "rank": (("simulation", "quantity"), ranks.numpy()),
+            "rank": (("simulation", "quantity"), found.numpy()),
             "pit": (("simulation", "quantity"), pit),
             **columns,
             "p_adjusted": ("quantity", adjusted),
@@ -305,7 +261,7 @@ def _to_dataset(ranks: Tensor, problem: LocalProblem, guide: LocalGuide, num_sam
             "ecdf_lower": ("point", lower),
             "ecdf_upper": ("point", upper),
         },
-        coords={"simulation": np.arange(len(ranks)), "quantity": names, "point": points},
+        coords={"simulation": np.arange(len(found)), "quantity": names, "point": points},
         attrs={
             "units": "rank: number of draws below the truth; shift and spread: of standard normal scores",
             "num_samples": num_samples,
