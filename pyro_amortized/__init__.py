@@ -5,9 +5,11 @@ say where its parameters come from, ``guides`` put them together for Pyro, ``dia
 """
 
 from pyro_amortized.diagnostics import (
+    CalibrationReport,
     GapComparison,
     GapEstimate,
     LocalOptimum,
+    calibrate,
     compare_gaps,
     estimate_gaps,
     evidence_bounds,
@@ -25,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Adam",
     "AmortizedGuide",
+    "CalibrationReport",
     "DeepSetEncoder",
     "GapComparison",
     "GapEstimate",
@@ -41,6 +44,7 @@ __all__ = [
     "SemiAmortizedGuide",
     "UpdateRule",
     "VariationalFamily",
+    "calibrate",
     "compare_gaps",
     "estimate_gaps",
     "evidence_bounds",

@@ -14,7 +14,7 @@ from pyro_amortized import AmortizedGuide, GapEstimate, estimate_gaps
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("_float64")]
 
-NUM_SEEDS, POINTS = 200, 4
+NUM_SEEDS, POINTS = 200, 3
 LOW, HIGH = 0.90, 0.99
 
 

@@ -1,6 +1,7 @@
 """Diagnostics of amortized inference."""
 
 from pyro_amortized.diagnostics.bounds import evidence_bounds
+from pyro_amortized.diagnostics.calibration import CalibrationReport, calibrate
 from pyro_amortized.diagnostics.comparison import GapComparison, compare_gaps
 from pyro_amortized.diagnostics.evidence import log_evidence
 from pyro_amortized.diagnostics.gaps import GapEstimate, estimate_gaps
@@ -8,9 +9,11 @@ from pyro_amortized.diagnostics.importance import psis
 from pyro_amortized.diagnostics.local_optimum import LocalOptimum, optimize_local
 
 __all__ = [
+    "CalibrationReport",
     "GapComparison",
     "GapEstimate",
     "LocalOptimum",
+    "calibrate",
     "compare_gaps",
     "estimate_gaps",
     "evidence_bounds",

@@ -80,7 +80,14 @@ def _combine(rounds: Tensor, controls: Tensor) -> tuple[Tensor, Tensor]:
     values = torch.cat([values, values[:, 1:] - values[:, :1]], 1)
     mean = torch.where(present[:, None], values, 0.0).sum(0) / count
     squares = torch.where(present[:, None], values - mean, 0.0).square().sum(0)
-    return mean, (squares / (count * (count - 1))).sqrt()
+    return mean, _widening(count) * (squares / (count * (count - 1))).sqrt()
+
+
+def _widening(count: Tensor) -> Tensor:
+    """What a standard error from so few rounds lacks for two of them to cover as much as those of a normal do."""
+    from scipy.special import ndtr, stdtrit
+
+    return torch.from_numpy(stdtrit(count.double().numpy() - 1, ndtr(2.0)) / 2)
 
 
 def _quadratic(objective: LocalObjective, phi: Tensor) -> Tensor | None:
