@@ -11,12 +11,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import numpy as np
 import pyro
 import torch
 from _common import VAE, Guide, drawing, elbo_by_steps, load_images, make_parser, picture_path, train
 
-from pyro_amortized import AmortizedGuide, GapEstimate, IterativeAmortizedGuide, SemiAmortizedGuide, estimate_gaps
+from pyro_amortized import AmortizedGuide, GapEstimate, IterativeAmortizedGuide, SemiAmortizedGuide, compare_gaps
 
 REFINEMENT = (0, 1, 2, 3, 5, 10, 20)
 Results = dict[tuple[str, str], GapEstimate]
@@ -41,24 +40,6 @@ def train_guides(images: torch.Tensor, num_steps: int) -> tuple[VAE, dict[str, G
         steps = max(1, num_steps // share)  # a step of a guide that refines costs several times as much
         train(model, guides[name], images, f"{name} guide", num_steps=steps)
     return model, guides
-
-
-def print_table(results: Results) -> None:
-    """One row per guide and data: means in nats per image, each +- its Monte Carlo standard error."""
-    columns = ("log_evidence", "elbo", "approximation_gap", "amortization_gap")
-    header = f"{'guide':16s}{'images':10s}" + "".join(f"{name.replace('_', ' '):>20s}" for name in columns)
-    print("\nMeans in nats per image +- Monte Carlo standard error\n" + header + f"{'unreliable':>12s}")
-    for (name, split), gaps in results.items():
-        count = gaps.dataset.sizes["images"]
-        cells = ""
-        for column in columns:
-            error = np.sqrt(np.square(gaps.dataset[f"{column}_se"].values).sum()) / count
-            cells += f"{gaps.dataset[column].values.mean():11.3f} +- {error:5.3f}"
-        unreliable = int((~gaps.dataset["reliable"]).sum())
-        print(f"{name:16s}{split:10s}{cells}{unreliable:>6d} of {count}")
-    print("log evidence = ELBO + approximation gap (what the family cannot represent) + amortization gap (what the")
-    print("guide misses within the family). A richer family shrinks the first, a better encoder or refinement the")
-    print(f"second: 'refined' is the mean-field guide followed by {REFINEMENT[-1]} gradient steps for each image.")
 
 
 def save_gaps(results: Results, path: Path) -> None:
@@ -96,13 +77,15 @@ def main(argv: list[str] | None = None) -> None:
     picture = picture_path(args.out, "gap_decomposition")
     pyro.set_rng_seed(args.seed)
     model, guides = train_guides(train_images, args.num_steps)
-    results: Results = {}
-    for name, guide in guides.items():
-        for split, images in data.items():
-            print(f"gaps of the {name} guide on {len(images)} {split} images")
-            results[name, split] = estimate_gaps(model, guide, (images,), seed=args.seed, progress=True)
+    comparison = compare_gaps(
+        model, guides, {split: (images,) for split, images in data.items()}, seed=args.seed, progress=True
+    )
+    results = comparison.estimates
     elbos = {split: elbo_by_steps(model, guides["refined"], images, REFINEMENT) for split, images in data.items()}
-    print_table(results)
+    print(f"\n{comparison}\n")
+    print("log p(x) = ELBO + approximation gap (what the family cannot represent) + amortization gap (what the guide")
+    print("misses within the family). A richer family shrinks the first, a better encoder or refinement the second:")
+    print(f"'refined' is the mean-field guide followed by {REFINEMENT[-1]} gradient steps for each image.")
     save_gaps(results, picture)
     save_refinement(results, elbos, picture.with_name(f"{picture.stem}_refinement.png"))
     for (name, split), gaps in results.items():

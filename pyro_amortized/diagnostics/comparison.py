@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from pyro_amortized.batches import ModelArgs, calls
+from pyro_amortized.batches import ModelArgs, calls, num_calls
 from pyro_amortized.diagnostics.gaps import QUANTITIES, GapEstimate, decompose, warn_of_violations
 from pyro_amortized.diagnostics.noise import batch_seed
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar
@@ -195,7 +195,9 @@ def compare_gaps(
         raise ValueError("Cannot compare gaps because there is no guide or no data set; try at least one of each.")
     graphs = {name: GraphCache(compile) for name in by_name}
     parts: dict[tuple[str, str], list[GapEstimate]] = {(guide, d): [] for d in data for guide in by_name}
-    with progress_bar(None, "gap decompositions", progress) as bar:
+    counts = [num_calls(own_args) for own_args in data.values()]
+    total = None if None in counts else len(by_name) * sum(filter(None, counts))
+    with progress_bar(total, "gap decompositions", progress) as bar:
         for data_name, own_args in data.items():
             for number, (args, kwargs) in enumerate(calls(own_args, model_kwargs)):
                 own_seed = batch_seed(seed, number)
