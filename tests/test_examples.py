@@ -42,7 +42,7 @@ def test_gap_decomposition(
     printed = capsys.readouterr().out
     assert "approximation gap" in printed
     for guide in ("mean-field", "refined", "semi-amortized", "iterative", "full-rank"):
-        assert len(re.findall(rf"^{guide} +(training|held-out) .* of 2$", printed, re.MULTILINE)) == 2
+        assert len(re.findall(rf"^{guide}, (training|held-out) .* of 2$", printed, re.MULTILINE)) == 2
     assert len(list(tmp_path.rglob("*.nc"))) == 10
     assert len(list(tmp_path.rglob("*.png"))) == 2
 
