@@ -52,6 +52,8 @@ def test_the_whole_call_by_default_and_reproducibly() -> None:
     oracle, x = linear()
     guide, before, state = AmortizedGuide(oracle.full), x.clone(), torch.get_rng_state()
     first, again, other = (simulate(oracle.full, guide, (x,), seed=seed) for seed in (1, 1, 2))
+    simulate(oracle.full, guide, (x,), None, 33)
+    simulate(oracle.full, AmortizedGuide(oracle.full, name="new"), (x,), None, 7)
     assert torch.equal(x, before)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first.args[0], again.args[0])

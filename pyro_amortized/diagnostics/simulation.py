@@ -153,8 +153,9 @@ class Simulator:
         if part is None or (len(rows) > self.num_datapoints and self._indexed):
             return False
         try:
-            look = self.guide._structures.look
-            structure, _, _ = look(part.model, tuple(part.args), part.kwargs, part.structure.indices)
+            with torch.random.fork_rng():
+                look = self.guide._structures.look
+                structure, _, _ = look(part.model, tuple(part.args), part.kwargs, part.structure.indices)
             self.log_joint.structure.check_same(structure)
         except Exception:  # a model may fail in any way on a part of its data; then it is run on all of it
             return False
@@ -177,8 +178,9 @@ class Simulator:
         nodes: dict[str, Any] = trace.nodes
         observed = {name: nodes[name]["value"] for name in places}
         args, kwargs = arguments.replaced([(place, observed[name]) for name, place in places.items()])
-        _check_same_model(part, trace, args, kwargs)
-        _check_inputs(self.guide, arguments.call, (args, kwargs))
+        with torch.random.fork_rng():
+            _check_same_model(part, trace, args, kwargs)
+            _check_inputs(self.guide, arguments.call, (args, kwargs))
         latents = part.layout.flatten({site.name: nodes[site.name]["value"] for site in part.layout.sites})
         _check_finite(part.layout, latents, observed)
         return Simulation(args, kwargs, latents, observed, rows)
