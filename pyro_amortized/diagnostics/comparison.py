@@ -193,7 +193,7 @@ def compare_gaps(
     data: Mapping[str, ModelArgs] = model_args if isinstance(model_args, Mapping) else {"data": model_args}
     if not by_name or not data:
         raise ValueError("Cannot compare gaps because there is no guide or no data set; try at least one of each.")
-    graphs = {name: GraphCache(compile) for name in by_name}
+    graphs = GraphCache(compile)  # of the log-joint, which is the same for all guides
     parts: dict[tuple[str, str], list[GapEstimate]] = {(guide, d): [] for d in data for guide in by_name}
     counts = [num_calls(own_args) for own_args in data.values()]
     total = None if None in counts else len(by_name) * sum(filter(None, counts))
@@ -203,7 +203,7 @@ def compare_gaps(
                 own_seed = batch_seed(seed, number)
                 known: list[tuple[LocalProblem, dict[str, Tensor]]] = []
                 for guide_name, guide in by_name.items():
-                    problem = bind(model, guide, args, kwargs, own_seed, graphs=graphs[guide_name])
+                    problem = bind(model, guide, args, kwargs, own_seed, graphs=graphs)
                     shared = next((evidence for other, evidence in known if _same_globals(other, problem)), None)
                     part, evidence = decompose(problem, tolerance, max_samples, own_seed, False, shared)
                     part.dataset.attrs["seed"] = seed
