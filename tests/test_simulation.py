@@ -202,7 +202,7 @@ def test_constrained_and_enumerated_latents() -> None:
     assert abs((simulation.args[0] > 20).double().mean() - 0.5) < 0.1
 
 
-def test_models_that_only_run_on_all_their_rows() -> None:
+def test_models_that_only_run_on_all_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     oracle, x = linear(6)
 
     def stubborn(x: Tensor) -> None:

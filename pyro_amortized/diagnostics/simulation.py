@@ -130,12 +130,11 @@ class Simulator:
     def blocks(self, num_simulations: int, rng: torch.Generator) -> Iterator[Simulation]:
         """Simulates at least ``num_simulations`` datapoints: in blocks, or as whole data sets if it has to be."""
         rows = self.choose_rows(num_simulations, rng)
-        if rows is None:
-            for _ in range(math.ceil(num_simulations / self.num_datapoints)):
-                yield self.run(None, rng)
-        else:
-            for block in rows.chunk(math.ceil(num_simulations / _BLOCK)):
-                yield self.run(block, rng)
+        blocks: Sequence[Tensor | None] = () if rows is None else rows.chunk(math.ceil(num_simulations / _BLOCK))
+        if not blocks or not self._can_run(blocks[0]):
+            blocks = [None] * math.ceil(num_simulations / self.num_datapoints)
+        for block in blocks:
+            yield self.run(block, rng)
 
     def choose_rows(self, number: int, rng: torch.Generator) -> Tensor | None:
         """Rows of the call to simulate, each equally often but for a remainder; None if only all can be run at once."""
@@ -144,8 +143,8 @@ class Simulator:
         rows = rows.sort().values if number <= size else rows
         return rows if self._can_run(rows) else None
 
-    def _can_run(self, rows: Tensor) -> bool:
-        if _is_range(rows, self.num_datapoints):
+    def _can_run(self, rows: Tensor | None) -> bool:
+        if rows is None or _is_range(rows, self.num_datapoints):
             return True
         if self.guide.master is not None:  # an AutoGuideList fixes the sizes of its plates
             return False
