@@ -9,6 +9,7 @@ from pyro_amortized.diagnostics import (
     GapComparison,
     GapEstimate,
     LocalOptimum,
+    Simulation,
     calibrate,
     compare_gaps,
     estimate_gaps,
@@ -16,6 +17,7 @@ from pyro_amortized.diagnostics import (
     log_evidence,
     optimize_local,
     psis,
+    simulate,
 )
 from pyro_amortized.encoders import DeepSetEncoder, MLPEncoder
 from pyro_amortized.families import LowRankMultivariateNormal, MultivariateNormal, Normal, VariationalFamily
@@ -42,6 +44,7 @@ __all__ = [
     "Normal",
     "PerDatapointGuide",
     "SemiAmortizedGuide",
+    "Simulation",
     "UpdateRule",
     "VariationalFamily",
     "calibrate",
@@ -51,4 +54,5 @@ __all__ = [
     "log_evidence",
     "optimize_local",
     "psis",
+    "simulate",
 ]

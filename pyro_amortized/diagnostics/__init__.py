@@ -7,12 +7,14 @@ from pyro_amortized.diagnostics.evidence import log_evidence
 from pyro_amortized.diagnostics.gaps import GapEstimate, estimate_gaps
 from pyro_amortized.diagnostics.importance import psis
 from pyro_amortized.diagnostics.local_optimum import LocalOptimum, optimize_local
+from pyro_amortized.diagnostics.simulation import Simulation, simulate
 
 __all__ = [
     "CalibrationReport",
     "GapComparison",
     "GapEstimate",
     "LocalOptimum",
+    "Simulation",
     "calibrate",
     "compare_gaps",
     "estimate_gaps",
@@ -20,4 +22,5 @@ __all__ = [
     "log_evidence",
     "optimize_local",
     "psis",
+    "simulate",
 ]
