@@ -6,7 +6,8 @@ import argparse
 import statistics
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -18,7 +19,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pyro_amortized import AmortizedGuide, GradientAscent, PerDatapointGuide, SemiAmortizedGuide
+from pyro_amortized import (
+    AmortizedGuide,
+    GradientAscent,
+    MLPEncoder,
+    PerDatapointGuide,
+    SemiAmortizedGuide,
+    estimate_gaps,
+    to_arviz,
+)
 
 
 def paired_ratio(first: Callable[[], object], second: Callable[[], object], repeats: int = 31, inner: int = 40) -> str:
@@ -217,11 +226,45 @@ class SavedBytes(TorchDispatchMode):
         self.alive -= size
 
 
+def many_datapoints() -> None:
+    """Memory and time of estimate_gaps and to_arviz on a loader: 4 times the batches of 500, images of 784 pixels."""
+    model = vae_model(64, 10, "decoder_many")
+    guide = AmortizedGuide(model, MLPEncoder(784, (64,)), name="many")
+    guide.setup(torch.rand(500, 784).round())
+
+    def work(function: Callable[[Iterator[torch.Tensor]], object], count: int) -> tuple[float, float]:
+        resident: list[float] = []
+
+        def batches() -> Iterator[torch.Tensor]:
+            for seed in range(count):
+                resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20)
+                yield torch.rand(500, 784, generator=torch.Generator().manual_seed(seed)).round()
+
+        start = time.perf_counter()
+        function(batches())
+        return time.perf_counter() - start, max(resident[1:]) - resident[1]
+
+    tasks = {
+        "estimate_gaps": lambda batches: estimate_gaps(model, guide, batches, tolerance=0.1),
+        "to_arviz": lambda batches: to_arviz(
+            model, guide, batches, num_samples=20, groups=("posterior", "sample_stats")
+        ),
+    }
+    for name, task in tasks.items():
+        work(task, 2)
+        (short, _), (long, growth) = work(task, 5), work(task, 20)
+        print(
+            f"{name}, 10000 datapoints / 2500: time {long / short:.2f} ({long:.1f} s); resident memory grew by "
+            f"{growth:.0f} MiB (the inputs: {10000 * 784 * 4 / 2**20:.0f} MiB)"
+        )
+
+
 BENCHMARKS = {
     "svi_step": svi_step,
     "sparse_table": sparse_table,
     "semi_amortized_step": semi_amortized_step,
     "checkpoint_memory": checkpoint_memory,
+    "many_datapoints": many_datapoints,
 }
 
 
