@@ -20,7 +20,7 @@ import pytest
 import torch
 import xarray
 from models import LinearGaussian, chains, counts, topics, uniform_bounds
-from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoIAFNormal, AutoMultivariateNormal, AutoNormal
 from pyro.ops.indexing import Vindex
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -34,6 +34,7 @@ from pyro_amortized import (
     psis,
 )
 from pyro_amortized.export import posterior_summary, to_arviz
+from pyro_amortized.export.runs import ModelRuns
 
 pytestmark = pytest.mark.usefixtures("_float64")
 mpl.use("Agg")
@@ -336,7 +337,7 @@ def test_batches_share_the_global_draws() -> None:
     assert abs((level - mu[:, None]).std() - 1.0) < 0.25  # around the same mu in all batches
 
 
-@pytest.mark.parametrize("global_guide", [AutoNormal, AutoMultivariateNormal, AutoDelta])
+@pytest.mark.parametrize("global_guide", [AutoNormal, AutoMultivariateNormal, AutoDelta, AutoIAFNormal])
 def test_global_guides(global_guide: Any) -> None:
     t, y = regression_data()
     guide = AmortizedGuide(regression, global_guide=global_guide)
@@ -443,6 +444,36 @@ def test_a_decoder_of_images(likelihood: Any) -> None:
     residual = draws(data, "posterior_predictive", "x") - everywhere
     assert mean_error(residual, np.zeros(x.shape)) < 4.5
     assert len(np.unique(draws(data, "posterior_predictive", "x").reshape(300, -1), axis=0)) > 200
+
+
+@pytest.mark.parametrize(
+    ("model", "modes"),
+    [
+        (topics, {"weigh": "_together", "predict": "_together"}),
+        (linear_regression, {"weigh": "_mapped", "predict": "_mapped"}),
+    ],
+)
+def test_draws_are_vectorised(model: Any, modes: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, Any] = {}
+    runs = 0
+
+    def choose(self: ModelRuns, function: Any, draws: Any) -> None:
+        nonlocal runs
+        original(self, function, draws)
+        found.update({name: mode.__name__ for name, mode in self.modes.items()})
+        runs = 0
+
+    def count(*args: Any) -> None:
+        nonlocal runs
+        runs += 1
+        model(*args)
+
+    original = ModelRuns.choose_mode
+    monkeypatch.setattr(ModelRuns, "choose_mode", choose)
+    args = (counts(POINTS),) if model is topics else (torch.randn(5, 2), torch.randn(5))
+    to_arviz(count, AmortizedGuide(model), args, num_samples=500)
+    assert found == modes
+    assert runs == 2
 
 
 # Resampling

@@ -42,6 +42,13 @@ def check_number(name: str, value: Any, least: int) -> None:
         raise ValueError(f"Cannot use {name}={value!r} because it must be a whole number from {least} on; try 1000.")
 
 
+def _version() -> str:
+    try:
+        return metadata.version("pyro-amortized")
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
 class Exporter:
     """Exports one batch after the other, with the same draws of the global latents.
 
@@ -130,32 +137,35 @@ class Exporter:
                 looked = guide._structures.look(guide.model, args, kwargs, structure.indices)[0]
                 structure = replace(structure, indices={**looked.indices, **structure.indices})
             return structure, None
-        if self.options.weighs:
-            problem = bind(self.model, guide, args, kwargs, self.options.seed)
-            return problem.objective.log_joint.structure, problem.phi
+        if self.options.weighs and self._number == 0:
+            self._check(args, kwargs)
         with guide._repeatable():
             return guide._infer(args, kwargs)
 
+    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Makes sure, in the first batch, that log-densities can be trusted."""
+        try:
+            bind(self.model, self.guide, args, kwargs, self.options.seed)
+        except NotImplementedError:  # a global guide that knows no median, at which the check would be
+            return
+
     def _draw(self, runs: ModelRuns, phi: Tensor | None) -> Draws:
-        number = self.options.num_samples
-        if self._globals is None:
-            self._globals = self._draw_globals(runs)
-        if self.options.resample and (phi is None or self._globals):
-            cause = f"global latents {sorted(self._globals)} are drawn, and weights would mix draws of them"
+        names = [name for name in runs.structure.global_sites if name in runs.latent]
+        if self.options.resample and (phi is None or names):
+            cause = f"global latents {names} are drawn, so that its weights would mix draws of them"
             remedy = "pyro.condition(model, data=guide.global_median(*args)) for the model"
             if phi is None:
                 cause, remedy = "the model has no local latents", "resample=False"
-            raise ValueError(f"Cannot resample the draws of every datapoint because {cause}; try {remedy}.")
-        z = None
-        if phi is not None:
-            z = draw(self.guide._family, phi, number, generator(self.options.seed, 32, self._number))
-        return Draws(z, self._globals)
+            raise ValueError(f"Cannot resample the draws of each datapoint because {cause}; try {remedy}.")
+        if self._globals is None:
+            self._globals = self._draw_globals(runs, names) if names else {}
+        if phi is None:
+            return Draws(None, self._globals)
+        rng = generator(self.options.seed, 32, self._number)
+        return Draws(draw(self.guide._family, phi, self.options.num_samples, rng), self._globals)
 
-    def _draw_globals(self, runs: ModelRuns) -> dict[str, Tensor]:
-        """Draws of the global latents that are latent in the model, one by one, which every autoguide can do."""
-        names = [name for name in runs.structure.global_sites if name in runs.latent]
-        if not names:
-            return {}
+    def _draw_globals(self, runs: ModelRuns, names: list[str]) -> dict[str, Tensor]:
+        """Draws of global latents, one by one, which every autoguide can do."""
         guide, values = self.guide._global(), []
         for _ in range(self.options.num_samples):
             nodes: dict[str, Any] = run_model(guide, runs.args, runs.kwargs).nodes
@@ -185,7 +195,7 @@ class Exporter:
         return {
             "created_at": datetime.now(timezone.utc).isoformat(),
             "inference_library": "pyro_amortized",
-            "inference_library_version": metadata.version("pyro-amortized"),
+            "inference_library_version": _version(),
             "guide": type(guide).__name__,
             "family": type(guide._family).__name__ if local else "none",
             "latent_dim": structure.layout.latent_dim if structure.layout is not None else 0,

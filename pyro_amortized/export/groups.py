@@ -158,7 +158,7 @@ def join_group(name: str, parts: list[xarray.Dataset], plate: str | None) -> xar
     slices = [part[along] for part in parts]
     parts.clear()
     joined = join(slices, str(plate))
-    return joined.merge(kept).assign_attrs(kept.attrs)
+    return kept.merge(joined)
 
 
 def _check_sizes(name: str, parts: Sequence[xarray.Dataset], plate: str | None) -> None:

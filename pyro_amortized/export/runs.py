@@ -7,20 +7,19 @@ leading axis of the draws, then the model's batch dimensions, then those of an e
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask
-from pyro.ops import packed
-from pyro.ops.contract import contract_tensor_tree
 from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_amortized.export.likelihood import log_likelihood
 from pyro_amortized.layout import is_data, latent_sites
 from pyro_amortized.objective import LocalLogJoint
 from pyro_amortized.structure import Structure
@@ -85,7 +84,7 @@ class ModelRuns:
         sites: The axes of all sites.
         latent: Names of the latent sites, but for those that the model sums out.
         depth: Number of batch dimensions of results.
-        num_rows: Largest number of batch elements of a site.
+        num_elements: Number of elements of the largest site.
         modes: How several draws are evaluated, by pass; those missing one by one.
     """
 
@@ -107,7 +106,7 @@ class ModelRuns:
         }
         self._plate_depth = max((-frame.dim for frame in structure.frames.values()), default=0)
         self.depth = max([self._plate_depth, *(len(site["fn"].batch_shape) for site in found.values())])
-        self.num_rows = max([1, *(site["fn"].batch_shape.numel() for site in found.values())])
+        self.num_elements = max([1, *(site["fn"].shape().numel() for site in found.values())])
         self.modes: dict[str, Mode] = {}
         self._check_latents()
 
@@ -138,7 +137,7 @@ class ModelRuns:
             self._run(recorder, values, handlers)
         trace = recorder.trace
         for name in self.data:
-            value = _log_likelihood(trace, name, bool(self.structure.enumerated))
+            value = log_likelihood(trace, name, bool(self.structure.enumerated))
             results["log_likelihood", name] = self._aligned(value, 0, number, together)
         return results
 
@@ -155,7 +154,8 @@ class ModelRuns:
     def _sample(
         self, values: Mapping[str, Tensor], number: int, together: bool, groups: Mapping[str, tuple[str, ...]]
     ) -> Results:
-        trace = self._run(poutine.uncondition(self.model), values, self._draws_plate(number, together))
+        handlers = [_Sample(values), *self._draws_plate(number, together)]
+        trace = self._run(poutine.uncondition(self.model), values, handlers)
         nodes: dict[str, Any] = trace.nodes
         return {
             (group, name): self._aligned(nodes[name]["value"], self.sites[name].event_dim, number, together)
@@ -229,6 +229,18 @@ class ModelRuns:
         return value.reshape(value.shape[:1] + value.shape[1 + self.depth - self.sites[name].batch_rank :])
 
 
+class _Sample(Messenger):
+    """Draws without a path for gradients, which torch can vectorise for more distributions."""
+
+    def __init__(self, given: Collection[str]) -> None:
+        super().__init__()
+        self.given = given
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["value"] is None and not msg["is_observed"] and msg["name"] not in self.given:
+            msg["value"] = msg["fn"].sample()
+
+
 def _site_shape(site: Site) -> SiteShape:
     plates = {frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.vectorized}
     return SiteShape(site["fn"].event_dim, len(site["fn"].batch_shape), plates)
@@ -248,7 +260,9 @@ def _mapped(function: Pass, draws: Draws, number: int) -> Results:
         return {key: value.squeeze(0) for key, value in results.items()}
 
     tensors = dict(draws.globals) if draws.z is None else {**draws.globals, "": draws.z}
-    return torch.vmap(single, randomness="different")(torch.arange(number), tensors)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of operators that it vectorises by a loop
+        return torch.vmap(single, randomness="different")(torch.arange(number), tensors)
 
 
 def _one_by_one(function: Pass, draws: Draws, number: int) -> Results:
@@ -260,54 +274,3 @@ def _one_by_one(function: Pass, draws: Draws, number: int) -> Results:
 def _close(actual: Tensor, expected: Tensor) -> bool:
     tolerance = 1e-8 if expected.dtype == torch.float64 else 1e-4
     return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
-
-
-def _log_likelihood(trace: Trace, name: str, enumerated: bool) -> Tensor:
-    """The log-likelihood of a data site over its batch dimensions: masked, not scaled, discrete latents summed out."""
-    site: Site = trace.nodes[name]  # type: ignore[assignment]
-    if enumerated:
-        trace.compute_log_prob()
-        trace.pack_tensors()
-        symbols = {
-            s["infer"]["_enumerate_symbol"] for s in sample_sites(trace).values() if "_enumerate_symbol" in s["infer"]
-        }
-        if not symbols.isdisjoint(site["packed"]["unscaled_log_prob"]._pyro_dims):
-            return _marginal_log_likelihood(trace, name, symbols)
-    log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-    return scale_and_mask(log_prob, mask=site["mask"])
-
-
-def _marginal_log_likelihood(trace: Trace, name: str, symbols: set[str]) -> Tensor:
-    r""":math:`\log \sum_k p(x, z, k) - \log \sum_k p(z, k)` over the discrete latents k that the site depends on."""
-    factors = {
-        n: (_factor(site), frozenset(trace.plate_to_symbol[f.name] for f in site["cond_indep_stack"] if f.vectorized))
-        for n, site in sample_sites(trace).items()
-        if n == name or not is_data(site)
-    }
-    reached, members = set(factors[name][0]._pyro_dims) & symbols, {name}
-    grown = True
-    while grown:  # all that the discrete latents of this site are connected with
-        found = {n for n, (factor, _) in factors.items() if not reached.isdisjoint(factor._pyro_dims)}
-        grown = found != members
-        members = found
-        reached |= {s for n in members for s in factors[n][0]._pyro_dims if s in symbols}
-    joint = _summed([factors[n] for n in members], symbols, trace)
-    return joint - _summed([factors[n] for n in members if n != name], symbols, trace)
-
-
-def _factor(site: Site) -> Any:
-    factor = site["packed"]["unscaled_log_prob"]
-    if "_enumerate_symbol" in site["infer"]:
-        return factor
-    return packed.scale_and_mask(factor, mask=site["packed"]["mask"])
-
-
-def _summed(factors: list[tuple[Any, frozenset[str]]], symbols: set[str], trace: Trace) -> Tensor:
-    tree: OrderedDict[Any, list[Tensor]] = OrderedDict()
-    for factor, ordinal in factors:
-        tree.setdefault(ordinal, []).append(factor)
-    terms = [term for group in contract_tensor_tree(tree, symbols).values() for term in group]
-    total: Any = 0.0
-    for term in terms:
-        total = total + packed.unpack(term, trace.symbol_to_dim)
-    return total
