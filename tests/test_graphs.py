@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from pyro_amortized import AmortizedGuide, GradientAscent, SemiAmortizedGuide, estimate_gaps, optimize_local
 from pyro_amortized.graphs import GraphCache, trace
-from pyro_amortized.objective import LocalLogJoint, LocalObjective
+from pyro_amortized.log_joint import LocalLogJoint
+from pyro_amortized.objective import LocalObjective
 from pyro_amortized.structure import StructureCache
 
 

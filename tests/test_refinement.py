@@ -46,7 +46,8 @@ from pyro_amortized import (
 )
 from pyro_amortized.graphs import GraphCache
 from pyro_amortized.inference import InferenceStrategy, Refined
-from pyro_amortized.objective import LocalLogJoint, LocalObjective
+from pyro_amortized.log_joint import LocalLogJoint
+from pyro_amortized.objective import LocalObjective
 from pyro_amortized.structure import StructureCache
 
 FAMILIES = ["normal", "multivariate_normal", "low_rank_multivariate_normal"]

@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_amortized.diagnostics.noise import generator
 from pyro_amortized.diagnostics.problem import LocalProblem
 from pyro_amortized.diagnostics.proposal import Proposal
-from pyro_amortized.objective import chunks
+from pyro_amortized.log_joint import chunks
 
 __all__ = ["anneal"]
 

@@ -23,7 +23,7 @@ from pyro_amortized.diagnostics.priors import SitePrior, site_priors
 from pyro_amortized.diagnostics.problem import LocalProblem
 from pyro_amortized.families import Normal, VariationalFamily
 from pyro_amortized.layout import LocalSite
-from pyro_amortized.objective import MAX_ROWS
+from pyro_amortized.log_joint import MAX_ROWS
 
 __all__ = ["Divergence", "local_divergence", "mutual_information"]
 

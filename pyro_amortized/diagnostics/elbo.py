@@ -10,7 +10,8 @@ from torch import Tensor
 from pyro_amortized.diagnostics.laplace import hessian
 from pyro_amortized.diagnostics.noise import generator, quasi_normal, seeded
 from pyro_amortized.diagnostics.problem import progress_bar
-from pyro_amortized.objective import LocalObjective, chunks
+from pyro_amortized.log_joint import chunks
+from pyro_amortized.objective import LocalObjective
 
 __all__ = ["estimate_elbo", "log_weights"]
 

@@ -23,7 +23,7 @@ from pyro_amortized.diagnostics.noise import generator
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar, to_dataset
 from pyro_amortized.diagnostics.proposal import Proposal, first_proposal
 from pyro_amortized.guides import LocalGuide
-from pyro_amortized.objective import chunks
+from pyro_amortized.log_joint import chunks
 
 if TYPE_CHECKING:
     import xarray

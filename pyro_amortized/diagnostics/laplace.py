@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_amortized.diagnostics.lbfgs import minimize_rows
 from pyro_amortized.diagnostics.noise import draw
-from pyro_amortized.objective import LocalLogJoint, chunks
+from pyro_amortized.log_joint import LocalLogJoint, chunks
 
 __all__ = ["covariance_root", "find_modes", "hessian", "moments"]
 

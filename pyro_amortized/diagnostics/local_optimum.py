@@ -18,7 +18,8 @@ from pyro_amortized.diagnostics.lbfgs import minimize_rows
 from pyro_amortized.diagnostics.noise import draw, generator, quasi_normal
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar, to_dataset
 from pyro_amortized.guides import LocalGuide
-from pyro_amortized.objective import LocalObjective, chunks
+from pyro_amortized.log_joint import chunks
+from pyro_amortized.objective import LocalObjective
 
 if TYPE_CHECKING:
     import xarray

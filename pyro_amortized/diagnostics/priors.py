@@ -24,7 +24,7 @@ from torch.distributions import (
 )
 
 from pyro_amortized.layout import LocalSite, is_enumerated
-from pyro_amortized.objective import LocalLogJoint, chunks
+from pyro_amortized.log_joint import LocalLogJoint, chunks
 from pyro_amortized.tracing import Site, isolated, run_model
 
 __all__ = ["SitePrior", "site_priors"]

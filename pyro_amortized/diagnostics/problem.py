@@ -12,7 +12,8 @@ from torch import Tensor
 from pyro_amortized.diagnostics.noise import draw, generator, seeded
 from pyro_amortized.graphs import GraphCache
 from pyro_amortized.guides import LocalGuide
-from pyro_amortized.objective import LocalLogJoint, LocalObjective
+from pyro_amortized.log_joint import LocalLogJoint
+from pyro_amortized.objective import LocalObjective
 from pyro_amortized.structure import Structure
 
 if TYPE_CHECKING:

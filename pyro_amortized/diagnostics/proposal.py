@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_amortized.diagnostics.laplace import covariance_root, find_modes, hessian, moments
 from pyro_amortized.diagnostics.noise import generator, seeded
 from pyro_amortized.diagnostics.problem import LocalProblem
-from pyro_amortized.objective import chunks
+from pyro_amortized.log_joint import chunks
 
 __all__ = ["Proposal", "first_proposal"]
 

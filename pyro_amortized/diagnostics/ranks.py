@@ -9,7 +9,7 @@ from pyro_amortized.diagnostics.noise import draw, seeded
 from pyro_amortized.diagnostics.problem import LocalProblem
 from pyro_amortized.diagnostics.simulation import Simulation
 from pyro_amortized.guides import LocalGuide
-from pyro_amortized.objective import chunks
+from pyro_amortized.log_joint import chunks
 from pyro_amortized.structure import Structure
 
 __all__ = ["prior_location", "ranks"]

@@ -23,7 +23,7 @@ from pyro_amortized.diagnostics.problem import LocalProblem, bind
 from pyro_amortized.diagnostics.substitution import Arguments, Place, SampleDatapoints
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.layout import SiteLayout
-from pyro_amortized.objective import LocalLogJoint
+from pyro_amortized.log_joint import LocalLogJoint
 from pyro_amortized.tracing import isolated, run_model, sample_sites
 
 __all__ = ["Simulation", "Simulator", "simulate"]

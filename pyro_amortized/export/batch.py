@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_amortized.diagnostics.importance import psis
 from pyro_amortized.export.groups import Group, label, label_arguments, to_numpy
 from pyro_amortized.export.runs import Draws, ModelRuns, Pass, Results
-from pyro_amortized.objective import chunks
+from pyro_amortized.log_joint import chunks
 
 __all__ = ["Batch", "Options"]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyro_amortized.export.likelihood import log_likelihood
 from pyro_amortized.layout import is_data, latent_sites
-from pyro_amortized.objective import LocalLogJoint
+from pyro_amortized.log_joint import LocalLogJoint
 from pyro_amortized.structure import Structure
 from pyro_amortized.tracing import Site, isolated, probe, run_model, sample_sites
 

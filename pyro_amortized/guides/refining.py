@@ -15,7 +15,8 @@ from pyro_amortized.graphs import GraphCache
 from pyro_amortized.guides.amortized import AmortizedGuide
 from pyro_amortized.guides.base import GuideOptions
 from pyro_amortized.inference import InferenceStrategy, Refined, check_count
-from pyro_amortized.objective import ESTIMATORS, LocalLogJoint, LocalObjective
+from pyro_amortized.log_joint import LocalLogJoint
+from pyro_amortized.objective import ESTIMATORS, LocalObjective
 from pyro_amortized.tracing import call_key, isolated
 from pyro_amortized.updates import UpdateRule
 

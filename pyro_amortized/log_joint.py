@@ -1,0 +1,489 @@
+r"""The log-joint of every datapoint under a Pyro model, as a function of the flat unconstrained latent.
+
+With the global latents held at given values, a model with a datapoint plate is a product over datapoints, so that
+:math:`\log p(x_n, z)` is defined for each of them on its own. It is evaluated for many z at once, in nats, without the
+scale N/B of a subsampled plate.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.ops import packed
+from pyro.ops.contract import contract_tensor_tree
+from pyro.poutine import Trace
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributions import kl_divergence
+
+from pyro_amortized.graphs import GraphCache
+from pyro_amortized.programs import traced
+from pyro_amortized.structure import Structure
+from pyro_amortized.tracing import Site, isolated, run_model, sample_sites
+
+__all__ = ["MAX_ROWS", "LocalLogJoint", "chunks"]
+
+MAX_ROWS = 8192
+"""How many draws times datapoints to evaluate at once; bounds memory."""
+
+
+class LocalLogJoint:
+    r"""Evaluates :math:`\log p(x_n, T(z_n)) + \log|\det T'(z_n)|` for every datapoint, at flat unconstrained latents z.
+
+    The sum runs over the sites inside the datapoint plate: local latents and observations. The plate's subsampling
+    scale is removed, masks and the model's own ``poutine.scale`` are kept. The model runs apart from the caller's
+    handlers.
+
+    Many draws are evaluated in one run: in an outermost plate, if the model gives the same numbers that way as one draw
+    at a time (:meth:`check`); else as copies of the datapoints, if its arguments can be indexed (:meth:`select`); else
+    one by one.
+
+    Args:
+        model: The Pyro model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        structure: The structure of this call, with the indices of subsampled plates.
+        global_values: Values of the global latent sites.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        structure: Structure,
+        global_values: Mapping[str, Tensor],
+    ) -> None:
+        if structure.layout is None:
+            raise ValueError(
+                "Cannot evaluate per-datapoint quantities because the model has no local latents: no latent site lies "
+                "in a plate that holds observed sites; try naming the plate with plate=..., or use Pyro's autoguides."
+            )
+        self.model = model
+        self.args = args
+        self.kwargs = kwargs
+        self.structure = structure
+        self.layout = structure.layout
+        self.global_values = dict(global_values)
+        self.depth = max(-frame.dim for frame in structure.frames.values())
+        self.vectorized = True
+        self.validate = True
+        self.like = torch.empty(0)
+        self.graphs: GraphCache | None = None
+        self.selectable: bool | None = None
+        self._copies: LocalLogJoint | None = None
+
+    @property
+    def num_datapoints(self) -> int:
+        """N, the number of datapoints in this call."""
+        return self.structure.datapoints.size
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Log-joints of shape ``(K, N)``, in nats, at latents ``z`` of shape ``(K, N, D)``.
+
+        With :attr:`graphs`, draws and datapoints are evaluated in blocks of rows of a few fixed sizes, by graphs that
+        are traced once for each size; the result can then be differentiated once, with respect to z.
+        """
+        if self.graphs is not None and self._is_selectable():
+            return _InBlocks.apply(z, self)
+        return self.plain(z)
+
+    def plain(self, z: Tensor) -> Tensor:
+        """The same without graphs; differentiable any number of times, with respect to everything."""
+        if self.vectorized:
+            return self._evaluate(z)
+        if len(z) > 1 and self._is_selectable():
+            return self._evaluate_copies(z)
+        return self._one_by_one(z)
+
+    def minus_kl(self, z: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+        r"""Log-joints less :math:`\log q(z)` of a mean-field normal q, with closed forms where there are any.
+
+        For every site whose prior allows it, :math:`\log p(z) - \log q(z)` is replaced by its expectation
+        :math:`-\mathrm{KL}(q \| p)`, given the sites before it.
+
+        Args:
+            z: Latents of shape ``(K, N, D)``.
+            loc: Locations of q, ``(N, D)``.
+            scale: Standard deviations of q, ``(N, D)``.
+
+        Returns:
+            Values of shape ``(K, N)``.
+        """
+        return self._evaluate(z, (loc, scale)) if self.vectorized else self._one_by_one(z, (loc, scale))
+
+    def _one_by_one(self, z: Tensor, normal: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        return torch.stack([self._evaluate(draw.unsqueeze(0), normal).squeeze(0) for draw in z])
+
+    def _evaluate_copies(self, z: Tensor) -> Tensor:
+        if self._copies is None or self._copies.num_datapoints != z.shape[0] * z.shape[1]:
+            self._copies = self._selected(torch.arange(z.shape[1]).repeat(len(z)))
+        return self._copies._evaluate(z.reshape(1, -1, z.shape[-1])).reshape(z.shape[:2])
+
+    def _evaluate(self, z: Tensor, normal: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Log-joints ``(K, N)``; given location and scale of a normal q, less log q with closed forms."""
+        together = self.vectorized and len(z) > 1
+        parts = self._split(z, together)
+        values = {**self.global_values, **self.structure.indices}
+        posteriors: dict[str, dist.TorchDistribution] = {}
+        if normal is not None:
+            locs, scales = (self._split(part.expand_as(z), together) for part in normal)
+            posteriors = {site.name: site.normal(locs[site.name], scales[site.name]) for site in self.layout.sites}
+        log_joint = z.new_zeros(z.shape[:2])
+        for site in self.layout.sites:
+            values[site.name], log_det = site.constrain(parts[site.name])
+            if not site.is_real and normal is None:
+                log_joint = log_joint + self._per_datapoint(log_det, z.shape[0])
+        handlers: list[Any] = []
+        if together:
+            with isolated():
+                handlers.append(pyro.plate("_local_draws", z.shape[0], dim=-self.depth - 1))
+        if self.structure.enumerated:
+            handlers.append(poutine.enum(first_available_dim=-self.depth - 2))
+        with nullcontext() if self.validate else pyro.validation_enabled(False):
+            trace = run_model(self.model, self.args, self.kwargs, values, handlers)
+            done: set[str] = set()
+            if self.structure.enumerated:
+                summed, done = self._sum_out(trace, z.shape[0])
+                log_joint = log_joint + summed
+            return log_joint + self._sum_sites(trace, z.shape[0], values, posteriors, done)
+
+    def _sum_out(self, trace: Trace, num_draws: int) -> tuple[Tensor | float, set[str]]:
+        """The part of the log-joint in which discrete sites are summed out, and the names of the sites in it."""
+        trace.compute_log_prob()
+        trace.pack_tensors()
+        sites = sample_sites(trace)
+        symbols = {
+            site["infer"]["_enumerate_symbol"] for site in sites.values() if "_enumerate_symbol" in site["infer"]
+        }
+        factors: OrderedDict[Any, list[Tensor]] = OrderedDict()
+        names, scales = set(), []
+        for name, site in sites.items():
+            factor = site["packed"]["unscaled_log_prob"]
+            if symbols.isdisjoint(factor._pyro_dims):
+                continue
+            if "_enumerate_symbol" not in site["infer"]:
+                factor = packed.scale_and_mask(factor, mask=site["packed"]["mask"])
+            frame = self._frame(site)
+            if frame is None:
+                raise ValueError(
+                    f"Cannot evaluate datapoints on their own because site {name!r} belongs to a discrete latent that "
+                    f"is enumerated outside of plate {self.layout.plate!r}; try a discrete latent inside the plate."
+                )
+            ordinal = frozenset(trace.plate_to_symbol[f.name] for f in site["cond_indep_stack"] if f.vectorized)
+            factors.setdefault(ordinal, []).append(factor)
+            scales.append(site["scale"] * (frame.size / frame.full_size if frame.full_size else 1.0))
+            names.add(name)
+        if len({float(scale) for scale in scales}) > 1:
+            raise ValueError(
+                f"Cannot sum out the discrete latents among sites {sorted(names)} because they have different scales; "
+                "try poutine.scale around all of them."
+            )
+        total: Tensor | float = 0.0
+        for ordinal, terms in contract_tensor_tree(factors, symbols).items():
+            if trace.plate_to_symbol[self.layout.plate] not in ordinal:
+                raise ValueError(
+                    f"Cannot evaluate datapoints on their own because a discrete latent among {sorted(names)} is "
+                    f"shared by the datapoints of plate {self.layout.plate!r}; try one inside the plate."
+                )
+            for term in terms:
+                total = total + self._per_datapoint(packed.unpack(term, trace.symbol_to_dim), num_draws)
+        return total * scales[0] if scales else total, names
+
+    def in_blocks(self, z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+        """Log-joints ``(K, N)`` and, if asked for, their gradients ``(K, N, D)``, without a graph of their own."""
+        size = z.shape[1]
+        flat, values, gradients = z.detach().flatten(0, 1), [], []
+        program = _value_and_gradient if gradient else _value_alone
+        start = 0
+        while start < len(flat):
+            left = len(flat) - start
+            length = _LARGE if left > _LARGE // 2 else _SMALL
+            rows = torch.arange(start, start + length).clamp(max=len(flat) - 1)
+            part = self._selected(rows % size)
+            inputs = [flat[rows].unsqueeze(0)]
+            run, tensors = traced(program, part, inputs, (), part.graphs, part.model, derivatives=not gradient)
+            results = run(*inputs, *tensors)
+            values.append(results[0][0, :left])
+            gradients += [grad[0, :left] for grad in results[1:]]
+            start += length
+        grads = torch.cat(gradients).reshape(z.shape) if gradients else z.new_empty(0)
+        return torch.cat(values).reshape(z.shape[:2]), grads
+
+    def _split(self, z: Tensor, together: bool) -> dict[str, Tensor]:
+        return self.layout.split(z, self.depth) if together else self.layout.split(z[0])
+
+    def _sum_sites(
+        self,
+        trace: Trace,
+        num_draws: int,
+        values: Mapping[str, Tensor],
+        posteriors: Mapping[str, dist.TorchDistribution],
+        done: set[str],
+    ) -> Tensor | float:
+        total: Tensor | float = 0.0
+        for name, site in sample_sites(trace).items():
+            if name in done:
+                continue
+            if not site["is_observed"] and name not in values:
+                raise ValueError(
+                    f"Cannot evaluate the model's log-joint because site {name!r} is latent and the guide has no value "
+                    "for it; try the structure that the guide was set up with."
+                )
+            frame = self._frame(site)
+            if frame is not None:
+                log_prob = _log_prob(site) if name not in posteriors else _minus_kl(posteriors[name], site)
+                total = total + self._per_datapoint(_scaled(log_prob, site, frame), num_draws)
+        return total
+
+    def _frame(self, site: Site) -> Any:
+        """The datapoint plate in a site's stack, or None."""
+        return next((frame for frame in site["cond_indep_stack"] if frame.name == self.layout.plate), None)
+
+    def _per_datapoint(self, log_prob: Tensor, num_draws: int) -> Tensor:
+        """Sums over all batch dimensions but those of the draws and of the datapoints: ``(K, N)``."""
+        rank = self.depth + 1
+        log_prob = log_prob.reshape((1,) * (rank - log_prob.dim()) + log_prob.shape)
+        others = [axis for axis in range(1, rank) if axis != rank + self.layout.dim]
+        total = log_prob.sum(others) if others else log_prob
+        return total.expand(num_draws, self.num_datapoints)
+
+    @torch.no_grad()
+    def check(self, z: Tensor) -> None:
+        """Makes sure that the numbers can be trusted, and finds out whether draws may be evaluated together.
+
+        Args:
+            z: Two different draws, of shape ``(2, N, D)``.
+
+        Raises:
+            ValueError: If the model gives different numbers for equal latents, or the log-joint of a datapoint is
+                not finite.
+        """
+        self.vectorized = False
+        self.like = z.new_empty(0)
+        reference = torch.cat([self(draw.unsqueeze(0)) for draw in z])
+        if not _close(self(z[:1]), reference[:1]):
+            raise ValueError(
+                "Cannot evaluate the model's log-joint because two runs at the same latent values give different "
+                "numbers; try model.eval() if it holds dropout or batch normalisation, and keep random numbers in "
+                "pyro.sample sites."
+            )
+        self._check_finite(reference)
+        self._check_independence(z, reference)
+        self._try_vectorized(z, reference)
+        self.validate = False
+
+    @torch.no_grad()
+    def choose_mode(self, z: Tensor) -> bool:
+        """Finds out whether draws ``(2, N, D)`` may be evaluated together, without the other checks of :meth:`check`.
+
+        Models that draw random numbers of their own, such as dropout's, get every draw in a run of its own.
+        """
+        self.validate, self.vectorized, self.selectable = False, False, False
+        self._try_vectorized(z, self(z))
+        return self.vectorized
+
+    def _try_vectorized(self, z: Tensor, reference: Tensor) -> None:
+        try:
+            self.vectorized = True
+            self.vectorized = _close(self(z), reference)
+        except Exception:  # a model may fail in any way on a batch of draws; then it is run otherwise
+            self.vectorized = False
+
+    def _check_independence(self, z: Tensor, log_joint: Tensor) -> None:
+        """Changes the latents of one datapoint; the log-joints of the others must stay."""
+        mixed = z[:1].clone()
+        mixed[:, 0] = z[1, 0]
+        if not _close(self(mixed)[:, 1:], log_joint[:1, 1:]):
+            raise ValueError(
+                f"Cannot evaluate datapoints on their own because the log-joint of one datapoint in plate "
+                f"{self.layout.plate!r} depends on the latents of others; try model.eval() if the model holds batch "
+                "normalisation, or move what datapoints share out of the plate."
+            )
+
+    def _check_finite(self, log_joint: Tensor) -> None:
+        bad = (~log_joint.isfinite()).any(0).nonzero().squeeze(-1).tolist()
+        if bad:
+            raise ValueError(
+                f"Cannot evaluate the ELBO of {len(bad)} datapoints because their log-joint is not finite (datapoints "
+                f"{bad[:10]} of plate {self.layout.plate!r}); try looking for invalid values in their data, or for a "
+                "likelihood that underflows."
+            )
+
+    def select(self, rows: Tensor) -> LocalLogJoint | None:
+        """The log-joint of some of the datapoints only, at their share of the cost.
+
+        The arguments that have one entry per datapoint are indexed; whether that is right is checked once by numbers.
+
+        Args:
+            rows: Positions in ``range(N)``.
+
+        Returns:
+            The evaluator for these datapoints, or None if the model cannot be run on a part of the arguments.
+        """
+        return self._selected(rows) if self._is_selectable() else None
+
+    def _is_selectable(self) -> bool:
+        if self.selectable is None:
+            self.selectable = self._try_selection()
+        return self.selectable
+
+    def on_rows(self, rows: Tensor, *, plain: bool = False) -> Callable[[Tensor], Tensor]:
+        """The log-joint of some datapoints as a function of their latents, ``(K, n, D)`` to ``(K, n)``.
+
+        As :meth:`select`, but where the model can only run on all datapoints it does, with zeros for the others.
+
+        Args:
+            rows: Positions in ``range(N)``.
+            plain: Whether to evaluate as :meth:`plain` does.
+        """
+        size = self.num_datapoints
+        whole = len(rows) == size and torch.equal(rows, torch.arange(size))
+        part = self if whole else self.select(rows)
+        if part is not None:
+            return part.plain if plain else part
+        return lambda z: self.plain(z.new_zeros(len(z), size, z.shape[-1]).index_copy(1, rows.to(z.device), z))[:, rows]
+
+    @torch.no_grad()
+    def prior_draws(self, num_draws: int) -> Tensor:
+        """Draws of the local latents from the prior, flat and unconstrained, of shape ``(K, N, D)``."""
+        if not self.vectorized:
+            return torch.cat([self._prior_draws(1) for _ in range(num_draws)])
+        return torch.cat([self._prior_draws(p.stop - p.start) for p in chunks(num_draws, self.num_datapoints)])
+
+    def _prior_draws(self, num_draws: int) -> Tensor:
+        values, handlers = {**self.global_values, **self.structure.indices}, []
+        if num_draws > 1:
+            with isolated():
+                handlers.append(pyro.plate("_local_draws", num_draws, dim=-self.depth - 1))
+        with pyro.validation_enabled(False):
+            nodes: dict[str, Any] = run_model(self.model, self.args, self.kwargs, values, handlers).nodes
+        drawn = {site.name: nodes[site.name]["value"] for site in self.layout.sites}
+        if num_draws == 1:
+            return self.layout.flatten(drawn).unsqueeze(0)
+        return torch.stack([self.layout.flatten({name: x[k] for name, x in drawn.items()}) for k in range(num_draws)])
+
+    def _selected(self, rows: Tensor) -> LocalLogJoint:
+        size = self.num_datapoints
+        name = self.layout.plate
+        args, kwargs = _take((tuple(self.args), dict(self.kwargs)), rows, size)
+        frames = {**self.structure.frames, name: replace(self.structure.datapoints, size=len(rows))}
+        if not self.structure.datapoints.subsampled:
+            frames[name] = replace(frames[name], full_size=len(rows))
+        indices = {k: v[rows.to(v.device)] if k == name else v for k, v in self.structure.indices.items()}
+        structure = replace(self.structure, frames=frames, indices=indices, observed=None)
+        part = self.of_call(args, kwargs, structure)
+        part.graphs, part.selectable = self.graphs, True
+        return part
+
+    def of_call(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        structure: Structure,
+        global_values: Mapping[str, Tensor] | None = None,
+    ) -> LocalLogJoint:
+        """The log-joint of another call of the same model without new checks, by default at the same global values."""
+        global_values = self.global_values if global_values is None else global_values
+        part = LocalLogJoint(self.model, args, kwargs, structure, global_values)
+        part.validate, part.vectorized, part.like = self.validate, self.vectorized, self.like
+        return part
+
+    @torch.no_grad()
+    def _try_selection(self) -> bool:
+        size = self.num_datapoints
+        if size < 2 or not self.structure.is_static or self.structure.datapoints.kind == "random":
+            return False
+        rows = torch.arange(size - 1, -1, -max(1, size // 3))
+        z = torch.linspace(-0.5, 0.5, size * self.layout.latent_dim, dtype=self.like.dtype)
+        z = z.to(self.like).reshape(1, size, -1)
+        self.selectable = False
+        try:
+            return _close(self._selected(rows).plain(z[:, rows]), self.plain(z)[:, rows])
+        except Exception:  # a model may fail in any way on a part of its data; then it is run on all of it
+            return False
+
+
+def _log_prob(site: Site) -> Tensor:
+    return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+
+
+def _minus_kl(posterior: dist.TorchDistribution, site: Site) -> Tensor:
+    """Minus the KL divergence of a posterior from the prior of a site, or one draw's estimate of it."""
+    try:
+        return -kl_divergence(posterior, site["fn"])
+    except NotImplementedError:
+        return _log_prob(site) - posterior.log_prob(site["value"])
+
+
+def _scaled(log_prob: Tensor, site: Site, frame: Any) -> Tensor:
+    """With the masks and scales of a site, but without the subsampling scale of ``frame``."""
+    subsampling = frame.full_size / frame.size if frame.full_size else 1.0
+    return scale_and_mask(log_prob, site["scale"] / subsampling, site["mask"])
+
+
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    tolerance = 1e-8 if expected.dtype == torch.float64 else 1e-4
+    return actual.shape == expected.shape and torch.allclose(
+        actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True
+    )
+
+
+def _take(value: Any, rows: Tensor, size: int) -> Any:
+    """Indexes every tensor that has one entry per datapoint, along its first axis of that size."""
+    if isinstance(value, Tensor):
+        axis = next((i for i, n in enumerate(value.shape) if n == size), None)
+        return value if axis is None else value.index_select(axis, rows.to(value.device))
+    if isinstance(value, dict):
+        return {key: _take(child, rows, size) for key, child in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_take(child, rows, size) for child in value)
+    return value
+
+
+_SMALL, _LARGE = 256, 2048
+"""Numbers of rows for which log-joints are traced."""
+
+
+class _InBlocks(torch.autograd.Function):
+    """:meth:`LocalLogJoint.in_blocks` as a function of z that can be differentiated once."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, log_joint: LocalLogJoint) -> Tensor:
+        """Keeps the gradient, which comes with the values at little further cost."""
+        values, gradient = log_joint.in_blocks(z, ctx.needs_input_grad[0])
+        ctx.save_for_backward(gradient)
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None]:
+        """Scales the gradient."""
+        return ctx.saved_tensors[0] * cotangents[0].unsqueeze(-1), None
+
+
+def _value_alone(log_joint: LocalLogJoint, z: Tensor) -> tuple[Tensor, ...]:
+    return (log_joint.plain(z),)
+
+
+def _value_and_gradient(log_joint: LocalLogJoint, z: Tensor) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        value = log_joint.plain(z)
+        (gradient,) = torch.autograd.grad(value.sum(), z)
+    return value.detach(), gradient
+
+
+def chunks(num_draws: int, num_datapoints: int, max_rows: int = MAX_ROWS) -> list[slice]:
+    """Cuts draws into pieces such that a piece times the datapoints stays below ``max_rows``."""
+    step = max(1, max_rows // max(1, num_datapoints))
+    return [slice(start, min(start + step, num_draws)) for start in range(0, num_draws, step)]
