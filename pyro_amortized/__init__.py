@@ -1,7 +1,8 @@
 """Amortized variational inference for Pyro: guides with encoders, and diagnostics that say how far they are from exact.
 
 A short map: ``layout`` finds a model's local latents, ``families`` are the shapes of q, ``encoders`` and ``inference``
-say where its parameters come from, ``guides`` put them together for Pyro, ``diagnostics`` measure the result.
+say where its parameters come from, ``guides`` put them together for Pyro, ``diagnostics`` measure the result,
+``training`` holds remedies for posterior collapse, ``export`` hands posteriors to ArviZ.
 """
 
 from pyro_amortized.diagnostics import (
@@ -20,6 +21,7 @@ from pyro_amortized.diagnostics import (
     simulate,
 )
 from pyro_amortized.encoders import DeepSetEncoder, MLPEncoder
+from pyro_amortized.export import posterior_summary, to_arviz
 from pyro_amortized.families import LowRankMultivariateNormal, MultivariateNormal, Normal, VariationalFamily
 from pyro_amortized.guides import AmortizedGuide, IterativeAmortizedGuide, PerDatapointGuide, SemiAmortizedGuide
 from pyro_amortized.updates import Adam, GradientAscent, LearnedUpdate, NaturalGradient, UpdateRule
@@ -53,6 +55,8 @@ __all__ = [
     "evidence_bounds",
     "log_evidence",
     "optimize_local",
+    "posterior_summary",
     "psis",
     "simulate",
+    "to_arviz",
 ]
