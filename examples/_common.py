@@ -55,19 +55,22 @@ class VAE(nn.Module):
         return MLPEncoder(self.decoder[-1].out_features, (self.hidden_dim,) * 2, standardize=False)
 
 
-def make_parser(description: str | None, *, num_steps: int | None, num_images: int) -> argparse.ArgumentParser:
+def make_parser(
+    description: str | None, *, num_steps: int | None, num_images: int, share_refined: str = "a quarter of them"
+) -> argparse.ArgumentParser:
     """The options that all examples have.
 
     Args:
         description: The text of ``--help``.
         num_steps: Default number of SVI steps per guide; None for no limit.
         num_images: Default number of images per estimate.
+        share_refined: How many of the steps guides that refine get, in words.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help=".npz with train_images and test_images, such as MNIST (default: digits)")
     limit = "most SVI steps per guide (default: any)"
     if num_steps:
-        limit = "SVI steps per guide; a quarter of them for guides that refine (default: %(default)s)"
+        limit = f"SVI steps per guide; {share_refined} for guides that refine (default: %(default)s)"
     parser.add_argument("--num-steps", type=_positive, default=num_steps, help=limit)
     images = "most images per estimate (default: %(default)s)"
     parser.add_argument("--num-images", type=_positive, default=num_images, help=images)

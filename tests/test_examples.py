@@ -75,6 +75,17 @@ def test_iterative(
     assert (tmp_path / "picture.png").exists()
 
 
+def test_posterior_collapse(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, images: tuple[str, ...]
+) -> None:
+    run(monkeypatch, "posterior_collapse.py", *images, "--out", str(tmp_path))
+    printed = capsys.readouterr().out
+    assert "The plain VAE, Posterior collapse over 2 datapoints" in printed
+    rows = re.findall(r"^\S.* +2 +\d+\.\d( +-?\d+\.\d\d){4} +\d$", printed, re.MULTILINE)
+    assert len(rows) == 7
+    assert (tmp_path / "posterior_collapse.png").exists()
+
+
 def test_readme(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 2

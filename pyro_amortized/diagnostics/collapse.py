@@ -164,7 +164,8 @@ def _verdict(data: xarray.Dataset) -> list[str]:
     dead = ~active
     count, attrs = len(names), data.attrs
     if not dead.any():
-        return [f"No collapse: all {count} latent dimensions are active."]
+        information = f"{attrs['mutual_information']:.2f} nats of information on the datapoint"
+        return [f"No collapse: all {count} latent dimensions are active; together they hold {information}."]
     shown = ", ".join(map(str, names[dead][:10])) + (", ..." if dead.sum() > 10 else "")
     if dead.all():
         lines = [f"Collapsed: none of the {count} latent dimensions is active; z tells nothing of x. Try {_REMEDIES}."]
@@ -173,10 +174,10 @@ def _verdict(data: xarray.Dataset) -> list[str]:
             f"{dead.sum()} of {count} latent dimensions are dead: {shown}. If the model should use them, try "
             f"{_REMEDIES}; if the held-out ELBO does not rise, it has no need of them."
         ]
-    misplaced = dead & (kl > 10 * attrs["epsilon"])
+    misplaced = dead & (kl > attrs["epsilon"])
     if misplaced.any():
         lines.append(
-            f"{misplaced.sum()} dead dimensions have a KL divergence above {10 * attrs['epsilon']:g} nats all the "
+            f"{misplaced.sum()} dead dimensions have a KL divergence above {attrs['epsilon']:g} nats all the "
             "same: q differs from the prior in the same way everywhere; try a prior with learned parameters."
         )
     return lines
@@ -190,7 +191,7 @@ def collapse_report(
     *,
     num_samples: int = 200,
     threshold: float = 0.01,
-    epsilon: float = 0.01,
+    epsilon: float = 0.1,
     delta: float = 0.01,
     max_pairs: int = 1000,
     seed: int = 0,
@@ -258,7 +259,7 @@ def _check_settings(num_samples: int, threshold: float, epsilon: float, delta: f
             raise ValueError(f"Cannot use {name}={value} because at least {least} are needed; try the default.")
     for name, number in (("threshold", threshold), ("epsilon", epsilon)):
         if not number > 0:
-            raise ValueError(f"Cannot use {name}={number} because it must be positive; try 0.01.")
+            raise ValueError(f"Cannot use {name}={number} because it must be positive; try the default.")
     if not 0 <= delta < 1:
         raise ValueError(f"Cannot use delta={delta} because it is a share of the datapoints below 1; try 0.01.")
 

@@ -36,6 +36,7 @@ class AggressiveEncoder(SVI):
 
     Attributes:
         aggressive: Whether the encoder is trained aggressively; may be set.
+        encoder_steps: Number of the encoder's steps since the model's last one; 0 after a step of the model.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -82,7 +83,7 @@ class AggressiveEncoder(SVI):
         self.aggressive = True
         self.window = window
         self.max_encoder_steps = max_encoder_steps
-        self._encoder_steps = 0
+        self.encoder_steps = 0
         self._losses: list[float] = []
         self._before = float("inf")
         self._information = -float("inf")
@@ -113,11 +114,11 @@ class AggressiveEncoder(SVI):
 
     def _is_encoders_turn(self, loss: float) -> bool:
         """Whether the encoder goes on; starts it anew if not."""
-        if self._encoder_steps < self.max_encoder_steps and self._is_improving():
-            self._encoder_steps += 1
+        if self.encoder_steps < self.max_encoder_steps and self._is_improving():
+            self.encoder_steps += 1
             self._losses.append(loss)
             return True
-        self._encoder_steps, self._losses, self._before = 0, [], float("inf")
+        self.encoder_steps, self._losses, self._before = 0, [], float("inf")
         return False
 
     def _is_improving(self) -> bool:
