@@ -179,7 +179,8 @@ def mutual_information(
         family: The variational family.
         phi: Variational parameters ``(N, P)``.
         rng: Source of the draws.
-        num_samples: Number of draws per datapoint; by default such that there are 20000 in all, and 10 at least.
+        num_samples: Number of draws per datapoint, at least 2; by default such that there are 20000 in all, or fewer
+            where their densities under all datapoints would take long.
 
     Returns:
         The estimate in nats, and its Monte Carlo standard error.
@@ -190,7 +191,9 @@ def mutual_information(
     """
     size, dim = len(phi), family.latent_dim
     q = family(phi)
-    num_samples = num_samples or max(10, min(1000, 20000 // size))
+    if num_samples is None:
+        pairs = 20_000_000 if isinstance(family, Normal) else 2_000_000
+        num_samples = max(2, min(1000, 20_000 // size, pairs // size**2))
     z = draw(family, phi, num_samples, rng)
     own = q.log_prob(z)
     step = max(1, 100 * MAX_ROWS // size // dim)
