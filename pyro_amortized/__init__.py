@@ -22,7 +22,7 @@ from pyro_amortized.diagnostics import (
 )
 from pyro_amortized.encoders import DeepSetEncoder, MLPEncoder
 from pyro_amortized.export import posterior_summary, to_arviz
-from pyro_amortized.families import LowRankMultivariateNormal, MultivariateNormal, Normal, VariationalFamily
+from pyro_amortized.families import Flow, LowRankMultivariateNormal, MultivariateNormal, Normal, VariationalFamily
 from pyro_amortized.guides import AmortizedGuide, IterativeAmortizedGuide, PerDatapointGuide, SemiAmortizedGuide
 from pyro_amortized.updates import Adam, GradientAscent, LearnedUpdate, NaturalGradient, UpdateRule
 
@@ -33,6 +33,7 @@ __all__ = [
     "AmortizedGuide",
     "CalibrationReport",
     "DeepSetEncoder",
+    "Flow",
     "GapComparison",
     "GapEstimate",
     "GradientAscent",

@@ -40,7 +40,8 @@ class LocalObjective:
     Args:
         log_joint: The model's log-joint per datapoint.
         family: The variational family.
-        estimator: The estimator of the gradient.
+        estimator: The estimator of the gradient; by default ``"stl"``, or ``"plain"`` for families whose log-density is
+            costly at any points but their own draws.
         graphs: Where to keep traced forms of this objective and its gradient; None to run the model as it is.
 
     References:
@@ -67,9 +68,11 @@ class LocalObjective:
         self,
         log_joint: LocalLogJoint,
         family: VariationalFamily,
-        estimator: str = "stl",
+        estimator: str | None = None,
         graphs: GraphCache | None = None,
     ) -> None:
+        if estimator is None:
+            estimator = "stl" if family.fast_log_prob else "plain"
         if estimator not in ESTIMATORS or (estimator == "analytic_kl" and not isinstance(family, Normal)):
             raise ValueError(
                 f"Cannot estimate gradients of a {type(family).__name__} family by {estimator!r}; try one of "
@@ -110,12 +113,8 @@ class LocalObjective:
         Returns:
             Log weights of shape ``(K, N)``.
         """
-        q = self.family(phi)
-        if not isinstance(noise, int):
-            z = self.family.rsample(phi if path is None else path, noise)
-        else:
-            z = (q if path is None else self.family(path)).rsample((noise,))
-        return self.log_joint(z) - q.log_prob(z)
+        z, log_q = self.family.sample_and_log_prob(phi, noise, path)
+        return self.log_joint(z) - log_q
 
     def sum_elbo(self, phi: Tensor, noise: Tensor) -> Tensor:
         """K times the ELBO on given noise, with the entropy in closed form where the family has one.
@@ -127,12 +126,11 @@ class LocalObjective:
         Returns:
             Sums over the K draws, of shape ``(N,)``, differentiable in phi.
         """
-        q = self.family(phi)
-        z = self.family.rsample(phi, noise)
         try:
-            return self.log_joint(z).sum(0) + len(noise) * q.entropy()
+            entropy = self.family(phi).entropy()
         except NotImplementedError:
-            return (self.log_joint(z) - q.log_prob(z)).sum(0)
+            return self.log_weights(phi, noise).sum(0)
+        return self.log_joint(self.family.rsample(phi, noise)).sum(0) + len(noise) * entropy
 
     def select(self, rows: Tensor) -> LocalObjective | None:
         """The objective of some of the datapoints, as :meth:`LocalLogJoint.select`."""
@@ -235,7 +233,8 @@ def _gradient(objective: LocalObjective, phi: Tensor, noise: Tensor | int) -> Te
             z = objective.family.rsample(path, noise)  # type: ignore[arg-type]
             weights = objective.log_joint.minus_kl(z, loc, scale)
         else:
-            weights = objective.log_weights(path if objective.estimator == "plain" else phi, noise, path)
+            stl = objective.estimator == "stl"
+            weights = objective.log_weights(phi, noise, path) if stl else objective.log_weights(path, noise)
         (grad,) = torch.autograd.grad(weights.mean(0).sum(), path, create_graph=create_graph)
     return grad
 

@@ -44,7 +44,9 @@ def make(
     name: str, latent_dim: int, *batch: int, dtype: torch.dtype = torch.float64
 ) -> tuple[VariationalFamily, Tensor]:
     """A family and phi of shape ``(*batch, P)`` away from where it starts."""
-    family = build_family(SPECS[name], latent_dim).to(dtype)
+    family = build_family(SPECS[name], latent_dim).to(dtype).requires_grad_(False)
+    for parameter in family.parameters():  # away from where it starts, too
+        parameter += 0.1 * torch.randn_like(parameter)
     loc = torch.randn(*batch, latent_dim, dtype=dtype)
     phi = family.initial(loc, 0.7)
     return family, phi + 0.4 * torch.randn_like(phi)

@@ -335,7 +335,7 @@ def _dominance(gaps: GapEstimate) -> str:
         "amortization": "the encoder misses what its family can represent: try guide.refined(20), an encoder that is "
         "larger or sees more, longer training or more data",
         "approximation": "the family cannot represent the posteriors: try a richer one, such as "
-        'family="multivariate_normal"',
+        'family="multivariate_normal" or "flow"',
     }
     if all(small):
         return f"Inference is close to exact: both gaps are small or not told from zero ({total:.3g} nats in all)."

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_amortized.diagnostics.elbo import estimate_elbo, log_weights
 from pyro_amortized.diagnostics.laplace import covariance_root, find_modes, hessian, moments
 from pyro_amortized.diagnostics.lbfgs import minimize_rows
-from pyro_amortized.diagnostics.noise import draw, generator, quasi_normal
+from pyro_amortized.diagnostics.noise import generator, quasi_normal, seeded
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar, to_dataset
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.log_joint import chunks
@@ -121,6 +121,10 @@ def solve(problem: LocalProblem, tolerance: float, seed: int, progress: bool) ->
     means, errors, difference, difference_error = estimate_elbo(
         problem.objective, (problem.phi, phi), tolerance / 3, seed, progress
     )
+    worse = difference < -2 * difference_error  # the guide was better: its phi is the best one known
+    phi = torch.where(worse.to(phi.device)[:, None], problem.phi, phi)
+    means, errors = ((pair[0], torch.where(worse, *pair)) for pair in (means, errors))
+    difference, difference_error = (x.masked_fill(worse, 0.0) for x in (difference, difference_error))
     variables = {
         "elbo": means[1],
         "elbo_se": errors[1],
@@ -250,15 +254,12 @@ def _stochastic_optimum(problem: LocalProblem, seed: int, progress: bool) -> tup
 
 
 def _adam(objective: LocalObjective, phi: Tensor, num_steps: int, rng: torch.Generator, progress: bool) -> Tensor:
-    family = objective.family
     phi = phi.clone()
     first, second = torch.zeros_like(phi), torch.zeros_like(phi)
     with progress_bar(num_steps, "q* (Adam)", progress) as bar, torch.enable_grad():
         for step in range(1, num_steps + 1):
             phi.requires_grad_()
-            z = _antithetic(objective, phi, 8, rng)
-            q = family(phi.detach())  # sticking the landing: no gradient through the parameters inside log q
-            elbo = (objective.log_joint(z) - q.log_prob(z)).mean(0)
+            elbo = _estimate(objective, phi, 8, rng).mean(0)
             (grad,) = torch.autograd.grad(elbo.sum(), phi)
             grad = grad.nan_to_num(0.0)
             first = 0.9 * first + 0.1 * grad
@@ -270,9 +271,17 @@ def _adam(objective: LocalObjective, phi: Tensor, num_steps: int, rng: torch.Gen
     return phi
 
 
-def _antithetic(objective: LocalObjective, phi: Tensor, num_pairs: int, rng: torch.Generator) -> Tensor:
+def _estimate(objective: LocalObjective, phi: Tensor, num_pairs: int, rng: torch.Generator) -> Tensor:
+    """Log weights on antithetic noise, if the family takes noise; by sticking the landing, if it allows."""
     family = objective.family
     if family.noise_dim is None:
-        return draw(family, phi, 2 * num_pairs, rng)
+        with seeded(rng):
+            return _log_weights(objective, phi, 2 * num_pairs)
     noise = torch.randn(num_pairs, len(phi), family.noise_dim, generator=rng, dtype=torch.float64).to(phi)
-    return family.rsample(phi, torch.cat([noise, -noise]))
+    return _log_weights(objective, phi, torch.cat([noise, -noise]))
+
+
+def _log_weights(objective: LocalObjective, phi: Tensor, noise: Tensor | int) -> Tensor:
+    if objective.family.fast_log_prob:  # no gradient through the parameters inside log q
+        return objective.log_weights(phi.detach(), noise, phi)
+    return objective.log_weights(phi, noise)

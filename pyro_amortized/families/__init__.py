@@ -5,9 +5,11 @@ latent of that datapoint. It knows torch, not Pyro, and nothing of encoders: whe
 """
 
 from pyro_amortized.families.base import VariationalFamily, build_family, register_family
+from pyro_amortized.families.flow import Flow
 from pyro_amortized.families.normal import LowRankMultivariateNormal, MultivariateNormal, Normal
 
 __all__ = [
+    "Flow",
     "LowRankMultivariateNormal",
     "MultivariateNormal",
     "Normal",

@@ -27,6 +27,8 @@ class VariationalFamily(nn.Module, ABC):
         num_params: P, the length of phi.
         noise_dim: Number of standard normal variables that :meth:`rsample` turns into one draw, or None if the family
             can only draw its own noise.
+        fast_log_prob: Whether the log-density of any point costs no more than a draw. If not, gradients are the plain
+            ones, of draws and their log-densities together (:meth:`sample_and_log_prob`).
         loc_first: Whether the first D entries of phi are a location, added to every draw; optimisation then works in
             units of the posterior's own covariance.
     """
@@ -34,6 +36,7 @@ class VariationalFamily(nn.Module, ABC):
     num_params: int
     noise_dim: int | None = None
     loc_first: bool = False
+    fast_log_prob: bool = True
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
@@ -88,6 +91,26 @@ class VariationalFamily(nn.Module, ABC):
             NotImplementedError: If the family can only draw its own noise (``noise_dim`` is None).
         """
         raise NotImplementedError(f"{type(self).__name__} draws its own noise")
+
+    def sample_and_log_prob(
+        self, phi: Tensor, noise: Tensor | int, path: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draws and their log-densities, for which a family may know a shorter way.
+
+        Args:
+            phi: Variational parameters of shape ``(*, P)``.
+            noise: Standard normal noise of shape ``(K, *, noise_dim)``, or a number K of draws.
+            path: The same phi once more, to be used for the draws alone.
+
+        Returns:
+            Draws of shape ``(K, *, D)`` and log-densities of shape ``(K, *)``.
+        """
+        q = self(phi)
+        if isinstance(noise, int):
+            z = (q if path is None else self(path)).rsample((noise,))
+        else:
+            z = self.rsample(phi if path is None else path, noise)
+        return z, q.log_prob(z)
 
     def quantile(self, phi: Tensor, probs: Tensor, num_samples: int = 1000) -> Tensor:
         """Marginal quantiles of every latent dimension, from draws unless a member knows them exactly.

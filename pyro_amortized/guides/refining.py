@@ -30,7 +30,7 @@ class RefiningOptions(GuideOptions, total=False):
 
     fixed_noise: bool
     keep_best: bool | None
-    estimator: str
+    estimator: str | None
 
 
 def check_update(update: Any) -> None:
@@ -56,7 +56,7 @@ class RefiningGuide(AmortizedGuide):
         initial: str,
         fixed_noise: bool = False,
         keep_best: bool | None = None,
-        estimator: str = "stl",
+        estimator: str | None = None,
         **options: Unpack[GuideOptions],
     ) -> None:
         check_count("num_steps", num_steps, 0)
@@ -64,7 +64,7 @@ class RefiningGuide(AmortizedGuide):
         check_update(update)
         if initial not in ("encoder", "prior"):
             raise ValueError(f'Cannot start at {initial!r}; try initial="encoder" or initial="prior".')
-        if estimator not in ESTIMATORS:
+        if estimator is not None and estimator not in ESTIMATORS:
             raise ValueError(
                 f"Cannot estimate gradients by {estimator!r} because it is none of {ESTIMATORS}; try {ESTIMATORS[0]!r}."
             )

@@ -51,8 +51,8 @@ class SemiAmortizedGuide(RefiningGuide):
             and do not depend on the batch.
         keep_best: Whether each datapoint gets the best phi on its way instead of the last; None for: outside training,
             that is in ``eval()`` mode or without gradients.
-        estimator: Estimator of the gradient: ``"stl"`` (sticking the landing), ``"plain"``, or ``"analytic_kl"`` (for
-            the normal family).
+        estimator: Estimator of the gradient: ``"stl"`` (sticking the landing; by default, but for flows), ``"plain"``,
+            or ``"analytic_kl"`` (for the normal family).
         **options: ``family``, ``plate``, ``encoder_input``, ``global_guide``, ``create_plates``, ``init_loc_fn``,
             ``init_scale`` and ``name`` as in :class:`AmortizedGuide`.
 

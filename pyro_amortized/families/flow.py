@@ -1,0 +1,207 @@
+r"""Normalizing flows: noise pushed through transforms that a context vector shapes, then scaled and shifted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import pyro.distributions.transforms as transforms
+import torch
+from torch import Tensor, nn
+
+from pyro_amortized.families.base import VariationalFamily, register_family
+
+__all__ = ["Flow"]
+
+
+_BOUND = 5.0
+"""Splines act within this distance from 0 and leave the tails as they are."""
+
+
+@register_family("flow")
+class Flow(VariationalFamily):
+    r"""A conditional normalizing flow.
+
+    .. math:: z = \mu + \sigma \odot T_K(\dots T_1(\epsilon; c) \dots; c), \quad \epsilon \sim N(0, I),
+        \quad \phi = (\mu, \log\sigma, c)
+
+    Location, scale and context :math:`c` belong to the datapoint; the networks in the transforms are shared by all and
+    trained with the guide. So refinement, local optima and gaps work on phi as they do for every family; they leave the
+    networks as they are.
+
+    Draws come with their log-densities in one pass, at the cost of the networks. The log-density of any other point
+    takes an inversion, which for autoregressive transforms costs D passes, and which planar ones do not have. New flows
+    are close to the identity, but for planar ones.
+
+    Args:
+        latent_dim: D; ``num_params`` is 2D + ``context_dim``.
+        transform: ``"affine_autoregressive"``, ``"spline_autoregressive"``, ``"affine_coupling"`` (from two dimensions
+            on) or ``"planar"``; or a function of D and ``context_dim`` to a conditional transform of Pyro's. With one
+            dimension, where autoregressive ones have nothing to condition on, both are splines.
+        num_transforms: K.
+        context_dim: Length of the context.
+        hidden_dims: Widths of the hidden layers of each transform's network, at least D for autoregressive ones.
+
+    Raises:
+        ValueError: If the transform is unknown or does not fit D.
+
+    References:
+        Improving Variational Inference with Inverse Autoregressive Flow, Diederik P. Kingma, Tim Salimans, Rafal
+        Jozefowicz, Xi Chen, Ilya Sutskever, Max Welling (2016), https://arxiv.org/abs/1606.04934
+        Neural Spline Flows, Conor Durkan, Artur Bekasov, Iain Murray, George Papamakarios (2019),
+        https://arxiv.org/abs/1906.04032
+        Density estimation using Real NVP, Laurent Dinh, Jascha Sohl-Dickstein, Samy Bengio (2016),
+        https://arxiv.org/abs/1605.08803
+        Variational Inference with Normalizing Flows, Danilo Jimenez Rezende, Shakir Mohamed (2015),
+        https://arxiv.org/abs/1505.05770
+    """
+
+    loc_first = True
+    fast_log_prob = False
+
+    def __init__(
+        self,
+        latent_dim: int,
+        transform: str | Callable[[int, int], nn.Module] = "affine_autoregressive",
+        num_transforms: int = 3,
+        context_dim: int = 16,
+        hidden_dims: Sequence[int] = (64,),
+    ) -> None:
+        super().__init__(latent_dim)
+        if isinstance(transform, str) and transform not in _TRANSFORMS:
+            raise ValueError(
+                f"Cannot build a flow of {transform!r} because no transform has that name; try one of "
+                f"{sorted(_TRANSFORMS)}, or a function of latent_dim and context_dim to a conditional transform."
+            )
+        if num_transforms < 1 or context_dim < 1:
+            raise ValueError(
+                f"Cannot build a flow with num_transforms={num_transforms} and context_dim={context_dim} because both "
+                "must be positive; try the defaults."
+            )
+        if isinstance(transform, str):
+            build = _TRANSFORMS[transform]
+            layers = [build(latent_dim, context_dim, list(hidden_dims)) for _ in range(num_transforms)]
+            _scale_outputs(layers, 0.1 if transform == "planar" else 0.0)  # planar ones have no gradient at 0
+        else:
+            layers = [transform(latent_dim, context_dim) for _ in range(num_transforms)]
+        self.num_params = 2 * latent_dim + context_dim
+        self.noise_dim = latent_dim
+        self.context_dim = context_dim
+        self.layers = nn.ModuleList(layers)
+        self.register_buffer("reverse", torch.arange(latent_dim - 1, -1, -1))
+
+    def _split(self, phi: Tensor) -> tuple[Tensor, Tensor, list[Any]]:
+        """Location, scale, and the transforms at the context, with a reversal of the dimensions between them."""
+        loc, log_scale, context = phi.split([self.latent_dim, self.latent_dim, self.context_dim], -1)
+        context = context.to(next(self.parameters()))
+        conditioned: list[Any] = []
+        for layer in self.layers:
+            if conditioned and self.latent_dim > 1:
+                conditioned.append(transforms.Permute(self.reverse))
+            conditioned.append(layer.condition(context))  # type: ignore[operator]
+        return loc, log_scale.exp(), conditioned
+
+    def forward(self, phi: Tensor) -> dist.TorchDistribution:
+        """The distribution at ``phi``, in the precision of the networks."""
+        loc, scale, conditioned = self._split(phi)
+        zeros = torch.zeros_like(loc, dtype=next(self.parameters()).dtype)
+        base = dist.Normal(zeros, torch.ones_like(zeros)).to_event(1)
+        affine = transforms.AffineTransform(loc.to(zeros), scale.to(zeros), event_dim=1, cache_size=1)
+        return dist.TransformedDistribution(base, [*conditioned, affine])
+
+    def _push(self, phi: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Draws ``(K, *, D)`` and the log absolute determinant of their Jacobian ``(K, *)``."""
+        loc, scale, conditioned = self._split(phi)
+        x = noise.to(next(self.parameters()))
+        log_det = scale.log().sum(-1).expand(noise.shape[:-1])
+        for transform in conditioned:
+            y = transform(x)
+            part = transform.log_abs_det_jacobian(x, y).to(log_det)
+            log_det = log_det + (part.sum(-1) if part.dim() == x.dim() else part)  # splines give one per dimension
+            x = y
+        return loc + scale * x.to(loc), log_det
+
+    def rsample(self, phi: Tensor, noise: Tensor) -> Tensor:
+        """Turns noise ``(K, *, D)`` into draws."""
+        return self._push(phi, noise)[0]
+
+    def sample_and_log_prob(
+        self, phi: Tensor, noise: Tensor | int, path: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draws and their log-densities in one pass; with a ``path`` of its own by inversion."""
+        if path is not None:
+            return super().sample_and_log_prob(phi, noise, path)
+        if isinstance(noise, int):
+            noise = torch.randn(noise, *phi.shape[:-1], self.latent_dim, dtype=phi.dtype, device=phi.device)
+        z, log_det = self._push(phi, noise)
+        return z, dist.Normal(0.0, 1.0).log_prob(noise).sum(-1) - log_det
+
+    def initial(self, loc: Tensor, scale: float) -> Tensor:
+        """phi at the given location and scale, with a context of zeros."""
+        log_scale = torch.full_like(loc, scale).log()
+        return torch.cat([loc, log_scale, loc.new_zeros(*loc.shape[:-1], self.context_dim)], -1)
+
+    def laplace(self, loc: Tensor, precision: Tensor) -> Tensor:
+        """phi at the mean and the scales of the best mean-field normal, with a context of zeros."""
+        log_scale = -0.5 * precision.diagonal(dim1=-2, dim2=-1).log()
+        return torch.cat([loc, log_scale, loc.new_zeros(*loc.shape[:-1], self.context_dim)], -1)
+
+
+def _affine_autoregressive(dim: int, context_dim: int, hidden_dims: list[int]) -> nn.Module:
+    if dim == 1:
+        return _spline_autoregressive(dim, context_dim, hidden_dims)
+    return transforms.conditional_affine_autoregressive(dim, context_dim, [max(width, dim) for width in hidden_dims])
+
+
+def _spline_autoregressive(dim: int, context_dim: int, hidden_dims: list[int]) -> nn.Module:
+    if dim == 1:
+        return transforms.conditional_spline(dim, context_dim, hidden_dims, bound=_BOUND)
+    widths = [max(width, dim) for width in hidden_dims]
+    return transforms.conditional_spline_autoregressive(dim, context_dim, widths, bound=_BOUND)
+
+
+def _affine_coupling(dim: int, context_dim: int, hidden_dims: list[int]) -> nn.Module:
+    if dim == 1:
+        raise ValueError(
+            "Cannot build a flow of affine couplings over one latent dimension because there is nothing to couple; try "
+            '"spline_autoregressive".'
+        )
+    return transforms.conditional_affine_coupling(dim, context_dim, hidden_dims)
+
+
+def _planar(dim: int, context_dim: int, hidden_dims: list[int]) -> nn.Module:
+    return _Planar(transforms.conditional_planar(dim, context_dim, hidden_dims).nn)
+
+
+class _Planar(transforms.ConditionalPlanar):
+    """Pyro's planar transform, with an error that says why a density cannot be had."""
+
+    def condition(self, context: Tensor) -> Any:
+        transform = super().condition(context)
+        transform._inverse = _no_inverse
+        return transform
+
+
+def _no_inverse(y: Tensor) -> Tensor:
+    raise NotImplementedError(
+        "Cannot evaluate the log-density of a flow at points that are not its own draws because planar transforms have "
+        'no inverse; try transform="affine_autoregressive".'
+    )
+
+
+_TRANSFORMS: dict[str, Callable[[int, int, list[int]], nn.Module]] = {
+    "affine_autoregressive": _affine_autoregressive,
+    "spline_autoregressive": _spline_autoregressive,
+    "affine_coupling": _affine_coupling,
+    "planar": _planar,
+}
+
+
+def _scale_outputs(layers: Sequence[nn.Module], factor: float) -> None:
+    """Makes the outputs of the transforms' networks small, so that the flow is close to the identity."""
+    for layer in layers:
+        *_, last = (module for module in layer.modules() if isinstance(module, nn.Linear))
+        with torch.no_grad():
+            for parameter in last.parameters():
+                parameter.mul_(factor)
