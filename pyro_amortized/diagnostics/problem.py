@@ -121,9 +121,6 @@ def to_dataset(problem: LocalProblem, variables: Mapping[str, Tensor], **attribu
 
 def progress_bar(total: int | None, description: str, progress: bool) -> Any:
     """A tqdm bar, as in Pyro's MCMC; silent unless ``progress``."""
-    if progress:
-        from tqdm.auto import tqdm  # which warns in notebooks without widgets
-    else:
-        from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     return tqdm(total=total, desc=description, disable=not progress)
