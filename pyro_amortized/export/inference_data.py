@@ -54,7 +54,8 @@ def to_arviz(
                             latents are drawn; nothing for a model without local latents
     observed_data           observed values, ``(*plates, *event)``
     constant_data           tensors among the model's arguments that are not observed, such as covariates
-    prior, prior_predictive  draws of latents and observations from the prior, on request
+    prior                   draws of the latents from the prior, on request
+    prior_predictive        observations given those, on request
     ======================  ==========================================================================================
 
     The log-likelihood is that of an observation *given its own latents*. Leave-one-out cross-validation (``arviz.loo``)
