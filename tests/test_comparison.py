@@ -78,6 +78,13 @@ def test_held_out_data_of_another_size(linear: LinearGaussian) -> None:
     assert "held-out" in str(result)
 
 
+def test_the_best_guide_is_found_by_pairs_on_every_data_set(linear: LinearGaussian) -> None:
+    x, y = linear.simulate(30), linear.simulate(30, seed=8)
+    result = compare_gaps(linear.full, guides(linear, x), {"training": (x,), "held-out": (y,)})
+    for name in ("training", "held-out"):
+        assert f"The best ELBO on {name} data is that of 'exact'" in result.verdict
+
+
 def test_an_encoder_that_fails_on_new_data_is_found_out(linear: LinearGaussian) -> None:
     x = linear.simulate(30)
     guide = exact_guide(linear, x, "a")

@@ -117,7 +117,8 @@ class GapComparison(Report):
         for name in dict.fromkeys(data["data"].values.tolist()):
             part = data.isel(case=np.flatnonzero(data["data"].values == name))
             if part.sizes["case"] > 1:
-                words.append(_best(part, f" on {name} data" if len(set(data["data"].values)) > 1 else ""))
+                where = f" on {name} data" if len(set(data["data"].values)) > 1 else ""
+                words.append(_best(part, str(data["guide"].values[0]), where))
         first = data["guide"].values[0]
         later = np.flatnonzero((data["guide"].values == first) & (data["data"].values != data["data"].values[0]))
         words += [_generalisation(data.isel(case=int(case)), str(data["data"].values[0])) for case in later]
@@ -243,13 +244,13 @@ def _difference(gaps: GapEstimate, reference: GapEstimate, name: str, *, paired:
     return float(difference.mean()), 0.0 if same else max(spread, float(np.sqrt(sum(noise)) / count))
 
 
-def _best(part: xarray.Dataset, where: str) -> str:
-    """Which guide has the highest ELBO, and whether that is more than chance."""
+def _best(part: xarray.Dataset, reference: str, where: str) -> str:
+    """Which guide has the highest ELBO on a data set, and whether that is more than chance."""
     best = part.isel(case=int(part["elbo"].values.argmax()))
     rest = part.isel(case=np.flatnonzero(part["guide"].values != best["guide"].item()))
     second = rest.isel(case=int(rest["elbo"].values.argmax()))
-    # Differences from a common reference, whose own errors are paired: their sum bounds the error of this one.
-    error = best["elbo_difference_se"].item() + second["elbo_difference_se"].item()
+    # Both differ from the reference guide on the same data, by pairs: the errors' sum bounds that of their difference.
+    error = sum(row["elbo_difference_se"].item() for row in (best, second) if row["guide"].item() != reference)
     gain = best["elbo"].item() - second["elbo"].item()
     names = f"{best['guide'].item()!r} over {second['guide'].item()!r}"
     if gain > 2 * error:
