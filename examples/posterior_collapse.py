@@ -23,8 +23,14 @@ from pyro.optim import ClippedAdam
 from torch import nn
 from tqdm.auto import trange
 
-from pyro_amortized import AmortizedGuide, MLPEncoder, NaturalGradient, SemiAmortizedGuide
-from pyro_amortized.diagnostics.collapse import CollapseReport, collapse_report
+from pyro_amortized import (
+    AmortizedGuide,
+    CollapseReport,
+    MLPEncoder,
+    NaturalGradient,
+    SemiAmortizedGuide,
+    collapse_report,
+)
 from pyro_amortized.training import (
     AggressiveEncoder,
     CapacityELBO,
