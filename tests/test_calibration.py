@@ -16,8 +16,14 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_amortized import AmortizedGuide, NaturalGradient, PerDatapointGuide, SemiAmortizedGuide
-from pyro_amortized.diagnostics.calibration import CalibrationReport, calibrate
+from pyro_amortized import (
+    AmortizedGuide,
+    CalibrationReport,
+    NaturalGradient,
+    PerDatapointGuide,
+    SemiAmortizedGuide,
+    calibrate,
+)
 from pyro_amortized.diagnostics.uniformity import holm, simultaneous_band, uniformity_test
 from tests.models import LinearGaussian, counts, topics
 
