@@ -576,3 +576,82 @@ def test_broken_bounds_raise_a_warning() -> None:
     assert int(gaps.violations.sum()) == 15
     with pytest.warns(UserWarning, match=r"fails by more than two standard errors at 15 of 100 datapoints"):
         warn_of_violations(gaps)
+
+
+# Models on which estimates were once wrong without a word.
+
+
+def test_modes_are_found_though_other_climbs_led_to_known_ones() -> None:
+    """Two modes in ten dimensions, of mass one half each: a missed one costs log 2."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(10), 1.0).to_event(1))
+            k = pyro.sample("k", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal((2 * k - 1).unsqueeze(-1) * z, 0.1).to_event(1), obs=x)
+
+    x = torch.randn(10, 10, generator=torch.Generator().manual_seed(0))
+    truth = dist.Normal(0.0, math.sqrt(1.01)).log_prob(x).sum(-1).numpy()
+    result = log_evidence(model, AmortizedGuide(model), (x,))
+    assert np.abs(result["log_evidence"] - truth).max() < 0.01
+
+
+def test_infinite_densities_where_numbers_underflow_have_no_weight() -> None:
+    """A gamma density of shape below 1 is infinite at 0, which exp(z) is at z = -746."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            rate = pyro.sample("rate", dist.Gamma(0.05, 0.1))
+            pyro.sample("x", dist.Poisson(rate), obs=x)
+
+    x = torch.tensor([0.0, 0.0, 1.0, 2.0, 5.0, 10.0, 100.0, 1000.0])
+    truth = dist.GammaPoisson(torch.tensor(0.05), 0.1).log_prob(x).numpy()
+    result = log_evidence(model, AmortizedGuide(model), (x,))
+    assert np.abs(result["log_evidence"] - truth).max() < 0.01
+
+
+def test_a_posterior_with_tails_as_heavy_as_those_of_a_cauchy_prior() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Cauchy(0.0, 1.0))
+            pyro.sample("x", dist.Normal(0 * z, 1.0), obs=x)
+
+    x = torch.linspace(-1.0, 1.0, 20)
+    result = log_evidence(model, AmortizedGuide(model), (x,))
+    z_scores = (result["log_evidence"] - dist.Normal(0.0, 1.0).log_prob(x).numpy()) / result["log_evidence_se"]
+    assert np.abs(z_scores).max() < 4.0
+    assert np.abs(z_scores.mean()) < 3 / math.sqrt(20)
+
+
+def test_standard_errors_from_few_draws_that_matter_are_wide_enough() -> None:
+    """Where the proposal is close, most of the error comes from the few outermost draws."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(10), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
+
+    x = torch.randn(200, 10, generator=torch.Generator().manual_seed(0))
+    guide = AmortizedGuide(model)
+    optimum = optimize_local(model, guide, (x,), tolerance=0.2)
+    truth = dist.Normal(0.0, math.sqrt(1.25)).log_prob(x).sum(-1).numpy()
+    results = [log_evidence(model, guide, (x,), optimum=optimum, seed=seed) for seed in range(2)]
+    z_scores = np.concatenate([(r["log_evidence"] - truth) / r["log_evidence_se"] for r in results])
+    assert z_scores.std() < 1.35
+
+
+def test_guides_with_draws_of_no_density_have_no_finite_elbo() -> None:
+    """A normal posterior of a scale that must be positive: the log-joint at negative draws is not a number."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(0.0, z.sqrt(), validate_args=False), obs=x)
+
+    x = torch.randn(6)
+    encoder = _Function(lambda x: (x.new_ones(len(x), 1), x.new_full((len(x), 1), 0.4)))
+    with pyro.validation_enabled(False):
+        gaps = estimate_gaps(model, AmortizedGuide(model, encoder), (x,))
+    assert np.isneginf(gaps.dataset["elbo"]).all()
+    assert not gaps.dataset["reliable"].any()
+    assert "The ELBO of 6 datapoints is not finite" in str(gaps)

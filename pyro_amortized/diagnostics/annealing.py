@@ -8,7 +8,7 @@ path moves at constant speed and the step sizes; both are then frozen, so that t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -139,7 +139,7 @@ def anneal(
         Simulating Normalizing Constants: From Importance Sampling to Bridge Sampling to Path Sampling, Andrew Gelman,
         Xiao-Li Meng (1998).
     """
-    path = _Path(problem, proposal, rows)
+    path = _Path(problem, replace(proposal, wide_df=proposal.df), rows)  # chains from far away would set the pace
     pilot = _pilot(path, generator(*seed, 20))
     most = max(_LEAST_TEMPERATURES, max_evaluations // (_NUM_CHAINS * _NUM_LEAPFROG))
     wanted = 2 * pilot.length[-1].square().max() / (_NUM_CHAINS * (tolerance / 2) ** 2)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_amortized.diagnostics.laplace import hessian
-from pyro_amortized.diagnostics.noise import generator, quasi_normal, seeded
+from pyro_amortized.diagnostics.noise import generator, quasi_normal, seeded, widening
 from pyro_amortized.diagnostics.problem import progress_bar
 from pyro_amortized.log_joint import chunks
 from pyro_amortized.objective import LocalObjective
@@ -70,7 +70,7 @@ def _scatter(values: Tensor, rows: Tensor, size: int) -> Tensor:
 
 def _combine(rounds: Tensor, controls: Tensor) -> tuple[Tensor, Tensor]:
     """Means and standard errors of first, second and difference, ``(3, N)`` each, over the rounds that a row has."""
-    present = ~rounds[:, 0, 0].isnan()
+    present = ~rounds[:, 0, 2].isnan()
     count = present.sum(0)
     filled, controls = rounds.nan_to_num(nan=0.0), controls.nan_to_num(nan=0.0)
     others = (filled.sum(0) - filled) / (count - 1)
@@ -80,15 +80,9 @@ def _combine(rounds: Tensor, controls: Tensor) -> tuple[Tensor, Tensor]:
     values = filled[:, :, 0] - controls * torch.where(variance > 0, covariance / variance, 0.0)
     values = torch.cat([values, values[:, 1:] - values[:, :1]], 1)
     mean = torch.where(present[:, None], values, 0.0).sum(0) / count
+    mean[:2] = torch.where((rounds[:, :, 0] == -math.inf).any(0), -math.inf, mean[:2])
     squares = torch.where(present[:, None], values - mean, 0.0).square().sum(0)
-    return mean, _widening(count) * (squares / (count * (count - 1))).sqrt()
-
-
-def _widening(count: Tensor) -> Tensor:
-    """What a standard error from so few rounds lacks for two of them to cover as much as those of a normal do."""
-    from scipy.special import ndtr, stdtrit
-
-    return torch.from_numpy(stdtrit(count.double().numpy() - 1, ndtr(2.0)) / 2)
+    return mean, widening(count - 1.0) * (squares / (count * (count - 1))).sqrt()
 
 
 def _quadratic(objective: LocalObjective, phi: Tensor) -> Tensor | None:
@@ -125,6 +119,7 @@ def _round(
     sums, controls = [], []
     for phi, quadratic in zip(phis, quadratics, strict=True):
         values = log_weights(part or objective, phi[known], noise, num_draws, seed)
+        values = values.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)  # no density where none is defined
         control = torch.zeros_like(values)
         if noise is not None and quadratic is not None:
             matrix = quadratic[known]

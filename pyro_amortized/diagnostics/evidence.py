@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_amortized.diagnostics.annealing import anneal
 from pyro_amortized.diagnostics.importance import psis
 from pyro_amortized.diagnostics.local_optimum import LocalOptimum, solve
-from pyro_amortized.diagnostics.noise import generator
+from pyro_amortized.diagnostics.noise import generator, widening
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar, to_dataset
 from pyro_amortized.diagnostics.proposal import Proposal, first_proposal
 from pyro_amortized.guides import LocalGuide
@@ -172,24 +172,28 @@ def log_weights_at(problem: LocalProblem, proposal: Proposal, rows: Tensor, z: T
     """Log-weights ``(K, n)`` of ``rows`` at latents ``(K, n, D)``."""
     log_joint = problem.objective.log_joint.on_rows(rows)
     values = [log_joint(z[piece].to(problem.phi)) for piece in chunks(len(z), len(rows))]
-    log_p = torch.cat(values).double().cpu().nan_to_num(nan=-math.inf)
+    log_p = torch.cat(values).double().cpu()
+    log_p = torch.where(log_p.isfinite(), log_p, -math.inf)  # infinite only where numbers underflow
     return log_p - proposal.log_prob(z)
 
 
 def _summary(log_weights: Tensor) -> dict[str, Tensor]:
     """Log-mean-exp, its standard error, tail shape and effective sample size of log-weights ``(K, n)``.
 
-    Draws come in fours, two independent pairs from the same interval, so that their differences show the error.
+    Draws come in fours, two independent pairs from the same interval, so that their differences show the error. A few
+    fours, the outermost, may make most of it: it then has as few degrees of freedom, by Satterthwaite's approximation.
     """
     count = len(log_weights)
     relative = (log_weights - log_weights.amax(0)).exp()
     mean = relative.mean(0)
     pairs = relative.unflatten(0, (-1, 2, 2)).mean(2)
-    differences = pairs[:, 0] - pairs[:, 1]
+    squares = (pairs[:, 0] - pairs[:, 1]).square()
+    total = squares.sum(0)
+    few = (3 * total.square() / squares.square().sum(0) - 2).nan_to_num(nan=1.0).clamp(min=1.0)
     khat = psis(log_weights)[1]
     return {
         "log_evidence": log_weights.logsumexp(0) - math.log(count),
-        "log_evidence_se": differences.square().sum(0).sqrt() / (mean * count / 2),
+        "log_evidence_se": widening(few) * total.sqrt() / (mean * count / 2),
         "khat": torch.where(relative.amax(0) <= _BOUNDED * mean, khat.clamp(max=0.0), khat),
         "ess": relative.sum(0).square() / relative.square().sum(0),
         "num_samples": torch.full_like(mean, count),

@@ -80,7 +80,7 @@ class GapEstimate(Report):
         for name, label in QUANTITIES.items():
             values, errors = (self.dataset[key].values for key in (name, f"{name}_se"))
             error = float(np.sqrt(np.square(errors).sum()) / count)
-            spread = float(values.std(ddof=1)) if count > 1 else float("nan")
+            spread = _spread(values) if count > 1 else float("nan")
             lines.append(f"{label:24s}{values.mean():10.3f}{error:13.4f}{spread:9.3f}")
         lines.append(f"unreliable: {unreliable} of {count} datapoints ({unreliable / count:.0%})")
         return "\n".join([*lines, *fill(self.verdict, 92)])
@@ -102,7 +102,7 @@ class GapEstimate(Report):
         """
         values, errors = self.dataset[name].values, self.dataset[f"{name}_se"].values
         count = len(values)
-        spread = float(values.std(ddof=1)) / count**0.5 if count > 1 else 0.0
+        spread = _spread(values) / count**0.5 if count > 1 else 0.0
         return float(values.mean()), max(spread, float(np.sqrt(np.square(errors).sum()) / count))
 
     @property
@@ -114,6 +114,8 @@ class GapEstimate(Report):
     def concentration(self) -> str:
         """Says where a twentieth of the datapoints, or one of them, holds most of the inference gap."""
         gap = self.dataset["inference_gap"].values.clip(min=0.0)
+        if not np.isfinite(gap).all():
+            return ""
         few = max(1, len(gap) // 20)
         order = np.argsort(-gap)[:few]
         share = gap[order].sum() / max(gap.sum(), 1e-300)
@@ -293,6 +295,11 @@ def _reliable(variables: Mapping[str, Tensor], tolerance: float) -> Tensor:
     return reliable
 
 
+def _spread(values: np.ndarray[Any, Any]) -> float:
+    """Standard deviation; NaN where values are infinite."""
+    return float(values.std(ddof=1)) if np.isfinite(values).all() else float("nan")
+
+
 def warn_of_violations(gaps: GapEstimate) -> None:
     """Warns if the bounds fail at more datapoints than chance explains, were all gaps zero."""
     count, failed = gaps.dataset.sizes[gaps.plate], int(gaps.violations.sum())
@@ -327,6 +334,12 @@ def _dominance(gaps: GapEstimate) -> str:
     approximation, approximation_error = gaps.mean("approximation_gap")
     amortization, amortization_error = gaps.mean("amortization_gap")
     total = gaps.mean("inference_gap")[0]
+    if not np.isfinite(total + amortization):
+        bad = int((~np.isfinite(gaps.dataset["elbo"] + gaps.dataset["elbo_optimal"])).sum())
+        return (
+            f"The ELBO of {bad} datapoints is not finite: the guide has draws at which the model has no density; try "
+            "dataset.where(reliable) for the others, and constraints on the latents."
+        )
     small = [
         gap <= max(_SMALL, 2 * error)
         for gap, error in ((approximation, approximation_error), (amortization, amortization_error))

@@ -11,7 +11,7 @@ from torch.quasirandom import SobolEngine
 
 from pyro_amortized.families import VariationalFamily
 
-__all__ = ["batch_seed", "draw", "generator", "quasi_normal", "seeded"]
+__all__ = ["batch_seed", "draw", "generator", "quasi_normal", "seeded", "widening"]
 
 
 def generator(*seed: int) -> torch.Generator:
@@ -60,6 +60,13 @@ def quasi_normal(num_draws: int, num_datapoints: int, dim: int, rng: torch.Gener
     white = torch.linalg.solve_triangular(torch.linalg.cholesky(moments), half.transpose(-1, -2), upper=False)
     half = white.permute(2, 0, 1)
     return torch.cat([half, -half])
+
+
+def widening(degrees_of_freedom: Tensor) -> Tensor:
+    """What a standard error with so few degrees of freedom lacks for two of them to cover as much as with many."""
+    from scipy.special import ndtr, stdtrit
+
+    return torch.from_numpy(stdtrit(degrees_of_freedom.double().numpy(), ndtr(2.0)) / 2)
 
 
 @contextmanager

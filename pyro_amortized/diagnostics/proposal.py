@@ -43,6 +43,7 @@ class Proposal:
         parts: Shares of the components in parts of 250, ``(C, N)``, integers; 0 for a component not in use. The last
             component is as wide as the prior.
         df: Degrees of freedom.
+        wide_df: Those of the last component, which bounds the weights where the posterior's tails are heavy.
         has_spare: Whether the last but one is a component that was added to be adapted.
     """
 
@@ -50,6 +51,7 @@ class Proposal:
     scale_tril: Tensor
     parts: Tensor
     df: float = 10.0
+    wide_df: float = 1.0
     has_spare: bool = False
 
     def __getitem__(self, rows: Tensor) -> Proposal:
@@ -82,16 +84,15 @@ class Proposal:
         good = (failed == 0) & (share > 0)
         loc = torch.where(good[..., None], trust * mean + (1 - trust) * old.loc[:-1], old.loc[:-1])
         scale_tril = torch.where(good[..., None, None], factor, old.scale_tril[:-1])
-        return Proposal(
-            torch.cat([loc, old.loc[-1:]]), torch.cat([scale_tril, old.scale_tril[-1:]]), _parts(share), self.df, True
-        )
+        loc, scale_tril = torch.cat([loc, old.loc[-1:]]), torch.cat([scale_tril, old.scale_tril[-1:]])
+        return replace(old, loc=loc, scale_tril=scale_tril, parts=_parts(share))
 
     def _with_spare(self) -> Proposal:
         parts = torch.cat([self.parts[:-1], torch.full_like(self.parts[:1], _WIDE_PARTS), self.parts[-1:]])
         largest = parts.argmax(0, keepdim=True)
         parts = parts.scatter_add(0, largest, torch.full_like(largest, -_WIDE_PARTS))
         loc, scale_tril = (torch.cat([x, x[-1:]]) for x in (self.loc, self.scale_tril))
-        return Proposal(loc, scale_tril, parts, self.df, True)
+        return replace(self, loc=loc, scale_tril=scale_tril, parts=parts, has_spare=True)
 
     def sample(self, num_draws: int, rng: torch.Generator) -> Tensor:
         """Stratified draws ``(K, N, D)``.
@@ -109,18 +110,28 @@ class Proposal:
         normal = torch.randn(num_draws // 2, size, dim, generator=rng, dtype=torch.float64)
         direction = normal / normal.norm(dim=-1, keepdim=True)
         chosen, uniform = self._strata(num_draws // 4, rng)
-        radius = _radii(uniform, dim, self.df)
-        white = (torch.stack([direction, -direction], 1) * radius.unsqueeze(-1)).flatten(0, 1)
+        radius = self._radii(uniform.flatten(0, 1), chosen)
+        white = torch.stack([direction, -direction], 1).flatten(0, 1) * radius.unsqueeze(-1)
         return self._place(white, chosen)
 
     def draw(self, num_draws: int, rng: torch.Generator) -> Tensor:
         """Independent draws ``(K, N, D)``."""
         _, size, dim = self.loc.shape
         white = torch.randn(num_draws, size, dim, generator=rng, dtype=torch.float64)
-        uniform = torch.rand(num_draws, size, 1, generator=rng, dtype=torch.float64)
-        white = white / white.norm(dim=-1, keepdim=True) * _radii(uniform, dim, self.df)
+        uniform = torch.rand(num_draws, size, generator=rng, dtype=torch.float64)
         chosen = torch.multinomial(self.parts.T.double(), num_draws, replacement=True, generator=rng).T
+        white = white / white.norm(dim=-1, keepdim=True) * self._radii(uniform, chosen).unsqueeze(-1)
         return self._place(white, chosen)
+
+    def _radii(self, uniform: Tensor, chosen: Tensor) -> Tensor:
+        """Norms of standard t vectors of the chosen components ``(K, N)`` at given probabilities ``(K, N)``."""
+        from scipy.special import fdtri
+
+        dim, wide = self.loc.shape[-1], chosen == len(self.loc) - 1
+        squares = torch.empty_like(uniform)
+        for df, where in ((self.df, ~wide), (self.wide_df, wide)):
+            squares[where] = torch.from_numpy(fdtri(dim, df, uniform[where].clamp(1e-12, 1 - 1e-12).numpy()))
+        return (dim * squares).sqrt()
 
     def _place(self, white: Tensor, chosen: Tensor) -> Tensor:
         """Standard t vectors ``(K, N, D)`` put where the chosen components ``(K, N)`` are."""
@@ -160,20 +171,12 @@ class Proposal:
         return [(c, rows) for c, rows in used if len(rows)]
 
     def _component(self, c: int, rows: Tensor, z: Tensor) -> Tensor:
-        df, dim = self.df, self.loc.shape[-1]
+        df, dim = self.wide_df if c == len(self.loc) - 1 else self.df, self.loc.shape[-1]
         centred = (z - self.loc[c, rows]).permute(1, 2, 0)
         white = torch.linalg.solve_triangular(self.scale_tril[c, rows], centred, upper=False)
         constant = math.lgamma((df + dim) / 2) - math.lgamma(df / 2) - 0.5 * dim * math.log(df * math.pi)
         log_det = self.scale_tril[c, rows].diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return constant - log_det - 0.5 * (df + dim) * torch.log1p(white.square().sum(1).T / df)
-
-
-def _radii(uniform: Tensor, dim: int, df: float) -> Tensor:
-    """Norms of standard t vectors at given probabilities."""
-    from scipy.special import fdtri
-
-    squares = torch.from_numpy(fdtri(dim, df, uniform.clamp(1e-12, 1 - 1e-12).numpy()))
-    return (dim * squares).sqrt()
 
 
 def first_proposal(problem: LocalProblem, phi: Tensor, seed: tuple[int, ...]) -> Proposal:
@@ -189,7 +192,8 @@ def first_proposal(problem: LocalProblem, phi: Tensor, seed: tuple[int, ...]) ->
     for mode, height in zip(modes[1:], heights[1:], strict=True):
         known = torch.stack([modes[0], *locs[1:]])
         distance = torch.linalg.solve_triangular(torch.stack(roots), (mode - known).unsqueeze(-1), upper=False)
-        new = height.isfinite() & (distance.square().sum((-2, -1)) > 1.0).all(0)
+        squares = distance.square().sum((-2, -1)).nan_to_num(nan=math.inf)  # from the places of starts that led nowhere
+        new = height.isfinite() & (squares > 1.0).all(0)
         rows = new.nonzero().squeeze(-1)
         other, mass = root.clone(), torch.full_like(height, -math.inf)
         if len(rows):
