@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 __all__ = ["ModelArgs", "calls", "num_calls"]
 
@@ -17,6 +17,11 @@ ModelArgs = Sequence[Any] | Iterable[Any]
 def is_single(model_args: ModelArgs) -> bool:
     """Whether these are the arguments of one call, and not an iterable of batches."""
     return isinstance(model_args, tuple | list)
+
+
+def _is_shuffled(loader: DataLoader[Any]) -> bool:
+    samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
+    return any(isinstance(x, RandomSampler | SubsetRandomSampler | WeightedRandomSampler) for x in samplers)
 
 
 def num_calls(model_args: ModelArgs) -> int | None:
@@ -56,7 +61,7 @@ def calls(
     if is_single(model_args):
         yield tuple(model_args), kwargs
         return
-    if isinstance(model_args, DataLoader) and isinstance(model_args.sampler, RandomSampler):
+    if isinstance(model_args, DataLoader) and _is_shuffled(model_args):
         raise ValueError(
             "Cannot tell which datapoint a result belongs to because the DataLoader shuffles; try shuffle=False."
         )

@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from pyro_amortized import (
     AmortizedGuide,
@@ -510,6 +510,10 @@ def test_loader_gives_what_the_whole_data_give() -> None:
             DataLoader(TensorDataset(torch.zeros(4, FEATURES)), shuffle=True),
             "the DataLoader shuffles; try shuffle=False",
         ),
+        (
+            DataLoader(torch.zeros(4, FEATURES), batch_sampler=BatchSampler(RandomSampler(range(4)), 2, False)),
+            "the DataLoader shuffles; try shuffle=False",
+        ),
         (iter(()), "the loader has no batches"),
     ],
 )
@@ -655,3 +659,20 @@ def test_guides_with_draws_of_no_density_have_no_finite_elbo() -> None:
     assert np.isneginf(gaps.dataset["elbo"]).all()
     assert not gaps.dataset["reliable"].any()
     assert "The ELBO of 6 datapoints is not finite" in str(gaps)
+
+
+def test_log_evidence_takes_loaders() -> None:
+    oracle = Oracle(hard=False, points=5)
+    guide = AmortizedGuide(oracle.model, oracle.encoder())
+    loader = DataLoader(TensorDataset(oracle.x), batch_size=2)
+    result = log_evidence(oracle.model, guide, loader)
+    assert result["data"].values.tolist() == list(range(5))
+    assert np.abs(result["log_evidence"] - oracle.log_evidence()).max() < 0.05
+    assert result.attrs["num_annealed"] == 0
+    optimum = optimize_local(oracle.model, guide, (oracle.x[:2],))
+    with pytest.raises(ValueError, match="one optimum for several batches"):
+        log_evidence(oracle.model, guide, loader, optimum=optimum)
+    with pytest.raises(ValueError, match=r"model_args=<DataLoader>.*one batch"):
+        optimize_local(oracle.model, guide, loader)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"max_samples=0.*at least 1"):
+        log_evidence(oracle.model, guide, (oracle.x[:2],), max_samples=0)

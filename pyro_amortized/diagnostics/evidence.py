@@ -9,19 +9,22 @@ datapoint, until the standard error is small and the tail of the weights is ligh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from pyro_amortized.batches import ModelArgs, calls, is_single
 from pyro_amortized.diagnostics.annealing import anneal
 from pyro_amortized.diagnostics.importance import psis
 from pyro_amortized.diagnostics.local_optimum import LocalOptimum, solve
-from pyro_amortized.diagnostics.noise import generator, widening
+from pyro_amortized.diagnostics.noise import batch_seed, generator, widening
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar, to_dataset
 from pyro_amortized.diagnostics.proposal import Proposal, first_proposal
+from pyro_amortized.diagnostics.report import join
+from pyro_amortized.graphs import GraphCache
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.log_joint import chunks
 
@@ -49,7 +52,7 @@ _PATIENCE = 4
 def log_evidence(
     model: Callable[..., Any],
     guide: LocalGuide,
-    model_args: Sequence[Any] = (),
+    model_args: ModelArgs = (),
     model_kwargs: Mapping[str, Any] | None = None,
     *,
     tolerance: float = 0.02,
@@ -67,7 +70,7 @@ def log_evidence(
     Args:
         model: The Pyro model.
         guide: A guide of this package; only the efficiency depends on how well it is trained.
-        model_args: The model's positional arguments.
+        model_args: The model's positional arguments, or a ``DataLoader``, whose batches are worked on one by one.
         model_kwargs: The model's keyword arguments.
         tolerance: Twice the standard error at which a datapoint is done, in nats.
         max_samples: Most draws from one proposal per datapoint.
@@ -83,7 +86,8 @@ def log_evidence(
         those of annealed chains, the last resort. Global latents are held at the guide's median.
 
     Raises:
-        ValueError: If the log-joint cannot be evaluated, or is not finite, naming the datapoints.
+        ValueError: If the log-joint cannot be evaluated, or is not finite, naming the datapoints; if a setting is out
+            of range.
 
     References:
         Bayesian Inference in Econometric Models Using Monte Carlo Integration, John Geweke (1989).
@@ -92,18 +96,30 @@ def log_evidence(
         Adaptive Importance Sampling in General Mixture Classes, Olivier Cappé, Randal Douc, Arnaud Guillin, Jean-Michel
         Marin, Christian P. Robert (2008).
     """
-    problem = bind(model, guide, model_args, model_kwargs, seed, compile)
-    optimum = solve(problem, tolerance, seed, progress) if optimum is None else optimum
-    evidence = estimate_evidence(problem, optimum.phi, tolerance, max_samples, seed, progress)
-    num_annealed = int(evidence.pop("annealed").sum())
-    settings = {"tolerance": tolerance, "max_samples": max_samples, "seed": seed, "num_annealed": num_annealed}
-    return to_dataset(problem, evidence, **settings)
+    if optimum is not None and not is_single(model_args):
+        raise ValueError(
+            "Cannot use one optimum for several batches because it belongs to one call; try leaving it out."
+        )
+    graphs, parts, num_annealed = GraphCache(compile), [], 0
+    for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs)):
+        own_seed = batch_seed(seed, number)
+        problem = bind(model, guide, args, kwargs, own_seed, graphs=graphs)
+        phi = (solve(problem, tolerance, own_seed, progress) if optimum is None else optimum).phi
+        evidence = estimate_evidence(problem, phi, tolerance, max_samples, own_seed, progress)
+        num_annealed += int(evidence.pop("annealed").sum())
+        parts.append(to_dataset(problem, evidence, tolerance=tolerance, max_samples=max_samples, seed=seed))
+    return join(parts, problem.plate).assign_attrs(num_annealed=num_annealed)
 
 
 def estimate_evidence(
     problem: LocalProblem, phi: Tensor, tolerance: float, max_samples: int, seed: int, progress: bool
 ) -> dict[str, Tensor]:
     """:func:`log_evidence` of a call that is bound already, from the optimal phi ``(N, P)``."""
+    if tolerance < 0 or max_samples < 1:
+        raise ValueError(
+            f"Cannot estimate the evidence with tolerance={tolerance} and max_samples={max_samples} because the first "
+            "must not be negative and the second be at least 1; try tolerance=0.02 and max_samples=20000."
+        )
     size = len(phi)
     parts = [(problem, phi)]
     if size > _BLOCK and problem.objective.select(torch.arange(1)) is not None:

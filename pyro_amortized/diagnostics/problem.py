@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pyro_amortized.batches import is_single
 from pyro_amortized.diagnostics.noise import draw, generator, seeded
 from pyro_amortized.graphs import GraphCache
 from pyro_amortized.guides import LocalGuide
@@ -74,6 +75,11 @@ def bind(
     if isinstance(model_args, Tensor):
         raise ValueError(
             "Cannot call the model with model_args=<tensor> because arguments are passed as a tuple; try (x,)."
+        )
+    if not is_single(model_args):
+        raise ValueError(
+            f"Cannot call the model with model_args=<{type(model_args).__name__}> because it takes the arguments of one "
+            "call; try a tuple with those of one batch."
         )
     args, kwargs = tuple(model_args), dict(model_kwargs or {})
     with torch.no_grad(), seeded(generator(seed, 10)):
