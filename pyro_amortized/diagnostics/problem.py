@@ -78,8 +78,8 @@ def bind(
         )
     if not is_single(model_args):
         raise ValueError(
-            f"Cannot call the model with model_args=<{type(model_args).__name__}> because the arguments of a single call "
-            "are wanted; try a tuple with those of one batch."
+            f"Cannot call the model with model_args=<{type(model_args).__name__}> because the arguments of a single "
+            "call are wanted; try a tuple with those of one batch."
         )
     args, kwargs = tuple(model_args), dict(model_kwargs or {})
     with torch.no_grad(), seeded(generator(seed, 10)):
