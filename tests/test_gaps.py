@@ -22,6 +22,7 @@ from pyro_amortized import (
     optimize_local,
 )
 from pyro_amortized.diagnostics.annealing import anneal
+from pyro_amortized.diagnostics.evidence import _summary
 from pyro_amortized.diagnostics.gaps import warn_of_violations
 from pyro_amortized.diagnostics.problem import bind
 from pyro_amortized.diagnostics.proposal import first_proposal
@@ -676,3 +677,32 @@ def test_log_evidence_takes_loaders() -> None:
         optimize_local(oracle.model, guide, loader)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"max_samples=0.*at least 1"):
         log_evidence(oracle.model, guide, (oracle.x[:2],), max_samples=0)
+
+
+def test_annealing_from_where_the_model_has_no_density() -> None:
+    """Half of the chains start at negative latents, which are impossible, and must not set the pace of the others."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.factor("positive", torch.where(z < 0, -math.inf, 0.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.linspace(1.0, 3.0, 5)
+    encoder = _Function(lambda x: (0.5 * x.unsqueeze(-1), x.new_full((len(x), 1), 0.05)))
+    problem = bind(model, AmortizedGuide(model, encoder), (x,), None, 0)
+    proposal = first_proposal(problem, problem.phi, (0,))
+    proposal.loc[0] -= 0.5 * x.unsqueeze(-1)
+    weights = anneal(problem, proposal, torch.arange(5), 0.02, 100_000, (0,))
+    truth = dist.Normal(0.0, math.sqrt(2.0)).log_prob(x) + dist.Normal(0.0, 1.0).cdf(x / math.sqrt(2.0)).log()
+    relative = (weights - truth).exp()
+    assert ((relative.mean(0) - 1).abs() < 4 * relative.std(0) / len(relative) ** 0.5).all()
+
+
+def test_datapoints_of_which_no_draw_has_weight_are_flagged() -> None:
+    weights = torch.randn(1000, 2)
+    weights[:, 1] = -math.inf
+    summary = _summary(weights)
+    assert summary["log_evidence"][0].isfinite()
+    assert summary["log_evidence"][1].isneginf()
+    assert summary["khat"][1].isposinf()

@@ -72,7 +72,7 @@ class _Path:
                 (grad_q,) = torch.autograd.grad(log_q.sum(), y)
                 parts.append((log_p.detach().double().cpu(), log_q.detach(), grad_p.double().cpu(), grad_q))
         log_p, log_q, grad_p, grad_q = (torch.cat(values) for values in zip(*parts, strict=True))
-        log_p = log_p.nan_to_num(nan=-math.inf, posinf=-math.inf)
+        log_p = torch.where(log_p.isfinite(), log_p, -math.inf)
         return _Points(z.detach(), log_p, log_q, grad_p.nan_to_num(0.0, 0.0, 0.0), grad_q)
 
     def move(self, points: _Points, beta: Tensor, step_size: Tensor, rng: torch.Generator) -> tuple[_Points, Tensor]:
@@ -155,7 +155,7 @@ def _run(path: _Path, schedule: _Schedule, num_chains: int, rng: torch.Generator
         log_weights += (beta - before) * points.difference
         if t < last:
             points, _ = path.move(points, beta, schedule.step_size[t], rng)
-    return log_weights.nan_to_num(nan=-math.inf)
+    return torch.where(log_weights.isfinite(), log_weights, -math.inf)
 
 
 def _pilot(path: _Path, rng: torch.Generator) -> _Schedule:

@@ -199,7 +199,8 @@ def _summary(log_weights: Tensor) -> dict[str, Tensor]:
     Draws come in fours, two independent pairs from the same interval, so that their differences show the error. A few
     fours, the outermost, may make most of it: it then has as few degrees of freedom, by Satterthwaite's approximation.
     """
-    count = len(log_weights)
+    count, none = len(log_weights), log_weights.isneginf().all(0)
+    log_weights = torch.where(none, 0.0, log_weights)
     relative = (log_weights - log_weights.amax(0)).exp()
     mean = relative.mean(0)
     pairs = relative.unflatten(0, (-1, 2, 2)).mean(2)
@@ -208,10 +209,12 @@ def _summary(log_weights: Tensor) -> dict[str, Tensor]:
     few = (3 * total.square() / squares.square().sum(0) - 2).nan_to_num(nan=1.0).clamp(min=1.0)
     khat = psis(log_weights)[1]
     return {
-        "log_evidence": log_weights.logsumexp(0) - math.log(count),
-        "log_evidence_se": widening(few) * total.sqrt() / (mean * count / 2),
-        "khat": torch.where(relative.amax(0) <= _BOUNDED * mean, khat.clamp(max=0.0), khat),
-        "ess": relative.sum(0).square() / relative.square().sum(0),
+        "log_evidence": torch.where(none, -math.inf, log_weights.logsumexp(0) - math.log(count)),
+        "log_evidence_se": torch.where(none, math.inf, widening(few) * total.sqrt() / (mean * count / 2)),
+        "khat": torch.where(
+            none, math.inf, torch.where(relative.amax(0) <= _BOUNDED * mean, khat.clamp(max=0.0), khat)
+        ),
+        "ess": torch.where(none, 0.0, relative.sum(0).square() / relative.square().sum(0)),
         "num_samples": torch.full_like(mean, count),
     }
 
@@ -287,5 +290,6 @@ def _adapt(problem: LocalProblem, proposal: Proposal, rows: Tensor, rng: torch.G
     """Moves the proposals of ``rows`` towards weighted draws from them, a few times."""
     for _ in range(_NUM_ADAPTATIONS):
         z, log_weights = _log_weights(problem, proposal, rows, 2 * _ROUND, rng)
-        proposal = proposal.adapted(z, psis(log_weights)[0].softmax(0))
+        usable = torch.where(log_weights.isneginf().all(0), 0.0, log_weights)
+        proposal = proposal.adapted(z, psis(usable)[0].softmax(0))
     return proposal

@@ -20,7 +20,8 @@ from pyro_amortized.log_joint import chunks
 
 __all__ = ["Proposal", "first_proposal"]
 
-_NUM_PRIOR_DRAWS = 256
+_NUM_PRIOR_DRAWS, _FEW_PRIOR_DRAWS = 1000, 256
+"""Draws of the prior that show where to climb from; few where the model runs on one at a time."""
 _NUM_STARTS = 16
 """Draws from the prior, per datapoint, from which modes are looked for: half of them plain, half likely ones."""
 _MAX_FURTHER = 4
@@ -185,7 +186,8 @@ def first_proposal(problem: LocalProblem, phi: Tensor, seed: tuple[int, ...]) ->
     mean, scale_tril = moments(family, phi, generator(*seed, 5))
     root = covariance_root(hessian(log_joint.plain, mean, phi), scale_tril)
     with seeded(generator(*seed, 12)):
-        draws = log_joint.prior_draws(_NUM_PRIOR_DRAWS).double().cpu()
+        number = _NUM_PRIOR_DRAWS if log_joint.vectorized else _FEW_PRIOR_DRAWS
+        draws = log_joint.prior_draws(number).double().cpu()
     starts = torch.cat([mean.unsqueeze(0), _choose_starts(problem, draws, phi, generator(*seed, 13))])
     modes, heights = find_modes(log_joint, starts, root, phi, tolerance=0.01)
     locs, roots, masses = [mean], [root], [heights[0] + _log_volume(root)]
