@@ -116,3 +116,17 @@ def test_refusals(linear: LinearGaussian) -> None:
     guide.setup(x)
     with pytest.raises(ValueError, match="it knows nothing of unseen data; try AmortizedGuide"):
         compare_gaps(linear.full, guide, {"training": (x,), "held-out": (linear.simulate(7),)})
+
+
+def test_an_encoder_without_parameters_is_refined(linear: LinearGaussian) -> None:
+    x = linear.simulate(6)
+    guide = exact_guide(linear, x, "shifted", shift=0.3)
+    result = compare_gaps(linear.full, {"shifted": guide, "refined": guide.refined(20)}, (x,))
+    assert result.dataset["amortization_gap"].values[1] < 0.05 * result.dataset["amortization_gap"].values[0]
+
+
+def test_inference_mode_is_refused(linear: LinearGaussian) -> None:
+    x = linear.simulate(3)
+    guide = exact_guide(linear, x, "a")
+    with torch.inference_mode(), pytest.raises(ValueError, match="because the log-joint's gradients are needed"):
+        estimate_gaps(linear.full, guide, (x,))

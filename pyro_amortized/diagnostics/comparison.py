@@ -273,5 +273,5 @@ def _generalisation(row: xarray.Dataset, first: str) -> str:
         )
     return (
         f"That the encoder does worse on {name} than on {first} data is not shown: its amortization gap differs by "
-        f"{difference:+.3g} +- {error:.2g} nats."
+        f"{difference:+.3f} +- {error:.3f} nats."
     )

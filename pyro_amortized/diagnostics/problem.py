@@ -67,6 +67,11 @@ def bind(
         ValueError: If the guide is none of this package, the model has no local latents, its log-joint is not finite at
             draws from the guide, or it is not the same in two runs.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "Cannot diagnose a guide inside torch.inference_mode() because the log-joint's gradients are needed; try "
+            "torch.no_grad(), or neither."
+        )
     if not isinstance(guide, LocalGuide):
         raise ValueError(
             f"Cannot diagnose a {type(guide).__name__} because its variational parameters per datapoint are unknown; "

@@ -31,8 +31,8 @@ class AmortizedGuide(LocalGuide):
         encoder: A module from inputs to features ``(N, H)``, to which the guide adds the linear head; or one that
             returns ``(loc, scale)``, each of shape ``(N, D)``, for the normal family. By default an
             :class:`~pyro_amortized.MLPEncoder` of standardised inputs.
-        family: The shape of q: ``"normal"``, ``"multivariate_normal"``, ``"low_rank_multivariate_normal"``, ``"flow"``, a
-            :class:`~pyro_amortized.VariationalFamily`, or a function from ``latent_dim`` to one.
+        family: The shape of q: ``"normal"``, ``"multivariate_normal"``, ``"low_rank_multivariate_normal"``,
+            ``"flow"``, a :class:`~pyro_amortized.VariationalFamily`, or a function from ``latent_dim`` to one.
         plate: Name of the datapoint plate; by default the outermost plate that holds an observed site.
         encoder_input: What the encoder sees: by default the observed values in the plate; or the name of a model
             argument, a list of names, or a function of the model's arguments, run inside the plate so that

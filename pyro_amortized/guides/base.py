@@ -91,6 +91,7 @@ class LocalGuide(AutoGuide):
         self._ready = False
         self._global_sites: tuple[str, ...] = ()
         self._first_parameter = ""
+        self._like = torch.empty(0)
         self._pending_state: dict[str, Tensor] = {}
 
     # Building
@@ -139,6 +140,7 @@ class LocalGuide(AutoGuide):
             check_bounds(structure, self._structures.look(self.model, call.args, call.kwargs, structure.indices)[0])
         if structure.layout is not None:
             init_loc = structure.layout.flatten({s.name: nodes[s.name]["value"] for s in structure.layout.sites})
+            self._like = init_loc.new_empty(0)
             self.family = build_family(self._family_spec, structure.layout.latent_dim).to(init_loc)
             self.inference = self._build_strategy(self._inputs(call), init_loc, structure)
             self._first_parameter = next((name for name, _ in self.inference.named_parameters()), "")

@@ -105,5 +105,4 @@ class IterativeAmortizedGuide(RefiningGuide):
         self._check_features(features, inputs, structure)
         update = self._update_spec[0] or LearnedUpdate()
         update.setup(self._family, features.shape[1])
-        self._like = init_loc.new_empty(0)
         return self._refined_from(start, update.to(init_loc), features=encoder)
