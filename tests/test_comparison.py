@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from models import LinearGaussian
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
