@@ -1,11 +1,14 @@
 """estimate_gaps against the textbook way of finding the gaps of a VAE, on the same images: time, error, log evidence.
 
 The textbook is Cremer et al. (2018) with the annealed importance sampling of Wu et al. (2017): the local optimum by
-Adam from zeros with 50 draws a step, until ten windows of 100 steps running bring no gain; the log evidence as the
-larger of two estimates for each image, of importance sampling with 5000 draws from the local optimum, and of 100 chains
-of annealed importance sampling from the prior. ``python benchmarks/textbook.py --data mnist.npz`` takes about fifteen
-minutes; with all 5000 temperatures of the paper (``--temperatures 5000``) it takes hours. The larger of two noisy
-estimates is too large on average, by about the size of their errors.
+Adam from zeros with 50 draws a step, until ten windows of 100 steps running bring no gain; the log evidence by
+importance sampling with 5000 draws from the local optimum, and by 100 chains of annealed importance sampling from the
+prior. ``python benchmarks/textbook.py --data mnist.npz`` takes about fifteen minutes; with all 5000 temperatures of the
+paper (``--temperatures 5000``) it takes hours.
+
+Two ways to make one estimate of the two. The mean of the two estimates of p(x) is unbiased for p(x), so that its
+logarithm is a lower bound of log p(x) in expectation, as each of the two is. The larger of the two for each image, as
+in the code of the paper, is neither: where both are noisy it lies above log p(x) by about the size of their errors.
 """
 
 from __future__ import annotations
@@ -138,6 +141,8 @@ def main() -> None:
     textbook = time.perf_counter() - start
     larger = torch.maximum(iwae, chains)
     larger_se = torch.where(iwae > chains, iwae_se, chains_se)
+    pooled = torch.logaddexp(iwae, chains) - math.log(2)
+    pooled_se = torch.hypot((iwae - pooled).exp() * iwae_se, (chains - pooled).exp() * chains_se) / 2
 
     print(f"\n{len(x)} images, nats per image: mean (mean of the estimated errors)")
     print(f"{'':34s}{'log p(x)':>20s}{'L[q*]':>20s}{'seconds':>10s}")
@@ -145,7 +150,8 @@ def main() -> None:
     own = [gaps[name].values for name in ("log_evidence", "log_evidence_se", "elbo_optimal", "elbo_optimal_se")]
     rows = {
         "estimate_gaps": (own, ours),
-        "textbook: the larger of": ([larger.numpy(), larger_se.numpy(), *best], textbook),
+        "textbook: the mean of": ([pooled.numpy(), pooled_se.numpy(), *best], textbook),
+        "  or the larger of": ([larger.numpy(), larger_se.numpy(), *best], textbook),
         "  5000 draws from q*": ([iwae.numpy(), iwae_se.numpy(), *best], adam),
         f"  100 chains, {args.temperatures} temperatures": ([chains.numpy(), chains_se.numpy(), *best], rest),
     }
@@ -153,6 +159,10 @@ def main() -> None:
         cells = "".join(f"{np.mean(values[i]):11.3f} ({np.mean(values[i + 1]):.4f})" for i in (0, 2))
         print(f"{name:34s}{cells}{seconds:10.1f}")
     print(f"textbook / estimate_gaps, time: {textbook / ours:.1f}")
+    print("log p(x) of estimate_gaps less the other's, mean over images (its standard error over images):")
+    for name, (values, _) in list(rows.items())[1:]:
+        difference = own[0] - values[0]
+        print(f"{name:34s}{difference.mean():+11.3f} ({difference.std(ddof=1) / len(difference) ** 0.5:.4f})")
     print(f"unreliable in estimate_gaps: {int((~gaps['reliable']).sum())} of {len(x)}")
 
 
