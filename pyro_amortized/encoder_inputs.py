@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyro
+import torch
 from pyro import poutine
 from torch import Tensor, nn
 
@@ -43,19 +44,25 @@ class Call:
         return self.structure.indices.get(self.structure.datapoints.name)
 
 
-def encoder_inputs(spec: EncoderInput, model: Callable[..., Any] | None, call: Call) -> tuple[Tensor, ...]:
+def encoder_inputs(
+    spec: EncoderInput, model: Callable[..., Any] | None, call: Call, *, show_masks: bool = False
+) -> tuple[Tensor, ...]:
     """The encoder's positional inputs.
 
     Args:
         spec: What the user asked for.
         model: The model, for the names of its arguments; None if it is not at hand.
         call: The call.
+        show_masks: Whether to add, to observed values of which some are masked (and given as zeros), which these are.
 
     Raises:
         ValueError: If the model has no argument of a given name.
     """
     if spec is None:
-        return tuple((call.structure.observed or {}).values())
+        values = (call.structure.observed or {}).values()
+        masks = call.structure.present.values() if show_masks else ()
+        like = next((value for value in values if value.is_floating_point()), None)
+        return *values, *(mask.to(torch.get_default_dtype() if like is None else like.dtype) for mask in masks)
     if callable(spec):
         with call.plates[call.structure.datapoints.name]:
             found = spec(*call.args, **call.kwargs)

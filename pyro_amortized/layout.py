@@ -7,9 +7,10 @@ in folded into the datapoint, are local; every datapoint's local values, unconst
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.distributions import AffineTransform, ComposeTransform, IndependentTransform, Transform, biject_to
 
 from pyro_amortized.tracing import PlateFrame, Site, sample_sites, size_at
+from pyro_amortized.weights import NEUTRAL, SiteWeight, site_weight
 
 __all__ = ["LocalSite", "SiteLayout", "bounds", "datapoint_plate", "is_data", "is_enumerated", "latent_sites"]
 
@@ -40,6 +42,8 @@ class LocalSite:
         plates: Names of those plates.
         start: Where the site's values start in the flat latent.
         stop: Where they end.
+        weight: The mask and the scale that the model gives the site in this call.
+        present: Which unconstrained values are not masked, ``(*plates, *shape)``; None for all.
     """
 
     name: str
@@ -50,6 +54,8 @@ class LocalSite:
     plates: tuple[str, ...]
     start: int
     stop: int
+    weight: SiteWeight = NEUTRAL
+    present: Tensor | None = None
 
     @cached_property
     def is_real(self) -> bool:
@@ -111,6 +117,28 @@ class LocalSite:
         log_det = self.transform.log_abs_det_jacobian(unconstrained, value)
         return value, sum_rightmost(log_det, log_det.dim() - batch_dim)
 
+    def log_det_and_padding(self, log_det: Tensor, unconstrained: Tensor, weight: SiteWeight) -> Tensor:
+        r"""What a log-joint adds for a site: the log-Jacobian, and a standard normal density for masked entries.
+
+        Masked entries have no prior, and with none no posterior. A standard normal in its place, independent of
+        everything, leaves the evidence and the ELBO of the other entries as they are.
+
+        Args:
+            log_det: :math:`\log|dT/du|` of shape ``(*batch)``.
+            unconstrained: u, of shape ``(*batch, *shape)``.
+            weight: The mask and the scale of the site in the run at hand.
+        """
+        present, event_dims = weight.present, len(self.shape)
+        if present is not None:
+            if self.is_real:
+                log_normal = -0.5 * (unconstrained.square() + _LOG_2PI)
+                log_det = sum_rightmost(log_normal.masked_fill(present, 0.0), event_dims)
+            else:
+                present = present.reshape(present.shape[: present.dim() - self.event_dim])
+                log_normal = sum_rightmost(-0.5 * (unconstrained.square() + _LOG_2PI), event_dims)
+                log_det = torch.where(present, log_det, log_normal)
+        return log_det * weight.scale if weight.is_scaled else log_det
+
     def normal(self, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
         """A normal in unconstrained space, on the site's support: an analytic KL where the prior is of its kind.
 
@@ -118,16 +146,25 @@ class LocalSite:
             loc: Unconstrained locations ``(*batch, *shape)``.
             scale: Standard deviations of the same shape, known to be positive.
         """
+        mask, outside = self.weight.fn_mask, self.weight.fn_mask_events
+        if mask is None:
+            return self._normal(loc, scale, self.event_dim)
+        return self._normal(loc, scale, outside).mask(mask).to_event(self.event_dim - outside)
+
+    def _normal(self, loc: Tensor, scale: Tensor, event_dim: int) -> dist.TorchDistribution:
         normal = dist.Normal(loc, scale, validate_args=False)
         if self.is_real:
-            return normal.to_event(self.event_dim)
+            return normal.to_event(event_dim)
         transform = self.transform
         while isinstance(transform, IndependentTransform):  # as the priors that `to_event` makes are built
             transform = transform.base_transform
         with suppress(NotImplementedError):
             transform = transform.with_cache()
         pushed = dist.TransformedDistribution(normal, [transform])
-        return pushed.to_event(self.event_dim - len(pushed.event_shape))
+        return pushed.to_event(event_dim - len(pushed.event_shape))
+
+
+_LOG_2PI = math.log(2 * math.pi)
 
 
 def bounds(transform: Any) -> list[Tensor]:
@@ -320,6 +357,50 @@ class SiteLayout:
         """Values in their supports ``(*plates, *event)`` by site, to flat unconstrained latents ``(N, D)``."""
         return torch.cat([s.flatten(s.transform.inv(values[s.name]), self.dim) for s in self.sites], -1)
 
+    @cached_property
+    def present(self) -> Tensor | None:
+        """Which of the flat unconstrained values are not masked, ``(N, D)``; None for all."""
+        masks = [site.present for site in self.sites]
+        like = next((mask for mask in masks if mask is not None), None)
+        if like is None:
+            return None
+        flat = [None if s.present is None else s.flatten(s.present, self.dim) for s in self.sites]
+        size = next(len(part) for part in flat if part is not None)
+        whole = [like.new_ones(size, s.stop - s.start) for s in self.sites]
+        return torch.cat([w if part is None else part for part, w in zip(flat, whole, strict=True)], -1)
+
+    @cached_property
+    def is_scaled(self) -> bool:
+        """Whether the model scales a local site of its own accord."""
+        return any(site.weight.is_scaled for site in self.sites)
+
+    @cached_property
+    def scale(self) -> float | Tensor:
+        """The model's own scale of the local sites: a number, or one for each datapoint ``(N,)``.
+
+        Raises:
+            ValueError: If it is not the same for all sites, or differs within a datapoint.
+        """
+        first = self.sites[0].weight.scale
+        for site in self.sites[1:]:
+            same = torch.equal(torch.as_tensor(site.weight.scale), torch.as_tensor(first))
+            if not same:
+                raise ValueError(
+                    f"Cannot evaluate the per-datapoint ELBO because the model scales its local sites "
+                    f"{self.sites[0].name!r} and {site.name!r} differently; try one poutine.scale around all of them."
+                )
+        if not isinstance(first, Tensor):
+            return first
+        if first.numel() == 1:
+            return first.reshape(())
+        if first.dim() < -self.dim or first.shape[self.dim] != first.numel():
+            raise ValueError(
+                f"Cannot evaluate the per-datapoint ELBO because the scale of local site {self.sites[0].name!r}, of "
+                f"shape {tuple(first.shape)}, is not one for each datapoint of plate {self.plate!r}; try one number "
+                "for each datapoint."
+            )
+        return first.reshape(-1)
+
     def check_same(self, other: SiteLayout) -> None:
         """Raises a ValueError naming what changed if ``other``, found in a later call, is laid out differently."""
         mine, theirs = ({site.name: site for site in layout.sites} for layout in (self, other))
@@ -346,12 +427,6 @@ class SiteLayout:
 
 
 def _check_local_site(name: str, site: Site, frame: PlateFrame) -> None:
-    mask = site["mask"]
-    if mask is not None and mask is not True:
-        raise ValueError(
-            f"Cannot guide local site {name!r} because it is masked, which would take its prior out of the ELBO and "
-            "leave its entropy in; try masking observations instead: `dist.Normal(...).mask(present)`, obs filled in."
-        )
     if size_at(site, frame.dim) != frame.size:
         raise ValueError(
             f"Cannot guide local site {name!r} because its batch shape {tuple(site['fn'].batch_shape)} has no "
@@ -382,4 +457,18 @@ def _local_site(name: str, site: dict[str, Any], inner: list[PlateFrame], start:
     shape = unconstrained.shape[value.dim() - event_dim :]
     size = torch.Size([frame.size for frame in inner]).numel() * shape.numel()
     dims = tuple((frame.dim, frame.size) for frame in inner)
-    return LocalSite(name, transform, event_dim, shape, dims, tuple(f.name for f in inner), start, start + size)
+    weight = site_weight(site)
+    local = LocalSite(
+        name, transform, event_dim, shape, dims, tuple(f.name for f in inner), start, start + size, weight
+    )
+    present = weight.present
+    if present is None:
+        return local
+    if weight.within_event and not local.is_real:
+        raise ValueError(
+            f"Cannot guide local site {name!r} because parts of its events are masked and its support is {support}; "
+            "try a mask for whole events, `dist.to_event(...).mask(present)`."
+        )
+    if not local.is_real:
+        present = present.reshape(present.shape[: present.dim() - event_dim] + (1,) * len(shape))
+    return replace(local, present=present.expand(unconstrained.shape))

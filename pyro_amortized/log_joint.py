@@ -29,6 +29,7 @@ from pyro_amortized.graphs import GraphCache
 from pyro_amortized.programs import traced
 from pyro_amortized.structure import Structure
 from pyro_amortized.tracing import Site, isolated, run_model, sample_sites
+from pyro_amortized.weights import SiteWeight, site_weight
 
 __all__ = ["MAX_ROWS", "LocalLogJoint", "chunks"]
 
@@ -138,11 +139,9 @@ class LocalLogJoint:
         if normal is not None:
             locs, scales = (self._split(part.expand_as(z), together) for part in normal)
             posteriors = {site.name: site.normal(locs[site.name], scales[site.name]) for site in self.layout.sites}
-        log_joint = z.new_zeros(z.shape[:2])
+        log_joint, log_dets = z.new_zeros(z.shape[:2]), {}
         for site in self.layout.sites:
-            values[site.name], log_det = site.constrain(parts[site.name])
-            if not site.is_real and normal is None:
-                log_joint = log_joint + self._per_datapoint(log_det, z.shape[0])
+            values[site.name], log_dets[site.name] = site.constrain(parts[site.name])
         handlers: list[Any] = []
         if together:
             with isolated():
@@ -155,6 +154,11 @@ class LocalLogJoint:
             if self.structure.enumerated:
                 summed, done = self._sum_out(trace, z.shape[0])
                 log_joint = log_joint + summed
+            for site in self.layout.sites:
+                weight = site_weight(trace.nodes[site.name])  # type: ignore[arg-type]
+                if weight.is_masked or not (site.is_real or posteriors):
+                    term = site.log_det_and_padding(log_dets[site.name], parts[site.name], weight)
+                    log_joint = log_joint + self._per_datapoint(term, z.shape[0])
             return log_joint + self._sum_sites(trace, z.shape[0], values, posteriors, done)
 
     def _sum_out(self, trace: Trace, num_draws: int) -> tuple[Tensor | float, set[str]]:
@@ -241,8 +245,17 @@ class LocalLogJoint:
                 )
             frame = self._frame(site)
             if frame is not None:
-                log_prob = _log_prob(site) if name not in posteriors else _minus_kl(posteriors[name], site)
-                total = total + self._per_datapoint(_scaled(log_prob, site, frame), num_draws)
+                posterior = posteriors.get(name)
+                if posterior is None:
+                    term = _scaled(_log_prob(site), site, frame)
+                else:
+                    weight = site_weight(site)
+                    term = (
+                        _masked_minus_kl(posterior, site, frame, weight)
+                        if weight.is_masked
+                        else _scaled(_minus_kl(posterior, site), site, frame)
+                    )
+                total = total + self._per_datapoint(term, num_draws)
         return total
 
     def _frame(self, site: Site) -> Any:
@@ -403,6 +416,8 @@ class LocalLogJoint:
         size = self.num_datapoints
         if size < 2 or not self.structure.is_static or self.structure.datapoints.kind == "random":
             return False
+        if isinstance(self.layout.scale, Tensor):
+            return False
         rows = torch.arange(size - 1, -1, -max(1, size // 3))
         z = torch.linspace(-0.5, 0.5, size * self.layout.latent_dim, dtype=self.like.dtype)
         z = z.to(self.like).reshape(1, size, -1)
@@ -423,6 +438,11 @@ def _minus_kl(posterior: dist.TorchDistribution, site: Site) -> Tensor:
         return -kl_divergence(posterior, site["fn"])
     except NotImplementedError:
         return _log_prob(site) - posterior.log_prob(site["value"])
+
+
+def _masked_minus_kl(posterior: dist.TorchDistribution, site: Site, frame: Any, weight: SiteWeight) -> Tensor:
+    """One draw's estimate of minus the KL divergence, where masked entries have a posterior but no prior."""
+    return _scaled(_log_prob(site), site, frame) - posterior.log_prob(site["value"]) * weight.scale
 
 
 def _scaled(log_prob: Tensor, site: Site, frame: Any) -> Tensor:

@@ -2,7 +2,8 @@ r"""The per-datapoint ELBO under a Pyro model, as a function of phi.
 
 .. math:: L_n(\phi_n) = E_{q_{\phi_n}(z)}\big[\log p(x_n, z) - \log q_{\phi_n}(z)\big]
 
-for every datapoint on its own, in nats, without the scale N/B of a subsampled plate.
+for every datapoint on its own, in nats, without the scale N/B of a subsampled plate. Where the model itself scales its
+local latents (``poutine.scale``, as for KL annealing), log q is scaled as the prior is.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ class LocalObjective:
             Log weights of shape ``(K, N)``.
         """
         z, log_q = self.family.sample_and_log_prob(phi, noise, path)
-        return self.log_joint(z) - log_q
+        return self.log_joint(z) - self._as_scaled(log_q)
 
     def sum_elbo(self, phi: Tensor, noise: Tensor) -> Tensor:
         """K times the ELBO on given noise, with the entropy in closed form where the family has one.
@@ -130,7 +131,11 @@ class LocalObjective:
             entropy = self.family(phi).entropy()
         except NotImplementedError:
             return self.log_weights(phi, noise).sum(0)
-        return self.log_joint(self.family.rsample(phi, noise)).sum(0) + len(noise) * entropy
+        return self.log_joint(self.family.rsample(phi, noise)).sum(0) + len(noise) * self._as_scaled(entropy)
+
+    def _as_scaled(self, value: Tensor) -> Tensor:
+        """What belongs to q, with the scale that the model gives to the prior."""
+        return value * self.log_joint.layout.scale if self.log_joint.layout.is_scaled else value
 
     def select(self, rows: Tensor) -> LocalObjective | None:
         """The objective of some of the datapoints, as :meth:`LocalLogJoint.select`."""

@@ -51,8 +51,11 @@ def traced(
     if graphs is not None and shapes is not None and log_joint.structure.is_static:
         frames = tuple(log_joint.structure.frames.values())
         modes = (log_joint.vectorized, torch.get_default_dtype(), torch.is_autocast_enabled())
-        key = (program.__name__, *settings, shapes, call_key([*inputs, *call.tensors]), frames, modes)
-        graph = graphs.find(key, function, [*inputs, *call.tensors], owner, derivatives=derivatives)
+        scale = log_joint.layout.scale if log_joint.layout.is_scaled else 1.0
+        key = (program.__name__, *settings, shapes, call_key([*inputs, *call.tensors]), frames, modes, scale)
+        fixed = not isinstance(scale, Tensor)  # a number that a tensor holds would be traced as a constant
+        tensors = [*inputs, *call.tensors]
+        graph = graphs.find(key, function, tensors, owner, derivatives=derivatives) if fixed else None
         if graph is not None:
             return graph, call.tensors
     return function, call.tensors

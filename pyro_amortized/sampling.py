@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import torch
+from pyro.poutine import runtime
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.scale_messenger import ScaleMessenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions.kl import register_kl
 
 from pyro_amortized.families import Normal, VariationalFamily
 from pyro_amortized.layout import LocalSite, SiteLayout
+from pyro_amortized.structure import Structure
+from pyro_amortized.weights import NEUTRAL, SiteWeight
 
 __all__ = ["KeepLogDensity", "PushedDelta", "sample_local"]
 
@@ -32,12 +39,52 @@ def _no_closed_form(p: PushedDelta, q: dist.Distribution) -> Tensor:
 
 
 class KeepLogDensity(Messenger):
-    """Makes an autoguide of Pyro's, run under this handler, use :class:`PushedDelta`."""
+    """Makes an autoguide of Pyro's, run under this handler, use :class:`PushedDelta`, and the model's masks and scales.
+
+    Args:
+        weights: Masks and scales of the latents that the model gives any.
+    """
+
+    def __init__(self, weights: Mapping[str, SiteWeight]) -> None:
+        super().__init__()
+        self.weights = weights
 
     def _pyro_sample(self, msg: Any) -> None:
         fn = msg["fn"]
+        if self.weights and not msg["is_observed"] and not site_is_subsample(msg):
+            self._weigh(msg)
         if type(fn) is dist.Delta and isinstance(fn.log_density, Tensor):
             msg["fn"] = PushedDelta(fn.v, log_density=fn.log_density, event_dim=fn.event_dim)
+
+    def _weigh(self, msg: Any) -> None:
+        """Gives a site of the guide the scale and mask of the model's."""
+        name = msg["name"]
+        weight = self.weights.get(name, self.weights.get(name.removesuffix("_unconstrained"), NEUTRAL))
+        joint = msg["infer"].get("is_auxiliary") and not name.endswith("_unconstrained")
+        if joint or weight.within_event:
+            raise ValueError(
+                f"Cannot guide global sites {sorted(self.weights)} jointly, as {name!r} does, because the model "
+                "masks or scales them; try global_guide=AutoNormal."
+            )
+        msg["scale"] = msg["scale"] * weight.scale
+        for mask in (weight.handler_mask, weight.fn_mask):
+            if mask is not None:
+                msg["mask"] = mask if msg["mask"] is None else mask & msg["mask"]
+
+
+def check_scaled_once(structure: Structure) -> None:
+    """Raises a ValueError if the caller scales the guide as the model has scaled its latents already."""
+    weights = dict(structure.global_weights)
+    if structure.layout is not None:
+        weights.update({site.name: site.weight for site in structure.layout.sites})
+    outer = [handler.scale for handler in runtime._PYRO_STACK if isinstance(handler, ScaleMessenger)]
+    for name, weight in weights.items():
+        if weight.is_scaled and any(torch.equal(torch.as_tensor(s), torch.as_tensor(weight.scale)) for s in outer):
+            raise ValueError(
+                f"Cannot scale this guide by poutine.scale because its model scales site {name!r} by as much itself, "
+                "which the guide does too: it would be scaled twice; try the guide without poutine.scale, or a guide "
+                "of the model without it."
+            )
 
 
 def sample_local(
@@ -62,22 +109,32 @@ def sample_local(
     if isinstance(family, Normal):
         loc, scale = family.marginals(phi)
         return {
-            site.name: _sample(site, site.normal(site.unflatten(loc), site.unflatten(scale)), plates)
+            site.name: _sample(site, site.normal(site.unflatten(loc), site.unflatten(scale)), plates, site.weight)
             for site in layout.sites
         }
-    latent = pyro.sample(latent_name, family(phi), infer={"is_auxiliary": True})
-    return {site.name: _sample(site, _delta(site, latent), plates) for site in layout.sites}
+    joint = SiteWeight(layout.scale)
+    if isinstance(joint.scale, Tensor) and joint.scale.dim():
+        joint = SiteWeight(layout.batch(joint.scale.unsqueeze(-1)).squeeze(-1))
+    with joint.handlers():
+        latent = pyro.sample(latent_name, family(phi), infer={"is_auxiliary": True})
+        return {site.name: _sample(site, _delta(site, latent), plates, NEUTRAL) for site in layout.sites}
 
 
 def _delta(site: LocalSite, latent: Tensor) -> dist.TorchDistribution:
-    value, log_det = site.constrain(site.unflatten(latent))
+    unconstrained = site.unflatten(latent)
+    value, log_det = site.constrain(unconstrained)
+    if site.weight.is_masked:
+        log_det = site.log_det_and_padding(log_det, unconstrained, replace(site.weight, scale=1.0))
     return PushedDelta(value, log_density=-log_det, event_dim=site.event_dim)
 
 
-def _sample(site: LocalSite, fn: dist.TorchDistribution, plates: Mapping[str, pyro.plate]) -> Tensor:
-    if not site.plates:
+def _sample(
+    site: LocalSite, fn: dist.TorchDistribution, plates: Mapping[str, pyro.plate], weight: SiteWeight
+) -> Tensor:
+    if not site.plates and weight is NEUTRAL:
         return pyro.sample(site.name, fn)
     with ExitStack() as stack:
         for name in site.plates:
             stack.enter_context(plates[name])
+        stack.enter_context(weight.handlers())
         return pyro.sample(site.name, fn)

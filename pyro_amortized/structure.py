@@ -29,6 +29,7 @@ from pyro_amortized.tracing import (
     sample_sites,
     subsample_indices,
 )
+from pyro_amortized.weights import NEUTRAL, SiteWeight, site_weight
 
 __all__ = ["Structure", "StructureCache", "check_bounds", "check_observed", "observed_values"]
 
@@ -47,6 +48,8 @@ class Structure:
         observed: Observed values in the datapoint plate by site, each of shape ``(N, ...)``; None if they were not
             asked for, or cannot be known before a random subsample is drawn.
         enumerated: Names of the discrete latent sites that the model sums out.
+        global_weights: Masks and scales of the global latent sites that have any.
+        present: Which of the observed values are not masked, by site, ``(N, ...)``, for sites that are masked.
     """
 
     frames: Mapping[str, PlateFrame]
@@ -57,6 +60,8 @@ class Structure:
     indices: Mapping[str, Tensor] = field(default_factory=dict)
     observed: Mapping[str, Tensor] | None = None
     enumerated: tuple[str, ...] = ()
+    global_weights: Mapping[str, SiteWeight] = field(default_factory=dict)
+    present: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def datapoints(self) -> PlateFrame:
@@ -65,7 +70,7 @@ class Structure:
 
     def without_tensors(self) -> Structure:
         """The structure without indices and observed values, which may be kept without keeping data alive."""
-        return replace(self, indices={}, observed=None)
+        return replace(self, indices={}, observed=None, present={})
 
     def check_same(self, other: Structure) -> None:
         """Raises a ValueError naming what changed if ``other``, found in a later call, has other latents."""
@@ -99,6 +104,12 @@ class Structure:
         return self.layout is None or all(site.is_static for site in self.layout.sites)
 
     @cached_property
+    def is_weighted(self) -> bool:
+        """Whether the model masks or scales latents of its own accord."""
+        sites = () if self.layout is None else self.layout.sites
+        return bool(self.global_weights) or any(site.weight is not NEUTRAL for site in sites)
+
+    @cached_property
     def random_plates(self) -> list[str]:
         """Plates whose indices are drawn anew in every run."""
         return [name for name, frame in self.frames.items() if frame.kind == "random"]
@@ -115,15 +126,26 @@ def check_bounds(first: Structure, second: Structure) -> None:
             )
 
 
-def observed_values(trace: Trace, frame: PlateFrame) -> dict[str, Tensor]:
-    """The observed values in a plate by site, datapoints first: each of shape ``(N, ...)``."""
-    values = {}
+def observed_values(trace: Trace, frame: PlateFrame) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The observed values in a plate by site, datapoints first, each of shape ``(N, ...)``.
+
+    Masked values are replaced by zeros.
+
+    Returns:
+        The values, and which of them are not masked for the sites that have a mask.
+    """
+    values, masks = {}, {}
     for name, site in sample_sites(trace).items():
         if is_data(site) and any(f.name == frame.name for f in site["cond_indep_stack"]):
             value = torch.as_tensor(site["value"])
+            present = site_weight(site).present
+            if value.numel() > 0 and present is not None:
+                value, present = torch.broadcast_tensors(value, present)
+                value = value.masked_fill(~present, 0)
+                masks[name] = _datapoints_first(present, frame, site["fn"].event_dim)
             if value.numel() > 0:
                 values[name] = _datapoints_first(value, frame, site["fn"].event_dim)
-    return values
+    return values, masks
 
 
 def _datapoints_first(value: Tensor, frame: PlateFrame, event_dim: int) -> Tensor:
@@ -135,18 +157,21 @@ def _datapoints_first(value: Tensor, frame: PlateFrame, event_dim: int) -> Tenso
 
 
 def check_observed(trace: Trace) -> None:
-    """Raises a ValueError naming the site and the datapoints if observed values are NaN and not masked out."""
+    """Raises a ValueError naming the site and the datapoints if observed values are NaN.
+
+    Masked ones too: their log-probability is left out, but its derivative is NaN all the same.
+    """
     for name, site in sample_sites(trace).items():
         value = site["value"]
-        if not is_data(site) or not isinstance(value, Tensor) or not value.is_floating_point() or site["mask"] is False:
+        if not is_data(site) or not isinstance(value, Tensor) or not value.is_floating_point():
             continue
         missing = value.isnan()
-        if missing.any() and site["mask"] is None and not hasattr(site["fn"], "_mask"):
+        if missing.any():
             rows = missing.reshape(len(value), -1).any(-1).nonzero().squeeze(-1).tolist() if value.dim() else []
             raise ValueError(
                 f"Cannot infer latents because observed site {name!r} holds {int(missing.sum())} NaN values "
                 f"(first rows: {rows[:5]}); try dropping or imputing them, or mask them in the model: "
-                "`dist.Normal(...).mask(present)` with obs=... filled in."
+                "`dist.Normal(...).mask(~x.isnan())` with obs=torch.nan_to_num(x), filled in."
             )
 
 
@@ -212,7 +237,7 @@ class StructureCache:
                 "saved without their model; try `guide.model = model`."
             )
         structure, trace, reads = self.look(model, args, kwargs, watch=key is not None and key not in self._volatile)
-        if key is not None and (reads or not structure.is_static):
+        if key is not None and (reads or not structure.is_static or structure.is_weighted):
             self._volatile.add(key)
         elif key is not None:
             self._templates[key] = _template(structure, trace, (args, kwargs))
@@ -237,6 +262,8 @@ class StructureCache:
             layout = None
         local = set() if layout is None else {site.name for site in layout.sites}
         global_sites = {name: site for name, site in latent_sites(trace).items() if name not in local}
+        observed, present = ({}, {}) if plate is None else observed_values(trace, frames[plate])
+        weights = {name: site_weight(site) for name, site in global_sites.items()}
         structure = Structure(
             frames=frames,
             plate=plate,
@@ -244,7 +271,9 @@ class StructureCache:
             global_sites=tuple(global_sites),
             global_plates=tuple({f.name for site in global_sites.values() for f in site["cond_indep_stack"]}),
             indices=subsample_indices(trace, frames),
-            observed={} if plate is None else observed_values(trace, frames[plate]),
+            observed=observed,
+            present=present,
+            global_weights={name: weight for name, weight in weights.items() if weight is not NEUTRAL},
             enumerated=tuple(
                 name for name, site in sample_sites(trace).items() if not site["is_observed"] and is_enumerated(site)
             ),
@@ -258,7 +287,8 @@ def _template(structure: Structure, trace: Trace, arguments: Any) -> _Template:
     observed = {}
     for name in structure.observed or {}:
         site: Any = trace.nodes[name]
-        source = find_source(site["value"], arguments) if isinstance(site["value"], Tensor) else None
+        masked = name in structure.present
+        source = find_source(site["value"], arguments) if isinstance(site["value"], Tensor) and not masked else None
         observed[name] = None if source is None else (source, site["fn"].event_dim)
     return _Template(structure.without_tensors(), indices, observed)
 

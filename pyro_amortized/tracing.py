@@ -249,12 +249,12 @@ def python_state(model: Any) -> Any:
     """What of a model's own Python state may decide its structure: flags, counts and names that it holds.
 
     Those are the attributes of a module (or of the object of a bound method) and the variables that a function closes
-    over, where they are bool, int, str or None.
+    over, where they are bool, int, float, str or None.
     """
     owner = getattr(model, "__self__", model)
     cells = [cell.cell_contents for cell in getattr(owner, "__closure__", None) or () if _is_filled(cell)]
     held = (*getattr(owner, "__dict__", {}).values(), *cells)
-    return tuple(value for value in held if value is None or isinstance(value, bool | int | str))
+    return tuple(value for value in held if value is None or isinstance(value, bool | int | float | str))
 
 
 def _is_filled(cell: Any) -> bool:

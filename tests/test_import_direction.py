@@ -16,7 +16,7 @@ LAYERS: list[set[str]] = [
     {"inference"},
     {"tracing"},
     {"guards"},
-    {"graphs"},
+    {"graphs", "weights"},
     {"layout"},
     {"structure"},
     {"programs", "sampling", "encoder_inputs"},

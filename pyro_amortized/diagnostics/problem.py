@@ -91,6 +91,7 @@ def bind(
         guide.setup(*args, **kwargs)
     with torch.no_grad(), seeded(generator(seed, 10)), guide._repeatable():
         structure, phi = guide._infer(args, kwargs)
+        _check_unscaled(structure)
         _check_repeatable(guide, args, kwargs, structure, phi)
         global_values = guide.global_median(*args, **kwargs)
     log_joint = LocalLogJoint(model, args, kwargs, structure, global_values)
@@ -101,6 +102,17 @@ def bind(
     return LocalProblem(
         LocalObjective(log_joint, guide.family), phi.detach(), frame.name, index.cpu(), structure.global_sites
     )
+
+
+def _check_unscaled(structure: Structure) -> None:
+    """Refuses models that scale their latents, as for KL annealing: these have no evidence."""
+    for site in structure.layout.sites if structure.layout is not None else ():
+        if site.weight.is_scaled:
+            raise ValueError(
+                f"Cannot diagnose this guide because the model scales local site {site.name!r} by {site.weight.scale}: "
+                "a scaled prior is no density, so that there is no evidence to compare with; try the arguments that "
+                "set the scale to 1."
+            )
 
 
 def _check_repeatable(guide: LocalGuide, args: Any, kwargs: Any, structure: Structure, phi: Tensor) -> None:

@@ -71,6 +71,10 @@ class AmortizedGuide(LocalGuide):
         super().__init__(model, **options)
         self._encoder_spec = (encoder,)
 
+    @property
+    def _shows_masks(self) -> bool:
+        return self._encoder_spec[0] is None
+
     def _build_strategy(self, inputs: tuple[Tensor, ...], init_loc: Tensor, structure: Structure) -> InferenceStrategy:
         encoder = self._encoder_spec[0] or self._default_encoder(inputs, init_loc)
         return self._encoded(encoder, inputs, init_loc, structure)

@@ -23,7 +23,7 @@ from pyro_amortized.families import Normal, VariationalFamily, build_family
 from pyro_amortized.families.base import FamilySpec, check_family_spec
 from pyro_amortized.inference import InferenceStrategy, Refined
 from pyro_amortized.layout import SiteLayout, is_enumerated
-from pyro_amortized.sampling import KeepLogDensity, sample_local
+from pyro_amortized.sampling import KeepLogDensity, check_scaled_once, sample_local
 from pyro_amortized.structure import Structure, StructureCache, check_bounds, check_observed
 from pyro_amortized.tracing import isolated, run_model
 from pyro_amortized.updates import NaturalGradient, UpdateRule
@@ -218,7 +218,14 @@ class LocalGuide(AutoGuide):
         return plates
 
     def _inputs(self, call: Call) -> tuple[Tensor, ...]:
-        return encoder_inputs(self._encoder_input, self._model_at_hand, call) if self._needs_inputs else ()
+        if not self._needs_inputs:
+            return ()
+        return encoder_inputs(self._encoder_input, self._model_at_hand, call, show_masks=self._shows_masks)
+
+    @property
+    def _shows_masks(self) -> bool:
+        """Whether the encoder also sees which observed values are masked."""
+        return False
 
     def _phi(self, call: Call) -> Tensor:
         """phi of a call's datapoints, ``(N, P)``; reading ``self.inference`` registers its parameters with Pyro."""
@@ -243,6 +250,9 @@ class LocalGuide(AutoGuide):
             low, high = torch.aminmax(phi.detach())
             if not (low.item() > -_MODERATE and high.item() < _MODERATE):
                 self._check_phi(phi, inputs)
+        present = call.structure.layout.present  # type: ignore[union-attr]
+        if present is not None and isinstance(self._family, Normal):  # a standard normal where nothing is known
+            phi = phi.masked_fill(~present.repeat(1, 2), 0.0)
         return phi
 
     def _run_strategy(self, strategy: InferenceStrategy, inputs: tuple[Tensor, ...], call: Call) -> Tensor:
@@ -295,8 +305,10 @@ class LocalGuide(AutoGuide):
         """
         call = self._prepare(args, kwargs)
         result: dict[str, Tensor] = {}
+        if call.structure.is_weighted:
+            check_scaled_once(call.structure)
         if self._global_sites:
-            with KeepLogDensity():
+            with KeepLogDensity(call.structure.global_weights):
                 result.update(self._global()(*args, **kwargs))
         layout = call.structure.layout
         if layout is not None:
