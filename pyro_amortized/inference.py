@@ -85,7 +85,9 @@ class Encoded(InferenceStrategy):
     """phi from a network, as in the variational autoencoder.
 
     Args:
-        encoder: From inputs to features ``(N, H)``, or to a pair ``(loc, scale)`` of shapes ``(N, D)``.
+        encoder: From inputs to features ``(N, H)``, or to a pair ``(loc, scale)`` of shapes ``(N, D)``; or, for
+            sequences, to features ``(N, T, H)``, whose T steps share the head and make one phi of the mean-field normal
+            family, step after step.
         head: From features to phi, or None if the encoder returns a pair, which is then read as the location and scale
             of the mean-field normal family: ``phi = (loc, log scale)``.
 
@@ -101,6 +103,8 @@ class Encoded(InferenceStrategy):
     def forward(self, inputs: tuple[Tensor, ...], index: Tensor | None, objective: Objective | None = None) -> Tensor:
         """phi of shape ``(N, P)``; ``index`` and ``objective`` are not needed."""
         features = self.encoder(*inputs)
+        if self.head is not None and features.dim() == 3:
+            return torch.cat([part.flatten(1) for part in self.head(features).chunk(2, -1)], -1)
         if self.head is not None:
             return self.head(features)
         loc, scale = features

@@ -8,6 +8,7 @@ in folded into the datapoint, are local; every datapoint's local values, unconst
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -401,10 +402,39 @@ class SiteLayout:
             )
         return first.reshape(-1)
 
-    def check_same(self, other: SiteLayout) -> None:
-        """Raises a ValueError naming what changed if ``other``, found in a later call, is laid out differently."""
+    @cached_property
+    def steps(self) -> list[tuple[Any, ...]] | None:
+        """For sites numbered alike, as ``z_1, w_1, z_2, w_2``: what each step holds; None if steps differ."""
+        steps: dict[str, list[Any]] = {}
+        for site in self.sites:
+            stem, number = re.fullmatch(r"(.*?)(\d*)", site.name, re.DOTALL).groups()  # type: ignore[union-attr]
+            steps.setdefault(number, []).append((stem, site.shape, site.inner, site.event_dim, _kind(site.transform)))
+        found = [tuple(step) for step in steps.values()]
+        in_order = [site.name for site in self.sites] == [f"{part[0]}{n}" for n, step in steps.items() for part in step]
+        return found if in_order and "" not in steps and all(step == found[0] for step in found) else None
+
+    def check_same(self, other: SiteLayout, *, per_step: bool = False) -> None:
+        """Raises a ValueError naming what changed if ``other``, found in a later call, is laid out differently.
+
+        Args:
+            other: The layout of a later call.
+            per_step: Whether the number of steps of sites numbered alike may differ.
+        """
+        if not (per_step and self.steps and other.steps and self.steps[0] == other.steps[0]):
+            self._check_sites(other)
+        if (self.plate, self.dim) != (other.plate, other.dim):
+            raise ValueError(
+                f"Cannot run this guide because the datapoint plate is now {other.plate!r} at dim {other.dim}, and was "
+                f"{self.plate!r} at dim {self.dim} when the guide was set up; try the same structure in every call, or "
+                "one guide per structure."
+            )
+
+    def _check_sites(self, other: SiteLayout) -> None:
         mine, theirs = ({site.name: site for site in layout.sites} for layout in (self, other))
-        remedy = "try the same structure in every call, or one guide per structure."
+        remedy = (
+            "try the same structure in every call, one guide per structure, or, for sites numbered by time, an encoder "
+            "that returns features (N, T, H)."
+        )
         for name in [*mine, *theirs]:
             if name not in theirs or name not in mine:
                 state = "is no longer a latent site of" if name in mine else "has become a latent site of"
@@ -419,11 +449,6 @@ class SiteLayout:
                     f"{tuple(after[0])} and inner plates {list(after[1])}, and had {tuple(before[0])} and "
                     f"{list(before[1])} when the guide was set up, or has another support; {remedy}"
                 )
-        if (self.plate, self.dim) != (other.plate, other.dim):
-            raise ValueError(
-                f"Cannot run this guide because the datapoint plate is now {other.plate!r} at dim {other.dim}, and was "
-                f"{self.plate!r} at dim {self.dim} when the guide was set up; {remedy}"
-            )
 
 
 def _check_local_site(name: str, site: Site, frame: PlateFrame) -> None:

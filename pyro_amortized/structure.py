@@ -72,11 +72,16 @@ class Structure:
         """The structure without indices and observed values, which may be kept without keeping data alive."""
         return replace(self, indices={}, observed=None, present={})
 
-    def check_same(self, other: Structure) -> None:
-        """Raises a ValueError naming what changed if ``other``, found in a later call, has other latents."""
+    def check_same(self, other: Structure, *, per_step: bool = False) -> None:
+        """Raises a ValueError naming what changed if ``other``, found in a later call, has other latents.
+
+        Args:
+            other: The structure of a later call.
+            per_step: Whether the number of steps of sites numbered alike may differ.
+        """
         remedy = "try the same structure in every call, or one guide per structure."
         if self.layout is not None and other.layout is not None:
-            self.layout.check_same(other.layout)
+            self.layout.check_same(other.layout, per_step=per_step)
         elif self.layout is not other.layout:
             before, now = ("some", "none") if other.layout is None else ("none", "some")
             raise ValueError(

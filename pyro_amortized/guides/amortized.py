@@ -29,8 +29,10 @@ class AmortizedGuide(LocalGuide):
     Args:
         model: A Pyro model.
         encoder: A module from inputs to features ``(N, H)``, to which the guide adds the linear head; or one that
-            returns ``(loc, scale)``, each of shape ``(N, D)``, for the normal family. By default an
-            :class:`~pyro_amortized.MLPEncoder` of standardised inputs.
+            returns ``(loc, scale)``, each of shape ``(N, D)``, for the normal family; or, for sites that are numbered
+            by time (``z_1``, ``z_2``, ...), one that returns features ``(N, T, H)``: the steps share one head, and
+            every call may have another number T of them. By default an :class:`~pyro_amortized.MLPEncoder` of
+            standardised inputs.
         family: The shape of q: ``"normal"``, ``"multivariate_normal"``, ``"low_rank_multivariate_normal"``,
             ``"flow"``, a :class:`~pyro_amortized.VariationalFamily`, or a function from ``latent_dim`` to one.
         plate: Name of the datapoint plate; by default the outermost plate that holds an observed site.
@@ -87,11 +89,31 @@ class AmortizedGuide(LocalGuide):
         if isinstance(features, tuple):
             self._check_pair(features, init_loc)
             return Encoded(encoder, None)
+        if features.dim() == 3:
+            return Encoded(encoder, self._shared_head(features, init_loc, structure))
         self._check_features(features, inputs, structure)
         head = nn.Linear(features.shape[1], self.family.num_params).to(features)
         with torch.no_grad():
             head.bias.copy_(self.family.initial(init_loc.mean(0), self.init_scale))
         return Encoded(encoder, head)
+
+    def _shared_head(self, features: Tensor, init_loc: Tensor, structure: Structure) -> nn.Module:
+        """The head from the features of a step to phi of the latents of that step."""
+        layout: Any = structure.layout
+        steps = layout.steps
+        if not isinstance(self.family, Normal) or steps is None:
+            raise ValueError(
+                f"Cannot share features of shape {tuple(features.shape)}, one for each of {features.shape[1]} steps, "
+                f"because local sites {[site.name for site in layout.sites][:6]} of family "
+                f"{type(self.family).__name__} are not numbered alike (z_1, z_2, ..., the same sites in every step, "
+                'family="normal"); try features of shape (N, H).'
+            )
+        self._per_step = True
+        size = layout.latent_dim // len(steps)
+        head = nn.Linear(features.shape[2], 2 * size).to(features)
+        with torch.no_grad():
+            head.bias.copy_(Normal(size).initial(init_loc.reshape(-1, size).mean(0), self.init_scale))
+        return head
 
     def _first_features(self, encoder: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
         if isinstance(encoder, StandardizedEncoder):

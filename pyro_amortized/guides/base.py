@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import pyro
@@ -89,6 +90,7 @@ class LocalGuide(AutoGuide):
         self._global_guide_factory = global_guide
         self._structures = StructureCache(plate)
         self._ready = False
+        self._per_step = False
         self._global_sites: tuple[str, ...] = ()
         self._first_parameter = ""
         self._like = torch.empty(0)
@@ -191,7 +193,9 @@ class LocalGuide(AutoGuide):
         if not self._ready:
             self._build(call)
         elif structure.layout is not self.layout:
-            self._built_structure.check_same(structure)
+            self._built_structure.check_same(structure, per_step=self._per_step)
+            if self._per_step and structure.layout.latent_dim != self._family.latent_dim:  # type: ignore[union-attr]
+                self.family = _normal(structure.layout.latent_dim)  # type: ignore[union-attr]
         return call
 
     def _call_plates(
@@ -244,7 +248,8 @@ class LocalGuide(AutoGuide):
                 f"Cannot sample the latents of {frame.size} datapoints in plate {frame.name!r} because the encoder "
                 f"returned variational parameters of shape {tuple(phi.shape)} and not "
                 f"{(frame.size, num_params)}; try an encoder and an encoder_input whose first dimension "
-                f"runs over the plate (inputs have shapes {[tuple(x.shape) for x in inputs]})."
+                f"runs over the plate (inputs have shapes {[tuple(x.shape) for x in inputs]}), and for features "
+                "(N, T, H) as many steps T as the model has."
             )
         if not torch._C._get_tracing_state():
             low, high = torch.aminmax(phi.detach())
@@ -505,6 +510,12 @@ class LocalGuide(AutoGuide):
             super()._load_from_state_dict(state_dict, prefix, *args)
         else:
             self._pending_state = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+
+
+@cache
+def _normal(latent_dim: int) -> Normal:
+    """The same family for the same number of steps, so that graphs traced with it stay valid."""
+    return Normal(latent_dim)
 
 
 def _global_quantiles(guide: AutoGuide, quantiles: Any, args: Any, kwargs: Any) -> dict[str, Tensor]:

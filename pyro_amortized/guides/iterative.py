@@ -102,7 +102,7 @@ class IterativeAmortizedGuide(RefiningGuide):
                 "Cannot use an encoder that returns a pair in IterativeAmortizedGuide because the update network needs "
                 "features; try an encoder from (N, ...) to (N, H)."
             )
-        self._check_features(features, inputs, structure)
+        self._check_features(features, inputs, structure)  # which must not be features of steps
         update = self._update_spec[0] or LearnedUpdate()
         update.setup(self._family, features.shape[1])
         return self._refined_from(start, update.to(init_loc), features=encoder)

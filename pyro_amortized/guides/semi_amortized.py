@@ -147,7 +147,15 @@ class SemiAmortizedGuide(RefiningGuide):
 
     def _adopt(self, guide: LocalGuide) -> None:
         """Takes another guide's answers as the start, sharing its parameters."""
-        for name in ("layout", "_built_structure", "_structures", "_global_sites", "_encoder_input", "create_plates"):
+        for name in (
+            "layout",
+            "_built_structure",
+            "_structures",
+            "_global_sites",
+            "_encoder_input",
+            "create_plates",
+            "_per_step",
+        ):
             self.__dict__[name] = getattr(guide, name)
         self.family = guide._family
         if self._global_sites:
