@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyro_amortized.structure import Structure
 
-__all__ = ["Call", "EncoderInput", "encoder_inputs", "named_arguments"]
+__all__ = ["Call", "EncoderInput", "encoder_inputs", "named_arguments", "named_function"]
 
 EncoderInput = str | Sequence[str] | Callable[..., Any] | None
 """None (the observed values), an argument's name, several names, or a function of the model's arguments."""
@@ -30,6 +30,8 @@ class Call:
         structure: What the model looks like in this call, with the indices of all subsampled plates.
         plates: The plates by name, opened by nobody yet.
         signal: Zeros ``(N,)`` whose gradient trains the guide beside that of the ELBO, or None.
+        model: The model that observes the data at hand, if it is another than the guide's.
+        complete: Whether the data at hand are among the arguments.
     """
 
     args: tuple[Any, ...]
@@ -37,6 +39,8 @@ class Call:
     structure: Structure
     plates: Mapping[str, pyro.plate]
     signal: Tensor | None = None
+    model: Callable[..., Any] | None = None
+    complete: bool = True
 
     @property
     def index(self) -> Tensor | None:
@@ -63,6 +67,11 @@ def encoder_inputs(
         masks = call.structure.present.values() if show_masks else ()
         like = next((value for value in values if value.is_floating_point()), None)
         return *values, *(mask.to(torch.get_default_dtype() if like is None else like.dtype) for mask in masks)
+    if not call.complete:
+        raise ValueError(
+            f"Cannot encode simulated data by encoder_input={spec!r} because the model does not observe an argument as "
+            "it is; try encoder_input=None, the observed values."
+        )
     if callable(spec):
         with call.plates[call.structure.datapoints.name]:
             found = spec(*call.args, **call.kwargs)
@@ -91,7 +100,7 @@ def _argument(name: str, model: Callable[..., Any] | None, call: Call) -> Any:
 
 def named_arguments(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call by the names that the model gives them, with its defaults."""
-    signature = inspect.signature(_named_function(model))
+    signature = inspect.signature(named_function(model))
     bound = signature.bind_partial(*args, **kwargs)
     bound.apply_defaults()
     arguments = dict(bound.arguments)
@@ -101,7 +110,7 @@ def named_arguments(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Ma
     return arguments
 
 
-def _named_function(model: Any) -> Any:
+def named_function(model: Any) -> Any:
     """The function whose parameters name a model's arguments, under Pyro's handlers and inside modules."""
     model = poutine.unwrap(model)
     return model.forward if isinstance(model, nn.Module) else model

@@ -20,6 +20,7 @@ LAYERS: list[set[str]] = [
     {"layout"},
     {"structure"},
     {"programs", "sampling", "encoder_inputs"},
+    {"simulated"},
     {"log_joint"},
     {"objective"},
     {"guides"},

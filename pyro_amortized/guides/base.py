@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -25,6 +25,7 @@ from pyro_amortized.families.base import FamilySpec, check_family_spec
 from pyro_amortized.inference import InferenceStrategy, Refined
 from pyro_amortized.layout import SiteLayout, is_enumerated
 from pyro_amortized.sampling import KeepLogDensity, check_scaled_once, sample_local
+from pyro_amortized.simulated import simulated_call, takes_observations
 from pyro_amortized.structure import Structure, StructureCache, check_bounds, check_observed
 from pyro_amortized.tracing import isolated, run_model
 from pyro_amortized.updates import NaturalGradient, UpdateRule
@@ -181,6 +182,8 @@ class LocalGuide(AutoGuide):
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Finds the structure of a call and opens its plates; builds the guide in the first one."""
         observed = not self._ready or (self._encoder_input is None and self._needs_inputs)
+        if "observations" in kwargs and not self._observes_itself(args, kwargs):
+            return self._prepare_simulated(args, kwargs)
         structure = self._structures.find(self._model_at_hand, args, kwargs, observed=observed)
         plates = self._call_plates(structure, args, kwargs)
         drawn = structure.random_plates if self.create_plates is None else [n for n in plates if n in structure.frames]
@@ -189,7 +192,36 @@ class LocalGuide(AutoGuide):
             if not structure.is_static or (observed and structure.observed is None):
                 structure = self._structures.look(self.model, args, kwargs, indices)[0]
             structure = replace(structure, indices=indices)
-        call = Call(args, kwargs, structure, plates)
+        return self._checked(Call(args, kwargs, structure, plates))
+
+    def _prepare_simulated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """A call of wake-sleep or CSIS, which hand their simulated data to the guide as ``observations``."""
+        observations = kwargs["observations"]
+        own = {name: value for name, value in kwargs.items() if name != "observations"}
+        structure = self._structures.find(self.model, args, own, observed=False)
+        plates = self._call_plates(structure, args, own)
+        kwargs = kwargs if takes_observations(self.model) else own
+        indices = {name: plate.indices for name, plate in plates.items() if plate.subsample_size < plate.size}
+        with isolated():
+            model, args, kwargs, complete = simulated_call(self.model, args, kwargs, observations, indices)
+            structure = self._structures.look(model, args, kwargs, indices)[0]
+        structure = replace(structure, indices={**structure.indices, **indices})
+        return self._checked(Call(args, kwargs, structure, plates, model=model, complete=complete))
+
+    def _observes_itself(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the model observes what it is given as ``observations``, so that nothing needs to be put in."""
+        observations, model = kwargs["observations"], self._model_at_hand
+        if model is None or not isinstance(observations, Mapping):
+            return True
+        if not takes_observations(model):
+            return False
+        observed = self._structures.find(model, args, kwargs, observed=True).observed or {}
+        values = {name: torch.as_tensor(value) for name, value in observations.items()}
+        return all(n in observed and value.data_ptr() == observed[n].data_ptr() for n, value in values.items())
+
+    def _checked(self, call: Call) -> Call:
+        """The call, after building the guide for the first one, or checking that its structure is the guide's."""
+        structure = call.structure
         if not self._ready:
             self._build(call)
         elif structure.layout is not self.layout:
@@ -309,6 +341,7 @@ class LocalGuide(AutoGuide):
                 guide's parameters lie in the parameter store under this guide's names.
         """
         call = self._prepare(args, kwargs)
+        args, kwargs = call.args, call.kwargs
         result: dict[str, Tensor] = {}
         if call.structure.is_weighted:
             check_scaled_once(call.structure)

@@ -108,7 +108,8 @@ class RefiningGuide(AmortizedGuide):
             raise ValueError(
                 "Cannot refine phi because this guide was loaded without its model; try `guide.model = model`."
             )
-        log_joint = LocalLogJoint(self.model, call.args, call.kwargs, call.structure, self._global_values(call))
+        model = self.model if call.model is None else call.model
+        log_joint = LocalLogJoint(model, call.args, call.kwargs, call.structure, self._global_values(call))
         log_joint.validate = False
         if torch._C._get_tracing_state():
             raise ValueError(
@@ -116,7 +117,7 @@ class RefiningGuide(AmortizedGuide):
                 "there; try Trace_ELBO, and compile=True for speed."
             )
         shapes = call_key((call.args, call.kwargs))
-        key = (self.model, tuple(call.structure.frames.values()), getattr(self.model, "training", None), shapes)
+        key = (model, tuple(call.structure.frames.values()), getattr(model, "training", None), shapes)
         if shapes is None or key not in self._vectorized:
             self._vectorized[key] = self._choose_mode(log_joint)
             if len(self._vectorized) > _MAX_MODES:

@@ -1,0 +1,77 @@
+"""Data that an inference algorithm has simulated, as wake-sleep and CSIS do, in place of those of a call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_amortized.encoder_inputs import named_function
+from pyro_amortized.layout import is_data
+from pyro_amortized.tracing import find_source, probe, sample_sites
+
+__all__ = ["simulated_call", "takes_observations"]
+
+
+def takes_observations(model: Callable[..., Any]) -> bool:
+    """Whether a model has an argument ``observations`` of its own."""
+    parameters = inspect.signature(named_function(model)).parameters.values()
+    return any(p.name == "observations" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
+def simulated_call(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    observations: Mapping[str, Tensor],
+    indices: Mapping[str, Tensor],
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], bool]:
+    """A call with simulated data in place of its own.
+
+    Args:
+        model: The model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        observations: Simulated values of observed sites by name.
+        indices: Indices of the subsampled plates.
+
+    Returns:
+        The model that observes them, its arguments with them in place of the data that were observed as they are, and
+        whether this took in all of them.
+
+    Raises:
+        ValueError: If values have other shapes than those observed.
+    """
+    trace = probe(model, args, kwargs, indices)[0]
+    arguments: Any = (args, kwargs)
+    complete = True
+    for name, site in sample_sites(trace).items():
+        if name not in observations or not is_data(site):
+            continue
+        value, observed = observations[name], torch.as_tensor(site["value"])
+        if value.shape != observed.shape:
+            raise ValueError(
+                f"Cannot infer latents from simulated values of site {name!r} because their shape is "
+                f"{tuple(value.shape)} and {tuple(observed.shape)} is observed; try vectorize_particles=False."
+            )
+        source = find_source(observed, (args, kwargs))
+        if source is None:
+            complete = False
+        else:
+            arguments = _replaced(arguments, source[0], value)
+    model = poutine.condition(model, data=dict(observations))
+    return model, arguments[0], arguments[1], complete
+
+
+def _replaced(tree: Any, path: tuple[Any, ...], value: Tensor) -> Any:
+    """A nested structure with another tensor at one place, in the shape of the one there."""
+    if not path:
+        return value.reshape(tree.shape).to(tree.dtype)
+    if isinstance(tree, dict):
+        return {**tree, path[0]: _replaced(tree[path[0]], path[1:], value)}
+    children = [_replaced(child, path[1:], value) if i == path[0] else child for i, child in enumerate(tree)]
+    return tuple(children) if isinstance(tree, tuple) else children
