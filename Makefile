@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
+TEST_ARGS ?= -n auto
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -13,11 +14,11 @@ help:  ## list the targets
 demo: $(VENV)/.examples  ## run the gap decomposition example (options in DEMO_ARGS)
 	$(BIN)/python examples/gap_decomposition.py $(DEMO_ARGS)
 
-test: $(VENV)/.test  ## run the default test suite
-	$(BIN)/python -m pytest
+test: $(VENV)/.test  ## run the default test suite (options in TEST_ARGS)
+	$(BIN)/python -m pytest $(TEST_ARGS)
 
 test-slow: $(VENV)/.test  ## run the slow tests
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(TEST_ARGS)
 
 lint: $(VENV)/.lint  ## check style, format and types
 	$(BIN)/ruff check .
