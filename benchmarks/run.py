@@ -28,6 +28,8 @@ from pyro_amortized import (
     estimate_gaps,
     to_arviz,
 )
+from pyro_amortized.families import Flow
+from pyro_amortized.families.base import FamilySpec
 
 
 def paired_ratio(first: Callable[[], object], second: Callable[[], object], repeats: int = 31, inner: int = 40) -> str:
@@ -94,6 +96,32 @@ def svi_step() -> None:
         ours = SVI(our_model, our_guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
         ratio = paired_ratio(lambda: ours.step(x), lambda: hand.step(x))  # noqa: B023
         print(f"SVI step 784-{hidden}-20, batch {batch}: AmortizedGuide / hand-written guide = {ratio}")
+
+
+def families() -> None:
+    """An SVI step with every family against one with the mean-field normal."""
+    hidden, batch, latent = 64, 64, 10
+    x = torch.rand(batch, 784).round()
+
+    def step(family: FamilySpec, name: str) -> Callable[[], object]:
+        model = vae_model(hidden, latent, f"decoder_{name}")
+        encoder = nn.Sequential(nn.Linear(784, hidden), nn.ReLU())
+        guide = AmortizedGuide(model, encoder, family=family, name=name)
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
+        return lambda: svi.step(x)
+
+    others: dict[str, FamilySpec] = {
+        "low_rank_multivariate_normal": "low_rank_multivariate_normal",
+        "multivariate_normal": "multivariate_normal",
+        "structured": "structured",
+        "mixture": "mixture",
+        "flow": "flow",
+        "spline_flow": lambda dim: Flow(dim, "spline_autoregressive"),
+    }
+    for name, family in others.items():
+        pyro.clear_param_store()
+        ratio = paired_ratio(step(family, name), step("normal", f"normal_beside_{name}"), repeats=15, inner=20)
+        print(f"SVI step 784-{hidden}-{latent}, batch {batch}: {name} / normal = {ratio}")
 
 
 def sparse_table() -> None:
@@ -271,6 +299,7 @@ def many_datapoints() -> None:
 
 BENCHMARKS = {
     "svi_step": svi_step,
+    "families": families,
     "sparse_table": sparse_table,
     "semi_amortized_step": semi_amortized_step,
     "checkpoint_memory": checkpoint_memory,

@@ -25,7 +25,15 @@ from pyro_amortized.diagnostics import (
 from pyro_amortized.encoders import DeepSetEncoder, MLPEncoder
 from pyro_amortized.export import posterior_summary, to_arviz
 from pyro_amortized.families import Flow, LowRankMultivariateNormal, MultivariateNormal, Normal, VariationalFamily
-from pyro_amortized.guides import AmortizedGuide, IterativeAmortizedGuide, PerDatapointGuide, SemiAmortizedGuide
+from pyro_amortized.guides import (
+    AmortizedGuide,
+    DiscreteAmortizedGuide,
+    IterativeAmortizedGuide,
+    PerDatapointGuide,
+    SemiAmortizedGuide,
+    VectorQuantizedGuide,
+)
+from pyro_amortized.quantization import Codebook
 from pyro_amortized.updates import Adam, GradientAscent, LearnedUpdate, NaturalGradient, UpdateRule
 
 __version__ = "0.1.0"
@@ -34,8 +42,10 @@ __all__ = [
     "Adam",
     "AmortizedGuide",
     "CalibrationReport",
+    "Codebook",
     "CollapseReport",
     "DeepSetEncoder",
+    "DiscreteAmortizedGuide",
     "Flow",
     "GapComparison",
     "GapEstimate",
@@ -53,6 +63,7 @@ __all__ = [
     "Simulation",
     "UpdateRule",
     "VariationalFamily",
+    "VectorQuantizedGuide",
     "calibrate",
     "collapse_report",
     "compare_gaps",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,12 @@ class Call:
 
 
 def encoder_inputs(
-    spec: EncoderInput, model: Callable[..., Any] | None, call: Call, *, show_masks: bool = False
+    spec: EncoderInput,
+    model: Callable[..., Any] | None,
+    call: Call,
+    *,
+    show_masks: bool = False,
+    but: Collection[str] = (),
 ) -> tuple[Tensor, ...]:
     """The encoder's positional inputs.
 
@@ -58,13 +63,14 @@ def encoder_inputs(
         model: The model, for the names of its arguments; None if it is not at hand.
         call: The call.
         show_masks: Whether to add, to observed values of which some are masked (and given as zeros), which these are.
+        but: Names of observed sites to leave out.
 
     Raises:
         ValueError: If the model has no argument of a given name.
     """
     if spec is None:
-        values = (call.structure.observed or {}).values()
-        masks = call.structure.present.values() if show_masks else ()
+        values = [value for name, value in (call.structure.observed or {}).items() if name not in but]
+        masks = [mask for name, mask in call.structure.present.items() if show_masks and name not in but]
         like = next((value for value in values if value.is_floating_point()), None)
         return *values, *(mask.to(torch.get_default_dtype() if like is None else like.dtype) for mask in masks)
     if not call.complete:

@@ -86,25 +86,30 @@ class Encoded(InferenceStrategy):
 
     Args:
         encoder: From inputs to features ``(N, H)``, or to a pair ``(loc, scale)`` of shapes ``(N, D)``; or, for
-            sequences, to features ``(N, T, H)``, whose T steps share the head and make one phi of the mean-field normal
-            family, step after step.
+            sequences, to features ``(N, T, H)``, whose T steps share the head and make one phi of the mean-field or
+            the structured normal family, step after step.
         head: From features to phi, or None if the encoder returns a pair, which is then read as the location and scale
             of the mean-field normal family: ``phi = (loc, log scale)``.
+        num_couplings: For features of steps, how many entries of phi the head gives each step beside its locations and
+            scales.
 
     References:
         Auto-Encoding Variational Bayes, Diederik P. Kingma, Max Welling (2013), https://arxiv.org/abs/1312.6114
     """
 
-    def __init__(self, encoder: nn.Module, head: nn.Module | None) -> None:
+    def __init__(self, encoder: nn.Module, head: nn.Module | None, num_couplings: int = 0) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = head
+        self.num_couplings = num_couplings
 
     def forward(self, inputs: tuple[Tensor, ...], index: Tensor | None, objective: Objective | None = None) -> Tensor:
         """phi of shape ``(N, P)``; ``index`` and ``objective`` are not needed."""
         features = self.encoder(*inputs)
         if self.head is not None and features.dim() == 3:
-            return torch.cat([part.flatten(1) for part in self.head(features).chunk(2, -1)], -1)
+            phi = self.head(features)
+            size = (phi.shape[-1] - self.num_couplings) // 2
+            return torch.cat([part.flatten(1) for part in phi.split([size, size, self.num_couplings], -1)], -1)
         if self.head is not None:
             return self.head(features)
         loc, scale = features

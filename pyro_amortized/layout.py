@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -294,13 +294,16 @@ class SiteLayout:
     latent_dim: int
 
     @classmethod
-    def from_trace(cls, trace: Trace, frames: Mapping[str, PlateFrame], plate: str) -> SiteLayout:
+    def from_trace(
+        cls, trace: Trace, frames: Mapping[str, PlateFrame], plate: str, but: Collection[str] = ()
+    ) -> SiteLayout:
         """Reads the layout off a run of the model.
 
         Args:
             trace: A run of the model.
             frames: The plates in it.
             plate: Name of the datapoint plate.
+            but: Names of local sites to leave out.
 
         Raises:
             ValueError: If a local site is discrete or has no transform to its support, or lies in a further plate that
@@ -309,7 +312,7 @@ class SiteLayout:
         sites: list[LocalSite] = []
         for name, site in latent_sites(trace).items():
             names = [frame.name for frame in site["cond_indep_stack"]]
-            if plate in names:
+            if plate in names and name not in but:
                 _check_local_site(name, site, frames[plate])
                 inner = sorted((frames[n] for n in names if n != plate), key=lambda frame: frame.dim)
                 sites.append(_local_site(name, site, inner, sites[-1].stop if sites else 0))

@@ -102,6 +102,14 @@ class LocalObjective:
         """
         return self.log_weights(phi, num_particles).mean(0)
 
+    def elbo(self, phi: Tensor, noise: Tensor | int, path: Tensor | None = None) -> Tensor:
+        """The ELBO ``(N,)`` on given noise, in nats, from draws that the family weighs, if it does."""
+        weighted = None if isinstance(noise, int) else self.family.weighted_draws(phi, noise, path)
+        if weighted is None:
+            return self.log_weights(phi, noise, path).mean(0)
+        z, log_q, weights = weighted
+        return (weights * (self.log_joint(z) - self._as_scaled(log_q))).sum(0)
+
     def log_weights(self, phi: Tensor, noise: Tensor | int, path: Tensor | None = None) -> Tensor:
         """log p(x_n, z) - log q(z) at draws z from q.
 
@@ -130,7 +138,7 @@ class LocalObjective:
         try:
             entropy = self.family(phi).entropy()
         except NotImplementedError:
-            return self.log_weights(phi, noise).sum(0)
+            return len(noise) * self.elbo(phi, noise)
         return self.log_joint(self.family.rsample(phi, noise)).sum(0) + len(noise) * self._as_scaled(entropy)
 
     def _as_scaled(self, value: Tensor) -> Tensor:
@@ -225,7 +233,7 @@ class LocalObjective:
 
 
 def _value(objective: LocalObjective, phi: Tensor, noise: Tensor | int) -> Tensor:
-    return objective.log_weights(phi, noise).mean(0)
+    return objective.elbo(phi, noise)
 
 
 def _gradient(objective: LocalObjective, phi: Tensor, noise: Tensor | int) -> Tensor:
@@ -236,11 +244,11 @@ def _gradient(objective: LocalObjective, phi: Tensor, noise: Tensor | int) -> Te
         if objective.estimator == "analytic_kl":
             loc, scale = objective.family.marginals(path)  # type: ignore[operator]
             z = objective.family.rsample(path, noise)  # type: ignore[arg-type]
-            weights = objective.log_joint.minus_kl(z, loc, scale)
+            elbo = objective.log_joint.minus_kl(z, loc, scale).mean(0)
         else:
             stl = objective.estimator == "stl"
-            weights = objective.log_weights(phi, noise, path) if stl else objective.log_weights(path, noise)
-        (grad,) = torch.autograd.grad(weights.mean(0).sum(), path, create_graph=create_graph)
+            elbo = objective.elbo(phi, noise, path) if stl else objective.elbo(path, noise)
+        (grad,) = torch.autograd.grad(elbo.sum(), path, create_graph=create_graph)
     return grad
 
 

@@ -98,14 +98,13 @@ def sample_local(
     Args:
         layout: The local latents.
         family: The variational family.
-        phi: Variational parameters of shape ``(N, P)``.
+        phi: Variational parameters ``(*batch, P)``, with the datapoints at their plate's dimension.
         plates: The plates of this call by name.
         latent_name: Name of the auxiliary site.
 
     Returns:
         Values by site name.
     """
-    phi = layout.batch(phi)
     if isinstance(family, Normal):
         loc, scale = family.marginals(phi)
         return {

@@ -17,10 +17,12 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pyro_amortized.discrete import DiscreteSite, discrete_sites
 from pyro_amortized.layout import SiteLayout, bounds, datapoint_plate, is_data, is_enumerated, latent_sites
 from pyro_amortized.tracing import (
     PlateFrame,
     Source,
+    ValueReads,
     call_key,
     find_source,
     probe,
@@ -49,6 +51,7 @@ class Structure:
             asked for, or cannot be known before a random subsample is drawn.
         enumerated: Names of the discrete latent sites that the model sums out.
         global_weights: Masks and scales of the global latent sites that have any.
+        discrete: The discrete local latents that the guide draws itself.
         present: Which of the observed values are not masked, by site, ``(N, ...)``, for sites that are masked.
     """
 
@@ -62,11 +65,12 @@ class Structure:
     enumerated: tuple[str, ...] = ()
     global_weights: Mapping[str, SiteWeight] = field(default_factory=dict)
     present: Mapping[str, Tensor] = field(default_factory=dict)
+    discrete: tuple[DiscreteSite, ...] = ()
 
     @property
     def datapoints(self) -> PlateFrame:
         """The datapoint plate of a structure that has local latents."""
-        return self.frames[self.layout.plate]  # type: ignore[union-attr]
+        return self.frames[self.plate]  # type: ignore[index]
 
     def without_tensors(self) -> Structure:
         """The structure without indices and observed values, which may be kept without keeping data alive."""
@@ -99,8 +103,9 @@ class Structure:
     def latent_plates(self) -> tuple[str, ...]:
         """Names of the plates that hold latent sites; a guide opens no others."""
         local: list[str] = []
-        if self.layout is not None:
-            local = [self.layout.plate, *(name for site in self.layout.sites for name in site.plates)]
+        if self.layout is not None or self.discrete:
+            sites = (*(self.layout.sites if self.layout is not None else ()), *(d.logits for d in self.discrete))
+            local = [self.datapoints.name, *(name for site in sites for name in site.plates)]
         return tuple(dict.fromkeys([*self.global_plates, *local]))
 
     @cached_property
@@ -111,8 +116,9 @@ class Structure:
     @cached_property
     def is_weighted(self) -> bool:
         """Whether the model masks or scales latents of its own accord."""
-        sites = () if self.layout is None else self.layout.sites
-        return bool(self.global_weights) or any(site.weight is not NEUTRAL for site in sites)
+        weights = [site.weight for site in self.layout.sites] if self.layout is not None else []
+        weights += [site.weight for site in self.discrete]
+        return bool(self.global_weights) or any(weight is not NEUTRAL for weight in weights)
 
     @cached_property
     def random_plates(self) -> list[str]:
@@ -194,11 +200,13 @@ class StructureCache:
 
     Args:
         plate: The datapoint plate that the user asked for, or None.
+        discrete: Whether the guide draws discrete local latents itself.
         max_size: Number of structures kept.
     """
 
-    def __init__(self, plate: str | None = None, max_size: int = 128) -> None:
+    def __init__(self, plate: str | None = None, *, discrete: bool = False, max_size: int = 128) -> None:
         self.requested_plate = plate
+        self.discrete = discrete
         self.max_size = max_size
         self._templates: OrderedDict[Any, _Template] = OrderedDict()
         self._volatile: set[Any] = set()
@@ -215,6 +223,7 @@ class StructureCache:
         kwargs: Mapping[str, Any],
         *,
         observed: bool,
+        indices: Mapping[str, Tensor] | None = None,
     ) -> Structure:
         """The structure of a call.
 
@@ -223,6 +232,7 @@ class StructureCache:
             args: Its positional arguments.
             kwargs: Its keyword arguments.
             observed: Whether the observed values are asked for.
+            indices: Indices of plates that the model draws at random, once they are known.
 
         Raises:
             ValueError: If the structure cannot be known, or is one that no guide can serve.
@@ -233,7 +243,8 @@ class StructureCache:
         if model is None and template is None:
             template = next((kept for (known, _), kept in self._templates.items() if known == shapes), None)
         if template is not None:
-            structure = _fill(template, (args, kwargs), observed)
+            local = template.structure.layout is not None or self.discrete
+            structure = _fill(template, (args, kwargs), observed and local, indices or {})
             if structure is not None:
                 return structure
         if model is None:
@@ -241,14 +252,19 @@ class StructureCache:
                 "Cannot run a guide that was loaded without its model on arguments of new shapes because guides are "
                 "saved without their model; try `guide.model = model`."
             )
-        structure, trace, reads = self.look(model, args, kwargs, watch=key is not None and key not in self._volatile)
-        if key is not None and (reads or not structure.is_static or structure.is_weighted):
+        key = (
+            None if template is not None else key
+        )  # what is kept does not tell, and another look would not change that
+        watch = key is not None and key not in self._volatile
+        structure, trace, reads = self.look(model, args, kwargs, indices, watch=watch)
+        if key is not None and (reads.seen or not structure.is_static or structure.is_weighted):
             self._volatile.add(key)
         elif key is not None:
-            self._templates[key] = _template(structure, trace, (args, kwargs))
+            self._templates[key] = _template(structure, trace, (args, kwargs), reads)
             if len(self._templates) > self.max_size:
                 self._templates.popitem(last=False)
-        return replace(structure, observed=None) if structure.random_plates else structure
+        drawn = indices is None and structure.random_plates
+        return replace(structure, observed=None) if drawn else structure
 
     def look(
         self,
@@ -258,14 +274,16 @@ class StructureCache:
         values: Mapping[str, Tensor] | None = None,
         *,
         watch: bool = False,
-    ) -> tuple[Structure, Trace, bool]:
+    ) -> tuple[Structure, Trace, ValueReads]:
         """Runs the model once and reads the structure off the run; arguments and results as for :func:`probe`."""
         trace, frames, reads = probe(model, args, kwargs, values, watch=watch)
         plate = datapoint_plate(trace, frames, self.requested_plate)
-        layout = None if plate is None else SiteLayout.from_trace(trace, frames, plate)
+        discrete = discrete_sites(trace, frames, plate) if self.discrete and plate is not None else ()
+        local = {site.name for site in discrete}
+        layout = None if plate is None else SiteLayout.from_trace(trace, frames, plate, local)
         if layout is not None and not layout.sites:
             layout = None
-        local = set() if layout is None else {site.name for site in layout.sites}
+        local |= set() if layout is None else {site.name for site in layout.sites}
         global_sites = {name: site for name, site in latent_sites(trace).items() if name not in local}
         observed, present = ({}, {}) if plate is None else observed_values(trace, frames[plate])
         weights = {name: site_weight(site) for name, site in global_sites.items()}
@@ -278,6 +296,7 @@ class StructureCache:
             indices=subsample_indices(trace, frames),
             observed=observed,
             present=present,
+            discrete=discrete,
             global_weights={name: weight for name, weight in weights.items() if weight is not NEUTRAL},
             enumerated=tuple(
                 name for name, site in sample_sites(trace).items() if not site["is_observed"] and is_enumerated(site)
@@ -286,34 +305,46 @@ class StructureCache:
         return structure, trace, reads
 
 
-def _template(structure: Structure, trace: Trace, arguments: Any) -> _Template:
+def _template(structure: Structure, trace: Trace, arguments: Any, reads: ValueReads) -> _Template:
     explicit = [name for name, frame in structure.frames.items() if frame.kind == "explicit"]
     indices = {name: find_source(structure.indices[name], arguments) for name in explicit}
+    drawn = {name: trace.nodes[name]["value"] for name in structure.frames if name in trace.nodes}
+    plates = {name: index for name, index in drawn.items() if isinstance(index, Tensor)}
     observed = {}
     for name in structure.observed or {}:
         site: Any = trace.nodes[name]
-        masked = name in structure.present
-        source = find_source(site["value"], arguments) if isinstance(site["value"], Tensor) and not masked else None
+        source = None
+        if isinstance(site["value"], Tensor) and name not in structure.present:
+            source = find_source(site["value"], arguments, reads.rows, plates)
         observed[name] = None if source is None else (source, site["fn"].event_dim)
     return _Template(structure.without_tensors(), indices, observed)
 
 
-def _fill(template: _Template, arguments: Any, observed: bool) -> Structure | None:
+def _fill(template: _Template, arguments: Any, observed: bool, drawn: Mapping[str, Tensor]) -> Structure | None:
     """The structure of a call like an earlier one, or None if the model must run again to know it."""
     structure = template.structure
-    observed = observed and structure.layout is not None
     if not template.indices and not observed:
-        return structure
-    indices, values = {}, {}
+        return replace(structure, indices=drawn) if drawn else structure
+    indices, values = dict(drawn), {}
     for name, source in template.indices.items():
         if source is None:
             return None
-        indices[name] = read_source(source, arguments)
+        if name not in drawn:
+            indices[name] = read_source(source, arguments)
+    if observed and not indices.keys() >= set(structure.random_plates):  # values are known once the plates are drawn
+        return replace(structure, indices=indices)
     for name, place in template.observed.items() if observed else ():
         if place is None:
-            return replace(structure, indices=indices) if structure.random_plates else None
+            return None
         source, event_dim = place
-        values[name] = _datapoints_first(read_source(source, arguments), structure.datapoints, event_dim)
+        value = read_source(source, arguments, _rows_of_plates(structure, indices) if source.rows else None)
+        values[name] = _datapoints_first(value, structure.datapoints, event_dim)
     filled = object.__new__(Structure)  # keeps what has been computed of the structure already
     filled.__dict__.update(structure.__dict__, indices=indices, observed=values if observed else None)
     return filled
+
+
+def _rows_of_plates(structure: Structure, indices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Indices of all plates, whole ones too."""
+    sizes = {name: frame.size for name, frame in structure.frames.items() if name not in indices}
+    return {**indices, **{name: torch.arange(size) for name, size in sizes.items()}}

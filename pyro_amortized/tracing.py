@@ -199,6 +199,31 @@ def _reads_values(func: Any, args: Any) -> bool:
     return not _VALUE_TAGS.isdisjoint(func.tags)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows that were taken from a tensor, ``result = source.index_select(dim, index)``."""
+
+    result: Tensor
+    source: Tensor
+    dim: int
+    index: Tensor
+
+    def made(self, value: Tensor) -> bool:
+        """Whether a tensor is the result, unchanged."""
+        return (self.result is value or _same_memory(self.result, value)) and value._version == 0
+
+
+def _rows(func: Any, args: Any, result: Any) -> Rows | None:
+    """What an operator took from where, if it took rows along one dimension."""
+    if func is torch.ops.aten.index_select.default:
+        return Rows(result, args[0], args[1] % args[0].dim(), args[2])
+    if func is torch.ops.aten.index.Tensor:
+        given = [(dim, index) for dim, index in enumerate(args[1]) if index is not None]
+        if len(given) == 1 and given[0][1].dim() == 1 and given[0][1].dtype == torch.long:
+            return Rows(result, args[0], *given[0])
+    return None
+
+
 _PYTHON_READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
 
 
@@ -210,10 +235,12 @@ class ValueReads:
 
     Attributes:
         seen: Whether a tensor's value was read.
+        rows: The rows that were taken from tensors.
     """
 
     def __init__(self) -> None:
         self.seen = False
+        self.rows: list[Rows] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> ValueReads:
@@ -242,7 +269,11 @@ class _OperatorReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.watch.seen |= _reads_values(func, args)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        rows = _rows(func, args, result)
+        if rows is not None:
+            self.watch.rows.append(rows)
+        return result
 
 
 def python_state(model: Any) -> Any:
@@ -283,8 +314,19 @@ def call_key(value: Any) -> Any:
     return None
 
 
-Source = tuple[tuple[Any, ...], torch.Size]
-"""Where in the arguments a tensor lies and the shape to view it in."""
+@dataclass(frozen=True)
+class Source:
+    """Where in the arguments a tensor lies.
+
+    Attributes:
+        path: Keys that lead to the argument.
+        shape: The shape to view it in.
+        rows: For a part of it, of what, along which dimension, and the plate whose indices say which rows.
+    """
+
+    path: tuple[Any, ...]
+    shape: torch.Size
+    rows: tuple[Source, int, str] | None = None
 
 
 def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
@@ -295,18 +337,32 @@ def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any,
             yield from _leaves(child, (*path, key))
 
 
-def find_source(value: Tensor, arguments: Any) -> Source | None:
-    """Finds the argument that a tensor is, or is a reshaped view of.
+def find_source(
+    value: Tensor, arguments: Any, rows: Sequence[Rows] = (), plates: Mapping[str, Tensor] | None = None
+) -> Source | None:
+    """Finds the argument that a tensor is, or is a reshaped view of, or holds the rows of at a plate's indices.
 
     Args:
         value: A tensor met in the model.
         arguments: The model's arguments, nested in lists, tuples and dicts.
+        rows: The rows that the model took from tensors.
+        plates: Indices of plates by name.
 
     Returns:
         What :func:`read_source` needs to find the same tensor in another call's arguments, or None.
     """
     found = [path for path, leaf in _leaves(arguments) if leaf is value or _same_memory(leaf, value)]
-    return (found[0], value.shape) if len(found) == 1 else None  # two equal arguments may differ in another call
+    if found:
+        return Source(found[0], value.shape) if len(found) == 1 else None  # equal ones may differ in another call
+    for taken in rows:
+        if taken.made(value):
+            source = find_source(taken.source, arguments, rows, plates)
+            names = [
+                n for n, index in (plates or {}).items() if index is taken.index or _same_memory(index, taken.index)
+            ]
+            if source is not None and len(names) == 1:
+                return Source(source.path, value.shape, (source, taken.dim, names[0]))
+    return None
 
 
 def _same_memory(first: Tensor, second: Tensor) -> bool:
@@ -321,12 +377,23 @@ def _same_memory(first: Tensor, second: Tensor) -> bool:
     )
 
 
-def read_source(source: Source, arguments: Any) -> Tensor:
-    """The tensor of another call that :func:`find_source` found in this one."""
-    path, shape = source
-    for key in path:
-        arguments = arguments[key]
-    return arguments if arguments.shape == shape else arguments.reshape(shape)
+def read_source(source: Source, arguments: Any, plates: Mapping[str, Tensor] | None = None) -> Tensor:
+    """The tensor of another call that :func:`find_source` found in this one.
+
+    Args:
+        source: What was found.
+        arguments: The arguments of the other call.
+        plates: Indices of plates in the other call, by name.
+    """
+    if source.rows is not None:
+        whole, dim, name = source.rows
+        value = read_source(whole, arguments, plates)
+        value = value.index_select(dim, (plates or {})[name].to(value.device))
+    else:
+        value = arguments
+        for key in source.path:
+            value = value[key]
+    return value if value.shape == source.shape else value.reshape(source.shape)
 
 
 def probe(
@@ -336,7 +403,7 @@ def probe(
     values: Mapping[str, Tensor] | None = None,
     *,
     watch: bool = False,
-) -> tuple[Trace, dict[str, PlateFrame], bool]:
+) -> tuple[Trace, dict[str, PlateFrame], ValueReads]:
     """Runs the model without gradients, log-probabilities or validation to see its structure.
 
     Args:
@@ -347,9 +414,10 @@ def probe(
         watch: Whether to look for reads of tensor values (see :class:`ValueReads`).
 
     Returns:
-        The trace, its plates by name, and whether values of tensors were read (True if it was not watched).
+        The trace, its plates by name, and what was read of tensors (anything may have been if it was not watched).
     """
     kinds, reads = _PlateKinds(), ValueReads()
     with torch.no_grad(), pyro.validation_enabled(False), reads if watch else nullcontext():
         trace = run_model(model, args, kwargs, values, handlers=(kinds,))
-    return trace, plate_frames(trace, kinds.kinds), reads.seen or not watch
+    reads.seen |= not watch
+    return trace, plate_frames(trace, kinds.kinds), reads

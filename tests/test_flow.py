@@ -1,6 +1,12 @@
-"""Flows of every kind of transform; the laws of all families are in test_families."""
+"""Flows of every kind of transform; the laws of all families are in test_family_laws."""
 
+import importlib
+import importlib.util
 import math
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -25,22 +31,6 @@ def make(kind: str, dim: int, dtype: torch.dtype = torch.float64) -> tuple[Flow,
     return flow, 0.5 * torch.randn(3, flow.num_params, dtype=dtype)
 
 
-@pytest.mark.parametrize(("kind", "dim"), CASES)
-def test_draws_come_with_their_log_density(kind: str, dim: int) -> None:
-    flow, phi = make(kind, dim)
-    noise = torch.randn(2, 3, dim, dtype=phi.dtype)
-    z, log_q = flow.sample_and_log_prob(phi, noise)
-    for k in range(2):
-        for n in range(3):
-            jacobian = torch.autograd.functional.jacobian(
-                lambda e, n=n: flow.rsample(phi[n : n + 1], e.reshape(1, 1, -1)).flatten(), noise[k, n]
-            )
-            expected = dist.Normal(0.0, 1.0).log_prob(noise[k, n]).sum() - torch.linalg.slogdet(jacobian).logabsdet
-            assert log_q[k, n] == pytest.approx(expected.item(), abs=1e-8)
-    if kind != "planar":
-        torch.testing.assert_close(flow(phi).log_prob(z), log_q, rtol=1e-7, atol=1e-7)
-
-
 @pytest.mark.parametrize(("kind", "dim"), [case for case in CASES if case[0] != "planar"])
 def test_new_flows_are_close_to_the_normal_at_their_location_and_scale(kind: str, dim: int) -> None:
     flow = Flow(dim, kind).double()
@@ -48,12 +38,6 @@ def test_new_flows_are_close_to_the_normal_at_their_location_and_scale(kind: str
     noise = torch.randn(500, 3, dim, dtype=torch.float64)
     difference = flow.rsample(flow.initial(loc, 0.5), noise) - (loc + 0.5 * noise)
     assert difference.abs().mean() < (0.15 if kind == "spline_autoregressive" or dim == 1 else 0.05)
-
-
-def test_a_datapoint_does_not_depend_on_the_others() -> None:
-    flow, phi = make("affine_autoregressive", 4)
-    noise = torch.randn(2, 3, 4, dtype=phi.dtype)
-    torch.testing.assert_close(flow.rsample(phi, noise)[:, 1:2], flow.rsample(phi[1:2], noise[:, 1:2]))
 
 
 def test_double_phi_through_networks_of_single_precision() -> None:
@@ -88,29 +72,100 @@ def banana(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(0.5 * z[..., 0] ** 2 + z[..., 1], 0.3), obs=x)
 
 
-def trained(family: object, x: Tensor, num_steps: int) -> AmortizedGuide:
-    guide = AmortizedGuide(banana, family=family, name=str(family))
+def correlated(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z[..., 0] + z[..., 1], 0.3), obs=x)
+
+
+def trained(model: Callable[..., None], family: object, x: Tensor, num_steps: int) -> AmortizedGuide:
+    pyro.clear_param_store()
+    guide = AmortizedGuide(model, family=family)
     optimizer = pyro.optim.ClippedAdam({"lr": 1e-2, "lrd": 0.1 ** (1 / num_steps)})
-    svi = SVI(banana, guide, optimizer, Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1))
+    svi = SVI(model, guide, optimizer, Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1))
     for _ in range(num_steps):
         svi.step(x[torch.randint(len(x), (100,))])
     return guide.eval()
 
 
+def grid_evidence(model: Callable[..., None], x: Tensor) -> Tensor:
+    """By quadrature, ``(N,)``."""
+    axis = torch.linspace(-6, 6, 601)
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 1, 2)
+    loc = grid[..., 0] + grid[..., 1] if model is correlated else 0.5 * grid[..., 0] ** 2 + grid[..., 1]
+    log_joint = dist.Normal(0.0, 1.0).log_prob(grid).sum(-1) + dist.Normal(loc, 0.3).log_prob(x)
+    return log_joint.logsumexp(0) + 2 * math.log(0.02)
+
+
 @pytest.mark.slow
-def test_a_flow_bends_where_normals_cannot() -> None:
+@pytest.mark.parametrize("model", [banana, correlated])
+def test_a_flow_bends_where_normals_cannot(model: Callable[..., None]) -> None:
     z = torch.randn(300, 2)
-    x = 0.5 * z[:, 0] ** 2 + z[:, 1] + 0.3 * torch.randn(300)
+    x = (0.5 * z[:, 0] ** 2 if model is banana else z[:, 0]) + z[:, 1] + 0.3 * torch.randn(300)
     gaps = {
-        name: estimate_gaps(banana, trained(family, x, 1000), (x[:20],)).dataset
+        name: estimate_gaps(model, trained(model, family, x, 1000), (x[:20],)).dataset
         for name, family in {"normal": Normal, "flow": lambda dim: Flow(dim, "spline_autoregressive")}.items()
     }
     means = {name: data["approximation_gap"].where(data["reliable"]).mean().item() for name, data in gaps.items()}
     assert means["flow"] < 0.1 * means["normal"]
-    axis = torch.linspace(-6, 6, 601)
-    grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 1, 2)
-    log_joint = dist.Normal(0.0, 1.0).log_prob(grid).sum(-1)
-    log_joint = log_joint + dist.Normal(0.5 * grid[..., 0] ** 2 + grid[..., 1], 0.3).log_prob(x[:20])
-    exact = log_joint.logsumexp(0) + 2 * math.log(0.02)
     good = gaps["flow"]["reliable"].values
-    assert abs(gaps["flow"]["log_evidence"].values - exact.numpy())[good].max() < 0.05
+    exact = grid_evidence(model, x[:20]).numpy()
+    assert abs(gaps["flow"]["log_evidence"].values - exact)[good].max() < 0.05
+
+
+# Flows of zuko
+
+ZUKO = importlib.util.find_spec("zuko") is not None  # to import it here would switch torch's validation off
+needs_zuko = pytest.mark.skipif(not ZUKO, reason="zuko is not installed")
+
+
+@needs_zuko
+@pytest.mark.parametrize("transform", ["zuko.NSF", "zuko.MAF", "zuko.NICE", "own", "lazy"])
+def test_zuko_flows(transform: str) -> None:
+    def own(dim: int, context_dim: int) -> Any:
+        flow = importlib.import_module("zuko.flows").MAF(dim, context_dim, transforms=2, hidden_features=[16])
+        return flow.transform if transform == "lazy" else flow
+
+    flow = Flow(3, own if transform in ("own", "lazy") else transform, 2).double()
+    phi, noise = torch.randn(4, 22, dtype=torch.float64), torch.randn(5, 4, 3, dtype=torch.float64)
+    z, log_q = flow.sample_and_log_prob(phi, noise)
+    torch.testing.assert_close(flow(phi).log_prob(z), log_q)
+
+
+@needs_zuko
+def test_zuko_flows_train_with_validation_on() -> None:
+    guide = AmortizedGuide(banana, family=lambda dim: Flow(dim, "zuko.NSF"))
+    assert torch.distributions.Distribution._validate_args
+    svi = SVI(banana, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    x = torch.randn(20)
+    losses = [svi.step(x) for _ in range(60)]
+    assert torch.distributions.Distribution._validate_args
+    assert sum(losses[-10:]) < sum(losses[:10])
+
+
+@needs_zuko
+def test_importing_zuko_by_name_leaves_validation_on() -> None:
+    code = (
+        "import torch; from pyro_amortized.families import Flow; Flow(2, 'zuko.MAF'); "
+        "print(torch.distributions.Distribution._validate_args)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "True"
+
+
+@needs_zuko
+def test_zuko_flows_that_there_are_not() -> None:
+    with pytest.raises(ValueError, match='"zuko.ABC" because zuko has no such flow; try "zuko.NSF"'):
+        Flow(2, "zuko.ABC")
+
+
+def test_zuko_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zuko", None)
+    monkeypatch.setitem(sys.modules, "zuko.flows", None)
+    with pytest.raises(ValueError, match="zuko is not installed; try pip install zuko"):
+        Flow(2, "zuko.NSF")
+
+
+def test_functions_that_give_no_transform_are_refused() -> None:
+    with pytest.raises(ValueError, match="Cannot build a flow of 3 because it takes no context"):
+        Flow(2, lambda dim, context_dim: 3)

@@ -310,6 +310,43 @@ def indexed(x: Tensor, index: Tensor) -> None:
     subsampled(x[index], index)
 
 
+def sorted_rows(x: Tensor, index: Tensor) -> None:
+    subsampled(x[index.sort(descending=True).values], index)
+
+
+def changed_rows(x: Tensor, index: Tensor) -> None:
+    rows = x[index]
+    rows[0] += 1.0
+    subsampled(rows, index)
+
+
+def two_takes(x: Tensor) -> None:
+    """Rows at indices of no plate: other values in every call."""
+    gaussian(x[torch.arange(len(x) // 2)])
+
+
+def columns(x: Tensor) -> None:
+    """The datapoints lie on the second axis, and of both axes a part is drawn."""
+    words = pyro.plate("words", x.shape[0], dim=-2)
+    with pyro.plate("data", x.shape[1], subsample_size=2, dim=-1) as index:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with words as rows:
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[rows][:, index])
+
+
+def by_pyro_subsample(x: Tensor) -> None:
+    with pyro.plate("data", len(x), subsample_size=2):
+        batch = pyro.subsample(x, event_dim=0)
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=batch)
+
+
+def whole_by_index(x: Tensor) -> None:
+    with pyro.plate("data", len(x)) as index:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+
 def computed(x: Tensor) -> None:
     gaussian(x / 2)
 
@@ -367,13 +404,44 @@ def test_given_indices_are_read_from_the_arguments() -> None:
     assert all(torch.equal(s.observed["x"], call[0]) for s, call in zip(structures, calls, strict=True))
 
 
+def test_rows_at_a_plates_indices_are_read_from_the_arguments() -> None:
+    calls = [(torch.arange(100.0) * i, INDEX + i) for i in range(3)]
+    structures, runs = find(indexed, calls)
+    assert runs == 1
+    assert all(torch.equal(s.observed["x"], x[index]) for s, (x, index) in zip(structures, calls, strict=True))
+    structures, runs = find(whole_by_index, [(torch.arange(5.0) + i,) for i in range(3)])
+    assert runs == 1
+    assert all(torch.equal(s.observed["x"], torch.arange(5.0) + i) for i, s in enumerate(structures))
+
+
+@pytest.mark.parametrize("model", [random_batch, by_pyro_subsample, columns])
+def test_guide_takes_a_random_subsample_from_the_arguments(model: Callable[[Tensor], None]) -> None:
+    counted = Counted(model)
+    shape = (3, 7) if model is columns else (50,)
+    guide = AmortizedGuide(counted, plate="data")
+    seen: list[Tensor] = []
+    guide.setup(torch.randn(shape))
+    guide.inference.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    counted.calls.clear()
+    for _ in range(3):
+        x = torch.randn(shape)
+        with pyro.poutine.trace() as tracer:
+            guide(x)
+        index = tracer.trace.nodes["data"]["value"]
+        expected = x[:, index].T if model is columns else x[index]
+        assert torch.equal(seen.pop().reshape(expected.shape), expected)
+    assert not counted.calls
+
+
 @pytest.mark.parametrize(
     ("model", "calls"),
     [
         (reading, [(torch.ones(4),), (-torch.ones(4),), (torch.ones(4),)]),
         (bounded, [(torch.ones(4),), (2 * torch.ones(4),), (3 * torch.ones(4),)]),
         (computed, [(torch.ones(4),), (torch.zeros(4),), (torch.ones(4),)]),
-        (indexed, [(torch.arange(100.0) * i, INDEX + i) for i in range(3)]),
+        (sorted_rows, [(torch.arange(100.0) * i, INDEX + i) for i in range(3)]),
+        (changed_rows, [(torch.arange(100.0) * i, INDEX + i) for i in range(3)]),
+        (two_takes, [(torch.arange(100.0) + i,) for i in range(3)]),
         (closure, [(), (), ()]),
     ],
 )
@@ -413,18 +481,23 @@ def test_random_subsample_has_no_observed_values_before_it_is_drawn(observed: bo
     assert all(structure.random_plates == ["data"] and structure.observed is None for structure in structures)
 
 
-def test_guide_looks_at_a_random_subsample_in_every_call() -> None:
-    model = Counted(random_batch)
+def test_guide_looks_at_a_random_subsample_that_the_model_computes() -> None:
+    def halves(x: Tensor) -> None:
+        with pyro.plate("data", len(x), subsample_size=2) as index:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index] / 2)
+
+    model = Counted(halves)
     x = torch.arange(50.0)
     guide = AmortizedGuide(model)
     guide(x)
+    seen: list[Tensor] = []
+    guide.inference.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     model.calls.clear()
     with pyro.poutine.trace() as tracer:
         guide(x)
-    index = tracer.trace.nodes["data"]["value"]
     assert len(model.calls) == 1
-    seen = guide._structures.look(model, (x,), {}, {"data": index})[0].observed["x"]
-    assert torch.equal(seen, x[index])
+    assert torch.equal(seen[0].flatten(), x[tracer.trace.nodes["data"]["value"]] / 2)
 
 
 def test_same_tensor_twice_is_not_taken_for_one_argument() -> None:

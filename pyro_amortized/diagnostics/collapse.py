@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from pyro_amortized.batches import ModelArgs, calls, num_calls
+from pyro_amortized.diagnostics.codes import code_verdict, codes_dataset, find_codes
 from pyro_amortized.diagnostics.divergence import Divergence, local_divergence, mutual_information
 from pyro_amortized.diagnostics.noise import generator
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar
 from pyro_amortized.diagnostics.report import Report, new_axes
 from pyro_amortized.families import VariationalFamily
-from pyro_amortized.guides import LocalGuide
+from pyro_amortized.guides import LocalGuide, VectorQuantizedGuide
 
 if TYPE_CHECKING:
     import xarray
@@ -46,6 +47,11 @@ class CollapseReport(Report):
             datapoints (Lucas et al.).
             ``share_below``, also over the dimension ``epsilon``: the share of datapoints whose divergence is below.
 
+            For vector-quantised codes the dimensions are the positions (``code[0]``). The KL divergence is
+            -log p(code), and the variance that of the posterior mean of the code's indicator vector, summed over its
+            entries. Beside these, ``usage``, also over the dimension ``code``, is the share of datapoints with that
+            code, and ``perplexity`` the exponential of its entropy.
+
             Its attributes hold ``active_units``, ``mutual_information``, ``num_datapoints``, ``total_kl``,
             ``aggregate_kl``, their standard errors ``<name>_se`` and the settings.
     """
@@ -65,6 +71,20 @@ class CollapseReport(Report):
         """Number of datapoints."""
         return int(self.dataset.attrs["num_datapoints"])
 
+    @property
+    def perplexity(self) -> float:
+        """Perplexity of the codebook, over all positions together: the effective number of codes in use.
+
+        Raises:
+            ValueError: If the latents are no codes.
+        """
+        if "perplexity" not in self.dataset:
+            raise ValueError(
+                "Cannot give the perplexity of the codebook because the latents are no codes; try active_units and "
+                "mutual_information."
+            )
+        return float(self.dataset.attrs["perplexity"])
+
     def collapse_curve(self) -> xarray.DataArray:
         """Share of collapsed dimensions as a function of ``epsilon``, at the report's ``delta``."""
         collapsed = self.dataset["share_below"] >= 1 - self.dataset.attrs["delta"]
@@ -73,7 +93,7 @@ class CollapseReport(Report):
     @property
     def verdict(self) -> str:
         """What the numbers say, in words."""
-        return "\n".join(_verdict(self.dataset))
+        return "\n".join((code_verdict if "perplexity" in self.dataset else _verdict)(self.dataset))
 
     def __str__(self) -> str:
         """A table of dimensions, the totals and the verdict."""
@@ -82,12 +102,14 @@ class CollapseReport(Report):
         lines = [
             f"Posterior collapse over {self.num_datapoints} datapoints of plate {attrs['plate']!r} "
             f"({attrs['family']} family)",
-            f"{'':{width}s}{'KL, nats':>10s}{'var of mean':>13s}{'active':>8s}{'collapsed':>11s}",
+            f"{'':{width}s}{'KL, nats':>10s}{'var of mean':>13s}{'active':>8s}{'collapsed':>11s}"
+            + (f"{'perplexity':>12s}" if "perplexity" in data else ""),
         ]
         for i, name in enumerate(data["latent"].values):
             flags = ("yes" if data[flag].values[i] else "no" for flag in ("active", "collapsed"))
             kl, variance = (data[key].values[i] for key in ("kl", "posterior_mean_variance"))
-            lines.append("{:{}s}{:10.4f}{:13.4f}{:>8s}{:>11s}".format(name, width, kl, variance, *flags))
+            line = "{:{}s}{:10.4f}{:13.4f}{:>8s}{:>11s}".format(name, width, kl, variance, *flags)
+            lines.append(line + (f"{data['perplexity'].values[i]:12.2f}" if "perplexity" in data else ""))
         lines += [
             f"KL of the whole latent: {attrs['total_kl']:.3f} nats per datapoint; active units: {self.active_units} of "
             f"{data.sizes['latent']}",
@@ -99,6 +121,8 @@ class CollapseReport(Report):
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draws the KL divergence of every dimension; those that are not active are pale.
 
+        Of codes, whose KL divergence is that of their prior, the entropy over the datapoints is drawn instead.
+
         Args:
             ax: Axes to draw on; new ones if None.
 
@@ -107,8 +131,13 @@ class CollapseReport(Report):
         """
         ax = new_axes(ax)
         position, active = np.arange(self.dataset.sizes["latent"]), self.dataset["active"].values
+        is_codes = "perplexity" in self.dataset
         kl, error = self.dataset["kl"].values, self.dataset["kl_se"].values
-        for chosen, label, alpha in ((active, "active", 1.0), (~active, "not active", 0.3)):
+        level, label = self.dataset.attrs["epsilon"], "epsilon"
+        if is_codes:
+            kl = np.log(self.dataset["perplexity"].values)
+            level, label = math.log(self.dataset.attrs["num_codes"]), "log of the number of codes"
+        for chosen, name, alpha in ((active, "active", 1.0), (~active, "not active", 0.3)):
             if chosen.any():
                 ax.bar(
                     position[chosen],
@@ -116,13 +145,13 @@ class CollapseReport(Report):
                     yerr=error[chosen] if error.any() else None,
                     color="C0",
                     alpha=alpha,
-                    label=f"{label} ({chosen.sum()})",
+                    label=f"{name} ({chosen.sum()})",
                 )
-        ax.axhline(self.dataset.attrs["epsilon"], color="black", lw=0.8, ls=":", label="epsilon")
+        ax.axhline(level, color="black", lw=0.8, ls=":", label=label)
         few = position[:: max(1, len(position) // 20)]
         ax.set_xticks(few, [str(self.dataset["latent"].values[i]) for i in few], rotation=90)
-        ax.set(ylabel="KL, nats per datapoint")
-        ax.legend(frameon=False)
+        ax.set(ylabel="entropy of the codes, nats" if is_codes else "KL, nats per datapoint")
+        ax.legend(frameon=is_codes, loc="lower right" if is_codes else "best")
         return ax
 
     def plot_curve(self, ax: Axes | None = None, label: str | None = None) -> Axes:
@@ -150,10 +179,10 @@ def _surgery(attrs: Mapping[str, Any]) -> str:
     information, error, rest = (attrs[k] for k in ("mutual_information", "mutual_information_se", "aggregate_kl"))
     sample = "" if count == attrs["num_datapoints"] else f" ({count} datapoints drawn at random)"
     text = (
-        f"mutual information{sample}: {information:.3f} +- {error:.3f} nats, at most log {count} = {bound:.2f}; "
-        f"KL of the aggregate posterior from the prior: {rest:.3f} +- {attrs['aggregate_kl_se']:.3f}"
+        f"mutual information{sample}: {information:.3f} +- {error:.3f} nats, at most log {math.exp(bound):.0f} = "
+        f"{bound:.2f}; KL of the aggregate posterior from the prior: {rest:.3f} +- {attrs['aggregate_kl_se']:.3f}"
     )
-    if information > bound - 0.5:
+    if information > math.log(count) - 0.5:
         text += "\nThe mutual information is close to its bound, so that it may be larger; try more datapoints."
     return text
 
@@ -215,7 +244,8 @@ def collapse_report(
 
     Args:
         model: The Pyro model. The scales of ``poutine.scale`` are left out.
-        guide: A trained guide of this package.
+        guide: A trained guide of this package. For a :class:`~pyro_amortized.VectorQuantizedGuide` the report is about
+            the codes at each position, exactly, and holds the perplexity of the codebook.
         model_args: The model's positional arguments, or a ``DataLoader`` of batches.
         model_kwargs: The model's keyword arguments.
         num_samples: Number of draws per datapoint.
@@ -242,14 +272,18 @@ def collapse_report(
         Mohammad Norouzi (2019), https://arxiv.org/abs/1911.02469
     """
     _check_settings(num_samples, threshold, epsilon, delta, max_pairs)
+    settings = {"threshold": threshold, "epsilon": epsilon, "delta": delta, "num_samples": num_samples, "seed": seed}
+    if isinstance(guide, VectorQuantizedGuide):
+        codes = find_codes(model, guide, model_args, model_kwargs, progress)
+        _check_enough(len(codes.codes))
+        return CollapseReport(codes_dataset(codes, EPSILONS, settings))
     found = _Found(max_pairs)
     with progress_bar(num_calls(model_args) or 0, "posterior collapse", progress) as bar:
         for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs)):
             problem = bind(model, guide, args, kwargs, seed)
             found.add(problem, local_divergence(problem, num_samples, generator(seed, 11, number)), seed, number)
             bar.update()
-    found.check()
-    settings = {"threshold": threshold, "epsilon": epsilon, "delta": delta, "num_samples": num_samples, "seed": seed}
+    _check_enough(len(found.join("kl")))
     return CollapseReport(_to_dataset(found, settings))
 
 
@@ -262,6 +296,14 @@ def _check_settings(num_samples: int, threshold: float, epsilon: float, delta: f
             raise ValueError(f"Cannot use {name}={number} because it must be positive; try the default.")
     if not 0 <= delta < 1:
         raise ValueError(f"Cannot use delta={delta} because it is a share of the datapoints below 1; try 0.01.")
+
+
+def _check_enough(num_datapoints: int) -> None:
+    """Refuses what gives no variance."""
+    if num_datapoints < 2:
+        raise ValueError(
+            "Cannot tell whether the latents depend on the data because there is only one datapoint; try more."
+        )
 
 
 class _Found:
@@ -290,13 +332,6 @@ class _Found:
     def join(self, name: str) -> Tensor:
         """One attribute of the divergences, over all datapoints."""
         return torch.cat([getattr(part, name) for part in self.parts])
-
-    def check(self) -> None:
-        """Refuses what gives no variance."""
-        if len(self.join("kl")) < 2:
-            raise ValueError(
-                "Cannot tell whether the latents depend on the data because there is only one datapoint; try more."
-            )
 
 
 def _to_dataset(found: _Found, settings: Mapping[str, Any]) -> xarray.Dataset:

@@ -17,6 +17,7 @@ from pyro_amortized.diagnostics.laplace import covariance_root, find_modes, hess
 from pyro_amortized.diagnostics.lbfgs import minimize_rows
 from pyro_amortized.diagnostics.noise import generator, quasi_normal, seeded
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar, to_dataset
+from pyro_amortized.diagnostics.proposal import first_proposal
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.log_joint import chunks
 from pyro_amortized.objective import LocalObjective
@@ -85,8 +86,9 @@ def optimize_local(
 
     For families that turn noise into draws, the ELBO on fixed whitened quasi-random noise is maximised by L-BFGS,
     twice: from the guide's phi, and with other noise from the optimum for a Laplace approximation at the mode that the
-    guide's mean leads to. Where the two optima differ by more than 0.005 nats, again with twice the draws. Other
-    families, and more than 128 latent dimensions, are optimised by Adam. The reported ELBOs come from fresh draws.
+    guide's mean leads to, or for a mixture at all modes that climbing from draws of the prior finds. Where the two
+    optima differ by more than 0.005 nats, again with twice the draws. Other families, and more than 128 latent
+    dimensions, are optimised by Adam. The reported ELBOs come from fresh draws.
 
     Args:
         model: The Pyro model.
@@ -184,7 +186,11 @@ def _laplace_start(problem: LocalProblem, seed: int) -> tuple[Tensor, Tensor | N
     mean, scale_tril = moments(family, problem.phi, generator(seed, 11))
     modes, _ = find_modes(log_joint, mean.unsqueeze(0), scale_tril, problem.phi)
     units = covariance_root(hessian(log_joint.plain, modes[0], problem.phi), scale_tril)
-    return units, family.laplace(modes[0], torch.cholesky_inverse(units))
+    if not family.multimodal:
+        return units, family.laplace(modes[0], torch.cholesky_inverse(units))
+    proposal = first_proposal(problem, problem.phi, (seed, 17))
+    locs, roots = torch.cat([modes, proposal.loc[1:-1]]), torch.cat([units.unsqueeze(0), proposal.scale_tril[1:-1]])
+    return units, family.laplace_of_modes(locs, torch.cholesky_inverse(roots), proposal.parts[:-1].double())
 
 
 def _show(bar: Any, finished: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
@@ -31,12 +32,18 @@ class VariationalFamily(nn.Module, ABC):
             ones, of draws and their log-densities together (:meth:`sample_and_log_prob`).
         loc_first: Whether the first D entries of phi are a location, added to every draw; optimisation then works in
             units of the posterior's own covariance.
+        multimodal: Whether members can have several modes; optimisation then also starts at all that can be found
+            (:meth:`laplace_of_modes`).
+        takes_parents: Whether the class is constructed from D and the parents of every dimension, which guides find
+            from the model's dependence.
     """
 
     num_params: int
     noise_dim: int | None = None
     loc_first: bool = False
     fast_log_prob: bool = True
+    takes_parents: bool = False
+    multimodal: bool = False
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
@@ -71,6 +78,19 @@ class VariationalFamily(nn.Module, ABC):
         Args:
             loc: Mean of the posterior, ``(*, D)``.
             precision: Its precision matrix, ``(*, D, D)``.
+
+        Returns:
+            phi of shape ``(*, P)``.
+        """
+        return None
+
+    def laplace_of_modes(self, locs: Tensor, precisions: Tensor, shares: Tensor) -> Tensor | None:
+        """A start for a posterior with several modes; None unless a member can hold them.
+
+        Args:
+            locs: M modes of the posterior, ``(M, *, D)``.
+            precisions: Its precision matrices there, ``(M, *, D, D)``.
+            shares: Their shares of the posterior, ``(M, *)``, zero where there are fewer modes.
 
         Returns:
             phi of shape ``(*, P)``.
@@ -112,6 +132,22 @@ class VariationalFamily(nn.Module, ABC):
             z = self.rsample(phi if path is None else path, noise)
         return z, q.log_prob(z)
 
+    def weighted_draws(
+        self, phi: Tensor, noise: Tensor, path: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Draws that count differently, for refinement and local optima; None where all count alike.
+
+        Args:
+            phi: Variational parameters of shape ``(*, P)``.
+            noise: Standard normal noise of shape ``(K, *, noise_dim)``.
+            path: The same phi once more, to be used for the draws and weights alone.
+
+        Returns:
+            Draws of shape ``(M, *, D)``, their log-densities and their weights of shape ``(M, *)``; the weights of each
+            datapoint sum to 1.
+        """
+        return None
+
     def quantile(self, phi: Tensor, probs: Tensor, num_samples: int = 1000) -> Tensor:
         """Marginal quantiles of every latent dimension, from draws unless a member knows them exactly.
 
@@ -125,6 +161,18 @@ class VariationalFamily(nn.Module, ABC):
         """
         draws = self(phi).sample((num_samples,))
         return draws.quantile(probs.to(draws), dim=0)
+
+    def masked(self, phi: Tensor, present: Tensor) -> Tensor:
+        """phi with a standard normal for masked latents, of which nothing is known, where the family allows it.
+
+        Args:
+            phi: Variational parameters of shape ``(*, P)``.
+            present: Which latents are not masked, ``(*, D)``.
+
+        Returns:
+            phi of shape ``(*, P)``; as it is unless a member knows better.
+        """
+        return phi
 
     def extra_repr(self) -> str:
         """The sizes, for ``repr``."""
@@ -167,12 +215,15 @@ def check_family_spec(spec: FamilySpec) -> None:
         )
 
 
-def build_family(spec: FamilySpec, latent_dim: int) -> VariationalFamily:
+def build_family(
+    spec: FamilySpec, latent_dim: int, find_parents: Callable[[], Tensor] | None = None
+) -> VariationalFamily:
     """Builds the family that a guide was asked for.
 
     Args:
         spec: A registered name, a :class:`VariationalFamily`, or a function from ``latent_dim`` to one.
         latent_dim: D, as found from the model.
+        find_parents: Finds which dimensions each one depends on, ``(D, D)``; called only for a family that takes them.
 
     Returns:
         A family over D dimensions.
@@ -181,10 +232,13 @@ def build_family(spec: FamilySpec, latent_dim: int) -> VariationalFamily:
         ValueError: If the name is unknown or the family's ``latent_dim`` is not D.
     """
     check_family_spec(spec)
-    if isinstance(spec, str):
-        family = _REGISTRY[spec](latent_dim)
+    factory: Any = _REGISTRY[spec] if isinstance(spec, str) else spec
+    if isinstance(factory, VariationalFamily):
+        family = factory
+    elif find_parents is not None and getattr(factory, "takes_parents", False):
+        family = factory(latent_dim, find_parents())
     else:
-        family = spec if isinstance(spec, VariationalFamily) else spec(latent_dim)
+        family = factory(latent_dim)
     if not isinstance(family, VariationalFamily):
         raise ValueError(
             f"Cannot use family {spec!r} because it gave a {type(family).__name__}; "

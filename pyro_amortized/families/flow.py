@@ -2,6 +2,7 @@ r"""Normalizing flows: noise pushed through transforms that a context vector sha
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,8 +38,10 @@ class Flow(VariationalFamily):
     Args:
         latent_dim: D; ``num_params`` is 2D + ``context_dim``.
         transform: ``"affine_autoregressive"``, ``"spline_autoregressive"``, ``"affine_coupling"`` (from two dimensions
-            on) or ``"planar"``; or a function of D and ``context_dim`` to a conditional transform of Pyro's. With one
-            dimension, where autoregressive ones have nothing to condition on, both are splines.
+            on) or ``"planar"``; ``"zuko.NSF"`` or another of zuko's flows, if zuko is installed; or a function of D and
+            ``context_dim`` to a conditional transform of Pyro's, or to a flow or lazy transform of zuko's, which noise
+            is then pushed through in the direction that zuko takes from data to noise: the cheap one. With one
+            dimension, where autoregressive ones have nothing to condition on, Pyro's are splines.
         num_transforms: K.
         context_dim: Length of the context.
         hidden_dims: Widths of the hidden layers of each transform's network, at least D for autoregressive ones.
@@ -53,6 +56,7 @@ class Flow(VariationalFamily):
         https://arxiv.org/abs/1906.04032
         Density estimation using Real NVP, Laurent Dinh, Jascha Sohl-Dickstein, Samy Bengio (2016),
         https://arxiv.org/abs/1605.08803
+        Zuko: Normalizing flows in PyTorch, François Rozet and others (2022), https://github.com/probabilists/zuko
         Variational Inference with Normalizing Flows, Danilo Jimenez Rezende, Shakir Mohamed (2015),
         https://arxiv.org/abs/1505.05770
     """
@@ -69,22 +73,28 @@ class Flow(VariationalFamily):
         hidden_dims: Sequence[int] = (64,),
     ) -> None:
         super().__init__(latent_dim)
-        if isinstance(transform, str) and transform not in _TRANSFORMS:
+        if isinstance(transform, str) and transform not in _TRANSFORMS and not transform.startswith(_ZUKO):
             raise ValueError(
                 f"Cannot build a flow of {transform!r} because no transform has that name; try one of "
-                f"{sorted(_TRANSFORMS)}, or a function of latent_dim and context_dim to a conditional transform."
+                f"{sorted(_TRANSFORMS)}, {_ZUKO}NSF, or a function of latent_dim and context_dim to a conditional "
+                "transform."
             )
         if num_transforms < 1 or context_dim < 1:
             raise ValueError(
                 f"Cannot build a flow with num_transforms={num_transforms} and context_dim={context_dim} because both "
                 "must be positive; try the defaults."
             )
-        if isinstance(transform, str):
+        layers: list[nn.Module]
+        if isinstance(transform, str) and transform.startswith(_ZUKO):
+            flow = _zuko_flow(transform.removeprefix(_ZUKO))
+            options = {"transforms": 1, "hidden_features": list(hidden_dims)}
+            layers = [_Lazy(flow(latent_dim, context_dim, **options)) for _ in range(num_transforms)]
+        elif isinstance(transform, str):
             build = _TRANSFORMS[transform]
             layers = [build(latent_dim, context_dim, list(hidden_dims)) for _ in range(num_transforms)]
             _scale_outputs(layers, 0.1 if transform == "planar" else 0.0)  # planar ones have no gradient at 0
         else:
-            layers = [transform(latent_dim, context_dim) for _ in range(num_transforms)]
+            layers = [_conditional(transform(latent_dim, context_dim)) for _ in range(num_transforms)]
         self.num_params = 2 * latent_dim + context_dim
         self.noise_dim = latent_dim
         self.context_dim = context_dim
@@ -196,6 +206,78 @@ _TRANSFORMS: dict[str, Callable[[int, int, list[int]], nn.Module]] = {
     "affine_coupling": _affine_coupling,
     "planar": _planar,
 }
+
+
+# Flows of zuko
+
+
+_ZUKO = "zuko."
+
+
+def _zuko_flow(name: str) -> Callable[..., nn.Module]:
+    """A class of zuko's flows. Importing zuko switches torch's validation off for everybody; it is put back on here."""
+    validated = torch.distributions.Distribution._validate_args
+    try:
+        flow = getattr(importlib.import_module("zuko.flows"), name, None)
+    except ImportError as error:
+        raise ValueError(
+            f'Cannot build a flow of "{_ZUKO}{name}" because zuko is not installed; try pip install zuko.'
+        ) from error
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(validated)
+    if flow is None:
+        raise ValueError(f'Cannot build a flow of "{_ZUKO}{name}" because zuko has no such flow; try "{_ZUKO}NSF".')
+    return flow
+
+
+def _conditional(layer: Any) -> nn.Module:
+    """A module with ``condition``, as Pyro's conditional transforms have, from one of these or from a zuko flow."""
+    if hasattr(layer, "condition"):
+        return layer
+    if isinstance(layer, nn.Module):
+        return _Lazy(layer)
+    raise ValueError(
+        f"Cannot build a flow of {layer!r} because it takes no context; try a conditional transform of Pyro's, such as "
+        "pyro.distributions.transforms.conditional_spline, or a flow of zuko's."
+    )
+
+
+class _Lazy(nn.Module):
+    """A flow or lazy transform of zuko's as a conditional transform."""
+
+    def __init__(self, lazy: nn.Module) -> None:
+        super().__init__()
+        self.lazy: Any = getattr(lazy, "transform", lazy)
+
+    def condition(self, context: Tensor) -> _Conditioned:
+        """The transform at a context."""
+        return _Conditioned(self.lazy(context))
+
+
+class _Conditioned(torch.distributions.Transform):
+    """A transform of zuko's, which computes its Jacobian together with its value."""
+
+    domain = codomain = torch.distributions.constraints.real_vector
+    bijective = True
+
+    def __init__(self, transform: Any) -> None:
+        super().__init__(cache_size=1)
+        self.transform = transform
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def _call(self, x: Tensor) -> Tensor:
+        y, log_det = self.transform.call_and_ladj(x)
+        self._last = (x, log_det)
+        return y
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.transform.inv(y)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """``(*)`` for x of shape ``(*, D)``."""
+        if self._last is not None and self._last[0] is x:
+            return self._last[1]
+        return self.transform.log_abs_det_jacobian(x, y)
 
 
 def _scale_outputs(layers: Sequence[nn.Module], factor: float) -> None:

@@ -63,6 +63,10 @@ class Normal(_Gaussian):
         """The scales that minimise KL(q || p) are those of the conditionals, the inverse roots of the diagonal."""
         return torch.cat([loc, -0.5 * precision.diagonal(dim1=-2, dim2=-1).log()], -1)
 
+    def masked(self, phi: Tensor, present: Tensor) -> Tensor:
+        """phi with a standard normal for latents that are masked."""
+        return phi.masked_fill(~torch.cat([present, present], -1), 0.0)
+
     def rsample(self, phi: Tensor, noise: Tensor) -> Tensor:
         """``loc + scale * noise``."""
         loc, scale = self.marginals(phi)

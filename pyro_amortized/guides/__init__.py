@@ -7,8 +7,18 @@ scales the model.
 
 from pyro_amortized.guides.amortized import AmortizedGuide
 from pyro_amortized.guides.base import LocalGuide
+from pyro_amortized.guides.discrete import DiscreteAmortizedGuide
 from pyro_amortized.guides.iterative import IterativeAmortizedGuide
 from pyro_amortized.guides.per_datapoint import PerDatapointGuide
 from pyro_amortized.guides.semi_amortized import SemiAmortizedGuide
+from pyro_amortized.guides.vector_quantized import VectorQuantizedGuide
 
-__all__ = ["AmortizedGuide", "IterativeAmortizedGuide", "LocalGuide", "PerDatapointGuide", "SemiAmortizedGuide"]
+__all__ = [
+    "AmortizedGuide",
+    "DiscreteAmortizedGuide",
+    "IterativeAmortizedGuide",
+    "LocalGuide",
+    "PerDatapointGuide",
+    "SemiAmortizedGuide",
+    "VectorQuantizedGuide",
+]

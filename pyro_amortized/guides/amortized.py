@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from pyro_amortized.encoders import MLPEncoder, StandardizedEncoder
-from pyro_amortized.families import Normal
+from pyro_amortized.families import Normal, Structured
 from pyro_amortized.guides.base import GuideOptions, LocalGuide
 from pyro_amortized.inference import Encoded, InferenceStrategy
 from pyro_amortized.structure import Structure
@@ -34,7 +34,8 @@ class AmortizedGuide(LocalGuide):
             every call may have another number T of them. By default an :class:`~pyro_amortized.MLPEncoder` of
             standardised inputs.
         family: The shape of q: ``"normal"``, ``"multivariate_normal"``, ``"low_rank_multivariate_normal"``,
-            ``"flow"``, a :class:`~pyro_amortized.VariationalFamily`, or a function from ``latent_dim`` to one.
+            ``"structured"`` (a normal with the couplings of the model), ``"flow"``, a
+            :class:`~pyro_amortized.VariationalFamily`, or a function from ``latent_dim`` to one.
         plate: Name of the datapoint plate; by default the outermost plate that holds an observed site.
         encoder_input: What the encoder sees: by default the observed values in the plate; or the name of a model
             argument, a list of names, or a function of the model's arguments, run inside the plate so that
@@ -90,30 +91,36 @@ class AmortizedGuide(LocalGuide):
             self._check_pair(features, init_loc)
             return Encoded(encoder, None)
         if features.dim() == 3:
-            return Encoded(encoder, self._shared_head(features, init_loc, structure))
+            return self._encoded_by_step(encoder, features, init_loc, structure)
         self._check_features(features, inputs, structure)
         head = nn.Linear(features.shape[1], self.family.num_params).to(features)
         with torch.no_grad():
             head.bias.copy_(self.family.initial(init_loc.mean(0), self.init_scale))
         return Encoded(encoder, head)
 
-    def _shared_head(self, features: Tensor, init_loc: Tensor, structure: Structure) -> nn.Module:
-        """The head from the features of a step to phi of the latents of that step."""
+    def _encoded_by_step(self, encoder: nn.Module, features: Tensor, init_loc: Tensor, structure: Structure) -> Encoded:
+        """The encoder with a head from the features of a step to phi of the latents of that step."""
         layout: Any = structure.layout
         steps = layout.steps
-        if not isinstance(self.family, Normal) or steps is None:
+        if not isinstance(self.family, Normal | Structured) or steps is None:
             raise ValueError(
                 f"Cannot share features of shape {tuple(features.shape)}, one for each of {features.shape[1]} steps, "
                 f"because local sites {[site.name for site in layout.sites][:6]} of family "
                 f"{type(self.family).__name__} are not numbered alike (z_1, z_2, ..., the same sites in every step, "
-                'family="normal"); try features of shape (N, H).'
+                'family="normal" or "structured"); try features of shape (N, H).'
             )
         self._per_step = True
         size = layout.latent_dim // len(steps)
-        head = nn.Linear(features.shape[2], 2 * size).to(features)
+        num_couplings = 0
+        if isinstance(self.family, Structured):
+            self.family = self.family.shared(size).to(init_loc)
+            self._step_families[layout.latent_dim] = self.family
+            num_couplings = self.family.num_couplings // len(steps)
+        head = nn.Linear(features.shape[2], 2 * size + num_couplings).to(features)
         with torch.no_grad():
-            head.bias.copy_(Normal(size).initial(init_loc.reshape(-1, size).mean(0), self.init_scale))
-        return head
+            head.bias[: 2 * size].copy_(Normal(size).initial(init_loc.reshape(-1, size).mean(0), self.init_scale))
+            head.bias[2 * size :] = 0.0
+        return Encoded(encoder, head, num_couplings)
 
     def _first_features(self, encoder: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
         if isinstance(encoder, StandardizedEncoder):

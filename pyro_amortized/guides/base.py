@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import pyro
@@ -19,8 +19,9 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
+from pyro_amortized.dependence import posterior_parents
 from pyro_amortized.encoder_inputs import Call, EncoderInput, encoder_inputs
-from pyro_amortized.families import Normal, VariationalFamily, build_family
+from pyro_amortized.families import Normal, Structured, VariationalFamily, build_family
 from pyro_amortized.families.base import FamilySpec, check_family_spec
 from pyro_amortized.inference import InferenceStrategy, Refined
 from pyro_amortized.layout import SiteLayout, is_enumerated
@@ -92,6 +93,7 @@ class LocalGuide(AutoGuide):
         self._structures = StructureCache(plate)
         self._ready = False
         self._per_step = False
+        self._step_families: dict[int, VariationalFamily] = {}
         self._global_sites: tuple[str, ...] = ()
         self._first_parameter = ""
         self._like = torch.empty(0)
@@ -130,7 +132,7 @@ class LocalGuide(AutoGuide):
 
     def _build(self, call: Call) -> None:
         structure = call.structure
-        if structure.layout is None and not structure.global_sites:
+        if structure.layout is None and not structure.global_sites and not structure.discrete:
             raise ValueError(
                 "Cannot build a guide because the model has no latent sites; try an empty guide, "
                 "`lambda *args, **kwargs: None`."
@@ -141,10 +143,13 @@ class LocalGuide(AutoGuide):
         check_observed(init)
         if not structure.is_static:
             check_bounds(structure, self._structures.look(self.model, call.args, call.kwargs, structure.indices)[0])
+        init_loc = torch.empty(0)
         if structure.layout is not None:
             init_loc = structure.layout.flatten({s.name: nodes[s.name]["value"] for s in structure.layout.sites})
             self._like = init_loc.new_empty(0)
-            self.family = build_family(self._family_spec, structure.layout.latent_dim).to(init_loc)
+            find_parents = partial(self._parents, call)
+            self.family = build_family(self._family_spec, structure.layout.latent_dim, find_parents).to(init_loc)
+        if structure.layout is not None or structure.discrete:
             self.inference = self._build_strategy(self._inputs(call), init_loc, structure)
             self._first_parameter = next((name for name, _ in self.inference.named_parameters()), "")
         if structure.global_sites:
@@ -158,8 +163,8 @@ class LocalGuide(AutoGuide):
             self.load_state_dict(state)
 
     def _initial(self, site: Any) -> Tensor | None:
-        """Where a latent starts; sites enumerated in the model are left to the model."""
-        return None if is_enumerated(site) else self.init_loc_fn(site)
+        """Where a latent starts; sites enumerated in the model, and discrete ones, are left to the model."""
+        return None if is_enumerated(site) or site["fn"].support.is_discrete else self.init_loc_fn(site)
 
     def _build_global_guide(self, call: Call) -> None:
         expose = list(call.structure.global_sites)
@@ -181,7 +186,7 @@ class LocalGuide(AutoGuide):
 
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Finds the structure of a call and opens its plates; builds the guide in the first one."""
-        observed = not self._ready or (self._encoder_input is None and self._needs_inputs)
+        observed = not self._ready or self._needs_observed
         if "observations" in kwargs and not self._observes_itself(args, kwargs):
             return self._prepare_simulated(args, kwargs)
         structure = self._structures.find(self._model_at_hand, args, kwargs, observed=observed)
@@ -189,8 +194,10 @@ class LocalGuide(AutoGuide):
         drawn = structure.random_plates if self.create_plates is None else [n for n in plates if n in structure.frames]
         if drawn:
             indices = {**structure.indices, **{name: plates[name].indices for name in drawn if name in plates}}
-            if not structure.is_static or (observed and structure.observed is None):
+            if not structure.is_static:
                 structure = self._structures.look(self.model, args, kwargs, indices)[0]
+            elif observed and structure.observed is None:
+                structure = self._structures.find(self._model_at_hand, args, kwargs, observed=True, indices=indices)
             structure = replace(structure, indices=indices)
         return self._checked(Call(args, kwargs, structure, plates))
 
@@ -227,8 +234,28 @@ class LocalGuide(AutoGuide):
         elif structure.layout is not self.layout:
             self._built_structure.check_same(structure, per_step=self._per_step)
             if self._per_step and structure.layout.latent_dim != self._family.latent_dim:  # type: ignore[union-attr]
-                self.family = _normal(structure.layout.latent_dim)  # type: ignore[union-attr]
+                self.family = self._family_of_steps(call)
         return call
+
+    def _parents(self, call: Call) -> Tensor:
+        """Which dimensions of the flat latent each one depends on in the posterior, ``(D, D)``; one model run."""
+        model = self._model_at_hand if call.model is None else call.model
+        if model is None:
+            raise ValueError(
+                "Cannot find which local latents depend on which because this guide was loaded without its model; try "
+                "`guide.model = model`."
+            )
+        layout: Any = call.structure.layout
+        return posterior_parents(model, call.args, call.kwargs, layout, call.structure.global_sites)
+
+    def _family_of_steps(self, call: Call) -> VariationalFamily:
+        """The family for as many steps as a call has; the same one for the same number."""
+        latent_dim = call.structure.layout.latent_dim  # type: ignore[union-attr]
+        if not isinstance(self._family, Structured):
+            return _normal(latent_dim)
+        if latent_dim not in self._step_families:
+            self._step_families[latent_dim] = self._family.with_steps(latent_dim, self._parents(call))
+        return self._step_families[latent_dim].to(self._like)
 
     def _call_plates(
         self, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -256,7 +283,19 @@ class LocalGuide(AutoGuide):
     def _inputs(self, call: Call) -> tuple[Tensor, ...]:
         if not self._needs_inputs:
             return ()
-        return encoder_inputs(self._encoder_input, self._model_at_hand, call, show_masks=self._shows_masks)
+        return encoder_inputs(
+            self._encoder_input, self._model_at_hand, call, show_masks=self._shows_masks, but=self._hidden
+        )
+
+    @property
+    def _needs_observed(self) -> bool:
+        """Whether the observed values are asked for in every call."""
+        return self._encoder_input is None and self._needs_inputs
+
+    @property
+    def _hidden(self) -> Collection[str]:
+        """Names of observed sites that the encoder does not see."""
+        return ()
 
     @property
     def _shows_masks(self) -> bool:
@@ -265,7 +304,7 @@ class LocalGuide(AutoGuide):
 
     def _phi(self, call: Call) -> Tensor:
         """phi of a call's datapoints, ``(N, P)``; reading ``self.inference`` registers its parameters with Pyro."""
-        frame, num_params = call.structure.datapoints, self._family.num_params
+        frame = call.structure.datapoints
         inputs, strategy = self._inputs(call), self.inference
         if strategy.num_known is not None and strategy.num_known != frame.full_size:
             raise ValueError(
@@ -275,6 +314,13 @@ class LocalGuide(AutoGuide):
                 "data."
             )
         phi = self._run_strategy(strategy, inputs, call)
+        self._check_shape(phi, inputs, call)
+        self._check_values(phi, inputs)
+        present = call.structure.layout.present  # type: ignore[union-attr]
+        return phi if present is None else self._masked(phi, present)
+
+    def _check_shape(self, phi: Tensor, inputs: tuple[Tensor, ...], call: Call) -> None:
+        frame, num_params = call.structure.datapoints, self._family.num_params
         if phi.shape != (frame.size, num_params):
             raise ValueError(
                 f"Cannot sample the latents of {frame.size} datapoints in plate {frame.name!r} because the encoder "
@@ -283,14 +329,17 @@ class LocalGuide(AutoGuide):
                 f"runs over the plate (inputs have shapes {[tuple(x.shape) for x in inputs]}), and for features "
                 "(N, T, H) as many steps T as the model has."
             )
+
+    def _check_values(self, phi: Tensor, inputs: tuple[Tensor, ...]) -> None:
+        """Raises a ValueError if phi makes no distributions; looks closer only where values are far out."""
         if not torch._C._get_tracing_state():
             low, high = torch.aminmax(phi.detach())
             if not (low.item() > -_MODERATE and high.item() < _MODERATE):
                 self._check_phi(phi, inputs)
-        present = call.structure.layout.present  # type: ignore[union-attr]
-        if present is not None and isinstance(self._family, Normal):  # a standard normal where nothing is known
-            phi = phi.masked_fill(~present.repeat(1, 2), 0.0)
-        return phi
+
+    def _masked(self, phi: Tensor, present: Tensor) -> Tensor:
+        """phi with a standard normal for masked latents, of which nothing is known, where the family allows it."""
+        return self._family.masked(phi, present)
 
     def _run_strategy(self, strategy: InferenceStrategy, inputs: tuple[Tensor, ...], call: Call) -> Tensor:
         return strategy(inputs, call.index)
@@ -305,8 +354,9 @@ class LocalGuide(AutoGuide):
         wrong = ~phi.isfinite()
         if isinstance(self._family, Normal):
             scale = self._family.marginals(phi)[1]
-            wrong = wrong | ~(scale.isfinite() & (scale > 0)).repeat(1, 2)
-        bad = wrong.any(-1).nonzero().squeeze(-1).tolist()
+            usable = scale.isfinite() & (scale > 0)
+            wrong = wrong | ~torch.cat([usable, usable], -1)
+        bad = wrong.any(-1).flatten().nonzero().squeeze(-1).tolist()
         if not bad:
             return
         cause, remedy = "its parameters have diverged", "a smaller learning rate or clipped gradients"
@@ -348,17 +398,27 @@ class LocalGuide(AutoGuide):
         if self._global_sites:
             with KeepLogDensity(call.structure.global_weights):
                 result.update(self._global()(*args, **kwargs))
-        layout = call.structure.layout
-        if layout is not None:
-            self._check_parameter_store()
-            phi = self._phi(call)
-            family = self._family if isinstance(self._family, Normal) else self.family
-            with call.plates[layout.plate]:
-                result.update(sample_local(layout, family, phi, call.plates, f"{self._pyro_name}_latent"))
-                if call.signal is not None:
-                    signal = layout.batch(-call.signal.unsqueeze(-1)).squeeze(-1)
-                    pyro.factor(f"{self._pyro_name}_signal", signal, has_rsample=True)
+        result.update(self._sample_local(call))
         return result
+
+    def _sample_local(self, call: Call) -> dict[str, Tensor]:
+        """Samples the local latents as Pyro sites."""
+        layout = call.structure.layout
+        if layout is None:
+            return {}
+        self._check_parameter_store()
+        phi = layout.batch(self._phi(call))
+        with call.plates[layout.plate]:
+            result = sample_local(layout, self._sampling_family, phi, call.plates, f"{self._pyro_name}_latent")
+            if call.signal is not None:
+                signal = layout.batch(-call.signal.unsqueeze(-1)).squeeze(-1)
+                pyro.factor(f"{self._pyro_name}_signal", signal, has_rsample=True)
+        return result
+
+    @property
+    def _sampling_family(self) -> VariationalFamily:
+        """The family, whose own parameters, if it has any, are registered with Pyro."""
+        return self._family if isinstance(self._family, Normal) else self.family
 
     def _global(self) -> AutoGuide:
         guide = self.global_guide
@@ -380,7 +440,7 @@ class LocalGuide(AutoGuide):
                 f"Cannot run this guide because the parameter store already holds other parameters named "
                 f"{full_name!r}, from another guide of the same name or from a file; try a name=... of its own for "
                 "each guide, pyro.clear_param_store() before a new one, or "
-                "pyro.settings.set(module_local_params=True)."
+                "pyro.settings.set(module_local_params=True) with elbo(model, guide) and a torch optimizer."
             )
 
     # What is known of the posterior
@@ -447,12 +507,16 @@ class LocalGuide(AutoGuide):
             call = self._prepare(args, kwargs)
             if self._global_sites:
                 result.update(_global_quantiles(self._global(), quantiles, args, kwargs))
-            layout = call.structure.layout
-            if layout is not None:
-                phi = self._phi(call)
-                probs = torch.as_tensor(quantiles, dtype=phi.dtype, device=phi.device)
-                result.update(layout.values(self.family.quantile(phi, probs)))
+            result.update(self._local_quantiles(quantiles, call))
         return result
+
+    def _local_quantiles(self, quantiles: Sequence[float] | Tensor, call: Call) -> dict[str, Tensor]:
+        layout = call.structure.layout
+        if layout is None:
+            return {}
+        phi = self._phi(call)
+        probs = torch.as_tensor(quantiles, dtype=phi.dtype, device=phi.device)
+        return layout.values(self.family.quantile(phi, probs))
 
     @torch.no_grad()
     def global_median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

@@ -41,7 +41,8 @@ class SemiAmortizedGuide(RefiningGuide):
             steps, as in the SA-VAE; ``"first_order"``: the same with the Jacobian of the steps taken for the identity,
             which is cheaper; ``"initial"``: by the ELBO of its own answer, the model by that of the refined one
             (VAE+SVI); ``"distill"``: by the KL divergence from its answer to the refined one (VAE+SVI+KL).
-        num_particles: Number of draws for each step's gradient; antithetic pairs if it is even.
+        num_particles: Number of draws for each step's gradient; antithetic pairs if it is even. With one, few steps may
+            end at worse answers than they started from; 8 cost little more and help where they do.
         compile: Whether to compile the refinement gradient with ``torch.compile``, once per structure. The numbers stay
             the same; models that cannot be traced run uncompiled, with a warning.
         initial: ``"encoder"``, or ``"prior"`` to start every datapoint at its prior: plain stochastic variational
@@ -155,6 +156,7 @@ class SemiAmortizedGuide(RefiningGuide):
             "_encoder_input",
             "create_plates",
             "_per_step",
+            "_step_families",
         ):
             self.__dict__[name] = getattr(guide, name)
         self.family = guide._family

@@ -1,17 +1,31 @@
 """Laws that every variational family obeys, crossed over the registry; autodiff and quadrature are the oracle."""
 
+import copy
+import importlib.util
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
+import pyro.distributions.transforms as transforms
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_amortized import AmortizedGuide, estimate_gaps, optimize_local
 from pyro_amortized.diagnostics import local_optimum
-from pyro_amortized.families import LowRankMultivariateNormal, VariationalFamily, base, build_family, register_family
+from pyro_amortized.families import (
+    Flow,
+    LowRankMultivariateNormal,
+    Mixture,
+    Structured,
+    VariationalFamily,
+    base,
+    build_family,
+    register_family,
+)
 
 
 class Laplace(VariationalFamily):
@@ -26,10 +40,47 @@ class Laplace(VariationalFamily):
         return dist.Laplace(loc, log_scale.exp()).to_event(1)
 
 
+def chain(latent_dim: int) -> Structured:
+    """Every dimension conditioned on the one before."""
+    return Structured(latent_dim, torch.eye(latent_dim).bool().roll(-1, -1).tril(-1))
+
+
+def stacked(latent_dim: int, context_dim: int) -> nn.Module:
+    """A conditional transform of Pyro's own making."""
+    return transforms.conditional_spline(latent_dim, context_dim, [16], count_bins=4)
+
+
 REGISTERED = sorted(base._REGISTRY)
-SPECS: dict[str, base.FamilySpec] = {**dict(zip(REGISTERED, REGISTERED, strict=True)), "minimal": Laplace}
+SPECS: dict[str, base.FamilySpec] = {
+    **dict(zip(REGISTERED, REGISTERED, strict=True)),
+    "minimal": Laplace,
+    "one_component": lambda dim: Mixture(dim, 1),
+    "eight_components": lambda dim: Mixture(dim, 8),
+    "chain": chain,
+    "spline_flow": lambda dim: Flow(dim, "spline_autoregressive", 2),
+    "coupling_flow": lambda dim: Flow(dim, "affine_coupling", 4),
+    "planar_flow": lambda dim: Flow(dim, "planar", 2),
+    "own_flow": lambda dim: Flow(dim, stacked, 1),
+}
+if importlib.util.find_spec("zuko") is not None:
+    SPECS["zuko_flow"] = lambda dim: Flow(dim, "zuko.NSF", 2, hidden_dims=(16,))
+DIMS = {"coupling_flow": 2}
+"""Fewest latent dimensions, where it is not 1."""
+NO_DENSITY = {"planar_flow"}
+"""No log-density but of their own draws."""
+DENSE = sorted(set(SPECS) - NO_DENSITY)
 NOISY = [name for name in SPECS if build_family(SPECS[name], 2).noise_dim is not None]
 SQUARE = [name for name in NOISY if build_family(SPECS[name], 3).noise_dim == 3]
+EXACT = ["normal", "multivariate_normal", "structured", "chain", "one_component"]
+"""Families whose members are told by mean and covariance."""
+
+
+def cross(names: list[str], dims: tuple[int, ...]) -> pytest.MarkDecorator:
+    """All pairs of names and dimensions that there are."""
+    pairs = [(name, dim) for name in names for dim in dims if dim >= DIMS.get(name, 1)]
+    return pytest.mark.parametrize(("name", "latent_dim"), pairs)
+
+
 QUANTILE_DRAWS = 1000
 """Draws of the default ``VariationalFamily.quantile``."""
 
@@ -61,7 +112,7 @@ def features(z: Tensor) -> Tensor:
 def z_score(first: Tensor, second: Tensor) -> float:
     """The largest difference of mean features of two sets of draws, in Monte Carlo standard errors."""
     a, b = features(first), features(second)
-    error = (a.var(0) / len(a) + b.var(0) / len(b)).sqrt()
+    error = (a.var(0) / len(a) + b.var(0) / len(b)).sqrt().clamp(min=1e-9)
     return float(((a.mean(0) - b.mean(0)).abs() / error).max())
 
 
@@ -76,8 +127,7 @@ def grid_1d(family: VariationalFamily, phi: Tensor, num_points: int = 40001) -> 
 # Draws
 
 
-@pytest.mark.parametrize("latent_dim", [1, 2, 5])
-@pytest.mark.parametrize("name", NOISY)
+@cross(NOISY, (1, 2, 5))
 def test_rsample_and_forward_are_the_same_law(name: str, latent_dim: int) -> None:
     family, phi = make(name, latent_dim, 4)
     noise = torch.randn(10000, 4, family.noise_dim, dtype=phi.dtype)
@@ -98,13 +148,16 @@ def density_of_draws(family: VariationalFamily, phi: Tensor, noise: Tensor) -> t
     return push(noise), log_normal - torch.linalg.slogdet(jacobian).logabsdet
 
 
-@pytest.mark.parametrize("latent_dim", [1, 2, 5])
-@pytest.mark.parametrize("name", SQUARE)
+@cross(SQUARE, (1, 2, 5))
 def test_log_prob_is_the_change_of_variables(name: str, latent_dim: int) -> None:
     family, phi = make(name, latent_dim)
     for noise in torch.randn(10, latent_dim, dtype=phi.dtype):
         z, expected = density_of_draws(family, phi, noise)
-        torch.testing.assert_close(family(phi).log_prob(z), expected, rtol=1e-9, atol=1e-9)
+        drawn, log_q = family.sample_and_log_prob(phi, noise.unsqueeze(0))
+        torch.testing.assert_close(drawn.squeeze(0), z)
+        torch.testing.assert_close(log_q.squeeze(0), expected, rtol=1e-8, atol=1e-8)
+        if name in DENSE:
+            torch.testing.assert_close(family(phi).log_prob(z), expected, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("latent_dim", [1, 3, 6])
@@ -126,7 +179,7 @@ def test_family_without_noise_says_so(name: str) -> None:
 # Densities
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", [name for name in DENSE if DIMS.get(name, 1) == 1])
 def test_total_mass_is_one_in_1d(name: str) -> None:
     family, phis = make(name, 1, 3)
     for phi in phis:
@@ -135,23 +188,28 @@ def test_total_mass_is_one_in_1d(name: str) -> None:
         assert torch.trapezoid(1.002 * density, z) != pytest.approx(1.0, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_total_mass_is_one_in_2d(name: str) -> None:
-    family, phi = make(name, 2)
+def grid_2d(family: VariationalFamily, phi: Tensor, num_points: int) -> tuple[Tensor, float]:
+    """Points ``(G, 2)`` that span q at one phi ``(P,)``, and the area of each."""
     draws = family(phi).sample((4000,))
     middle = draws.median(0).values
-    width = 2.5 * (draws - middle).abs().amax(0)
+    width = 2 * (draws - middle).abs().amax(0)
     axes = [
-        torch.linspace(float(m - w), float(m + w), 1001, dtype=phi.dtype) for m, w in zip(middle, width, strict=True)
+        torch.linspace(float(m - w), float(m + w), num_points, dtype=phi.dtype)
+        for m, w in zip(middle, width, strict=True)
     ]
-    density = family(phi).log_prob(torch.cartesian_prod(*axes)).exp().reshape(1001, 1001)
-    mass = torch.trapezoid(torch.trapezoid(density, axes[1]), axes[0])
+    return torch.cartesian_prod(*axes), math.prod(float(axis[1] - axis[0]) for axis in axes)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_total_mass_is_one_in_2d(name: str) -> None:
+    family, phi = make(name, 2)
+    grid, area = grid_2d(family, phi, 381 if isinstance(family, Flow) else 601)
+    mass = area * family(phi).log_prob(grid).exp().sum()
     assert mass == pytest.approx(1.0, abs=1e-3)
     assert 1.002 * mass != pytest.approx(1.0, abs=1e-3)
 
 
-@pytest.mark.parametrize("latent_dim", [1, 4])
-@pytest.mark.parametrize("name", SPECS)
+@cross(DENSE, (1, 4))
 def test_entropy(name: str, latent_dim: int) -> None:
     family, phi = make(name, latent_dim, 3)
     q = family(phi)
@@ -169,35 +227,84 @@ def test_entropy(name: str, latent_dim: int) -> None:
 # Gradients
 
 
-@pytest.mark.parametrize("latent_dim", [1, 3])
-@pytest.mark.parametrize("name", NOISY)
+@cross(NOISY, (1, 3))
 def test_gradients_on_fixed_noise_are_finite_differences(name: str, latent_dim: int) -> None:
     family, phi = make(name, latent_dim, 2)
     noise = torch.randn(16, 2, family.noise_dim, dtype=phi.dtype)
 
     def elbo(phi: Tensor) -> Tensor:
-        z = family.rsample(phi, noise)
-        return (z.sin().sum(-1) - 0.1 * z.pow(4).sum(-1) - family(phi).log_prob(z)).mean(0)
+        z, log_q = family.sample_and_log_prob(phi, noise)
+        return (z.sin().sum(-1) - 0.1 * z.pow(4).sum(-1) - log_q).mean(0)
 
     torch.autograd.gradcheck(elbo, phi.requires_grad_())
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_reparameterised_gradients_are_those_of_the_expectation(name: str) -> None:
-    family, phi = make(name, 1)
-    z, _ = grid_1d(family, phi)
-    phi.requires_grad_()
+def bounded(z: Tensor) -> Tensor:
+    """A function of draws ``(*, D)`` that tells signs, sizes and correlations apart, ``(*)``."""
+    return z.sin().sum(-1) + 0.3 * z.square().sum(-1) + 0.5 * z.prod(-1).tanh()
 
-    def f(z: Tensor) -> Tensor:
-        return (z.sin() + 0.3 * z.square()).squeeze(-1)
 
-    density = family(phi).log_prob(z.unsqueeze(-1)).exp()
-    (exact,) = torch.autograd.grad(torch.trapezoid(density * f(z.unsqueeze(-1)), z), phi)
-    copies = phi.detach().expand(20000, -1).clone().requires_grad_()
-    (draws,) = torch.autograd.grad(f(family(copies).rsample()).sum(), copies)
-    error = draws.std(0) / math.sqrt(len(draws)) + 1e-6
+def exact_slopes(family: VariationalFamily, phi: Tensor, directions: Tensor) -> Tensor:
+    """Slopes of the expectation of :func:`bounded` at one phi ``(P,)``: central differences of a quadrature.
+
+    Over noise for flows, whose densities have kinks; over draws for all others.
+    """
+    over_noise = isinstance(family, Flow)
+    if over_noise:
+        axis = torch.linspace(-6, 6, 4001 if family.latent_dim == 1 else 201, dtype=phi.dtype)
+        grid = torch.cartesian_prod(*[axis] * family.latent_dim).reshape(-1, 1, family.latent_dim)
+        weights = (axis[1] - axis[0]) ** family.latent_dim * dist.Normal(0.0, 1.0).log_prob(grid).sum(-1).exp()
+    elif family.latent_dim == 1:
+        z, _ = grid_1d(family, phi, 10001)
+        grid, weights = z.reshape(-1, 1, 1), z[1] - z[0]
+    else:
+        points, area = grid_2d(family, phi, 201)
+        grid, weights = points.unsqueeze(1), torch.tensor(area)
+
+    def expectation(phi: Tensor) -> Tensor:
+        if over_noise:
+            return (weights * bounded(family.rsample(phi, grid))).sum()
+        return (weights * family(phi).log_prob(grid).exp() * bounded(grid)).sum()
+
+    steps = 1e-4 * directions
+    return torch.stack([expectation(phi + s[None]) - expectation(phi - s[None]) for s in steps]) / 2e-4
+
+
+@cross(DENSE, (1, 2))
+@pytest.mark.parametrize("way", ["rsample", "noise", "weighted"])
+def test_reparameterised_gradients_are_those_of_the_expectation(name: str, latent_dim: int, way: str) -> None:
+    family, phi = make(name, latent_dim)
+    copies = phi.expand(10000, -1).clone().requires_grad_()
+    noise = torch.randn(1, 10000, family.noise_dim or 0, dtype=phi.dtype)
+    weighted = family.weighted_draws(copies, noise) if family.noise_dim else None
+    if (way == "noise" and not family.noise_dim) or (way == "weighted" and weighted is None):
+        pytest.skip("not a way of this family")
+    if weighted is not None and way == "weighted":
+        value = (weighted[2] * bounded(weighted[0])).sum()
+    else:
+        value = bounded(family(copies).rsample() if way == "rsample" else family.rsample(copies, noise)).sum()
+    directions = torch.randn(3, len(phi), dtype=phi.dtype)
+    exact = exact_slopes(family, phi, directions)
+    draws = torch.autograd.grad(value, copies)[0] @ directions.T
+    error = draws.std(0) / math.sqrt(len(draws)) + 1e-5
     assert ((draws.mean(0) - exact).abs() < 5 * error).all()
     assert ((1.2 * draws.mean(0) - exact).abs() > 5 * error).any()
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_weighted_draws_are_draws(name: str) -> None:
+    family, phi = make(name, 2, 3)
+    noise = torch.randn(5000, 3, family.noise_dim, dtype=phi.dtype)
+    weighted = family.weighted_draws(phi, noise)
+    if weighted is None:
+        pytest.skip("all draws count alike")
+    z, log_q, weights = weighted
+    torch.testing.assert_close(weights.sum(0), torch.ones(3, dtype=phi.dtype))
+    torch.testing.assert_close(log_q, family(phi).log_prob(z))
+    drawn = features(family(phi).sample((5000,)))
+    mean = (weights.unsqueeze(-1) * features(z)).sum(0)
+    error = drawn.std(0) / math.sqrt(len(drawn))
+    assert ((mean - drawn.mean(0)).abs() < 8 * error).all()
 
 
 # Starts and quantiles
@@ -210,6 +317,11 @@ def test_initial_has_the_given_mean_and_scale(name: str, latent_dim: int, scale:
     loc = torch.randn(2, latent_dim, dtype=torch.float64)
     draws = family(family.initial(loc, scale)).sample((40000,))
     mean, sd = draws.mean(0), draws.std(0)
+    if isinstance(family, Mixture):  # whose components start apart, each of the given scale
+        assert ((sd.square() - scale**2 - family.spread**2).abs() < 0.05 * sd.square()).all()
+        family.spread = 1e-6
+        draws = family(family.initial(loc, scale)).sample((40000,))
+        mean, sd = draws.mean(0), draws.std(0)
     # The factor of the low-rank family starts at entries of at most 0.05, that is at most this much wider.
     slack = math.sqrt(1 + 0.05**2 * family.rank) - 1 if isinstance(family, LowRankMultivariateNormal) else 0.0
     mean_error, sd_error = scale / math.sqrt(len(draws)), scale / math.sqrt(2 * len(draws))
@@ -222,6 +334,8 @@ def test_initial_has_the_given_mean_and_scale(name: str, latent_dim: int, scale:
 def test_initial_is_exact_where_moments_are(name: str) -> None:
     family = build_family(name, 4).double()
     loc = torch.randn(2, 4, dtype=torch.float64)
+    if isinstance(family, Mixture):
+        family.spread = 1e-8
     q = family(family.initial(loc, 0.3))
     try:
         mean, sd = q.mean, q.variance.sqrt()
@@ -249,7 +363,27 @@ def sampled_quantiles(family: VariationalFamily) -> bool:
     return type(family).quantile is VariationalFamily.quantile
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", EXACT)
+def test_phi_round_trip(name: str) -> None:
+    family, phi = make(name, 4, 3)
+    q = family(phi)
+    covariance = q.covariance_matrix if hasattr(q, "covariance_matrix") else torch.diag_embed(q.variance)
+    back = family.laplace(q.mean, torch.linalg.inv(covariance))
+    logit = 1 if isinstance(family, Mixture) else 0  # of the one component, which says nothing
+    torch.testing.assert_close(back[:, logit:], phi[:, logit:])
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_a_family_is_the_same_after_saving(name: str) -> None:
+    family, phi = make(name, 3, 2)
+    torch.manual_seed(1)
+    other = build_family(SPECS[name], 3).double()
+    other.load_state_dict(copy.deepcopy(family.state_dict()))
+    z = family(phi).sample((2,))
+    torch.testing.assert_close(other(phi).log_prob(z), family(phi).log_prob(z))
+
+
+@pytest.mark.parametrize("name", [name for name in DENSE if DIMS.get(name, 1) == 1])
 def test_quantiles_invert_the_distribution_function(name: str) -> None:
     family, phi = make(name, 1)
     probs = torch.tensor([0.05, 0.3, 0.5, 0.9], dtype=phi.dtype)
@@ -289,20 +423,23 @@ def test_quantiles_take_probabilities_of_any_precision(name: str) -> None:
 # Shapes
 
 
+@cross(list(SPECS), (1, 3))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("latent_dim", [1, 3])
 @pytest.mark.parametrize("batch", [(), (1,), (4,), (2, 1, 3)])
-@pytest.mark.parametrize("name", SPECS)
 def test_shapes_and_precision(name: str, batch: tuple[int, ...], latent_dim: int, dtype: torch.dtype) -> None:
     family, phi = make(name, latent_dim, *batch, dtype=dtype)
     q = family(phi)
     assert phi.shape == (*batch, family.num_params)
     assert (q.batch_shape, q.event_shape, q.has_rsample) == (batch, (latent_dim,), True)
-    z = q.rsample((5,))
+    z, log_q = family.sample_and_log_prob(phi, 5)
     quantiles = family.quantile(phi, torch.tensor([0.2, 0.8], dtype=dtype))
-    assert (z.shape, q.log_prob(z).shape) == ((5, *batch, latent_dim), (5, *batch))
+    assert (z.shape, log_q.shape) == ((5, *batch, latent_dim), (5, *batch))
     assert quantiles.shape == (2, *batch, latent_dim)
-    results = [z, q.log_prob(z), quantiles]
+    results = [z, log_q, quantiles]
+    if name in DENSE:
+        results.append(q.log_prob(z))
+        assert results[-1].shape == (5, *batch)
+        assert q.expand((7, *batch)).log_prob(z[:1].expand(7, *z.shape[1:])).shape == (7, *batch)
     if family.noise_dim is not None:
         results.append(family.rsample(phi, torch.randn(5, *batch, family.noise_dim, dtype=dtype)))
         assert results[-1].shape == z.shape
@@ -313,6 +450,12 @@ def test_shapes_and_precision(name: str, batch: tuple[int, ...], latent_dim: int
 def test_rows_do_not_depend_on_each_other(name: str) -> None:
     family, phi = make(name, 3, 6)
     z, rows = torch.randn(5, 6, 3, dtype=phi.dtype), torch.tensor([4, 1])
+    if name in NO_DENSITY:
+        noise = torch.randn(5, 6, 3, dtype=phi.dtype)
+        alone = family.sample_and_log_prob(phi[rows], noise[:, rows])
+        for together, part in zip(family.sample_and_log_prob(phi, noise), alone, strict=True):
+            torch.testing.assert_close(together[:, rows], part)
+        return
     torch.testing.assert_close(family(phi).log_prob(z)[:, rows], family(phi[rows]).log_prob(z[:, rows]))
     if family.noise_dim is not None:
         noise = torch.randn(5, 6, family.noise_dim, dtype=phi.dtype)
@@ -424,3 +567,14 @@ def test_gaps_of_a_custom_family(trained: tuple[AmortizedGuide, Tensor]) -> None
     assert ((gap - LAPLACE_GAP).abs() < error).all()
     assert (gap.abs() > error).all()
     assert (gaps["amortization_gap"].values > 0).all()
+
+
+def test_the_family_of_the_documentation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    page = Path(__file__).parent.parent / "docs" / "extending.md"
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+    exec(compile(code, page.name, "exec"), {})
+    printed = capsys.readouterr().out
+    normal, laplace = (float(gap) for gap in re.findall(r"approximation gap (-?\d+\.\d+) nats", printed))
+    assert laplace < 0.4 * normal
+    assert printed.count("torch.Size([5])") == 3

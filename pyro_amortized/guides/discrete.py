@@ -1,0 +1,261 @@
+"""Amortized inference of discrete local latents, beside continuous ones that depend on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from pyro_amortized.discrete import DiscreteSite, check_inference, mode, one_hot, sample_discrete
+from pyro_amortized.encoder_inputs import Call
+from pyro_amortized.guides.amortized import AmortizedGuide
+from pyro_amortized.guides.base import GuideOptions
+from pyro_amortized.inference import InferenceStrategy
+from pyro_amortized.sampling import sample_local
+from pyro_amortized.structure import Structure, StructureCache
+from pyro_amortized.tracing import isolated
+
+__all__ = ["DiscreteAmortizedGuide"]
+
+
+class _EncodedJointly(InferenceStrategy):
+    """Logits of the discrete latents from the features of a datapoint, phi from these and the discrete latents."""
+
+    def __init__(self, encoder: nn.Module, logits: nn.Module | None, head: nn.Module | None) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.logits = logits
+        self.head = head
+
+
+class DiscreteAmortizedGuide(AmortizedGuide):
+    r"""Amortized variational inference of discrete and continuous latents of a datapoint together.
+
+    .. math:: q(y, z \mid x) = \prod_i q(y_i \mid x) \; q(z;\, \phi = f(x, y))
+
+    An encoder head gives the probabilities of every Categorical, OneHotCategorical or Bernoulli latent y in the
+    datapoint plate, another one, which also sees those y of which a datapoint has one, the parameters of the continuous
+    latents z. A latent may be observed in some calls, as the label in a semi-supervised model: then z is inferred from
+    the value observed. Set the guide up with a call in which it is not.
+
+    Under ``TraceEnum_ELBO`` the discrete latents are enumerated in the guide: the expectation over them is exact and
+    their gradients have no noise. Where there are too many values to enumerate, as in a vector of 50 Bernoulli
+    variables, give a ``temperature``: the values are drawn, and their gradient is that of a Gumbel-softmax variable
+    (straight through). The ELBO is then still an unbiased estimate for the discrete latents themselves, while its
+    gradient is biased, the more so the higher the temperature. Use ``TraceMeanField_ELBO`` with it: Pyro's
+    OneHotCategorical has no gradient by value, so that other ELBOs leave that of ``log p(y)`` out.
+
+    The model may not condition y on z where y is enumerated, since Pyro has no dimension left for that; it may with a
+    temperature, or where y is observed.
+
+    A discrete latent that need not be inferred is better summed out in the model (``infer={"enumerate":
+    "parallel"}``), where any guide of this package serves: that ELBO is tighter.
+
+    Args:
+        model: A Pyro model.
+        encoder: A module from inputs to features ``(N, H)``, to which the guide adds the heads; an
+            :class:`~pyro_amortized.MLPEncoder` by default.
+        temperature: Of the Gumbel-softmax variables through which gradients flow, above 0; None (the default) to
+            enumerate the values under ``TraceEnum_ELBO``, and to draw them without gradient under other ELBOs.
+        **options: As for :class:`AmortizedGuide`. Discrete latents that are observed in a call are no encoder input.
+
+    Raises:
+        ValueError: If a discrete local latent is of another kind, or was observed when the guide was set up and is
+            latent now; without a temperature, if it cannot be enumerated because its values are joined by
+            ``to_event``; with one, if it is a Categorical, through whose integers no gradient flows.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> _ = pyro.set_rng_seed(0); pyro.clear_param_store()
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         y = pyro.sample("y", dist.Categorical(torch.ones(2)))
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(10.0 * y + z, 1.0), obs=x)
+        >>> guide = DiscreteAmortizedGuide(model)
+        >>> elbo = pyro.infer.TraceEnum_ELBO(max_plate_nesting=1)
+        >>> svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
+        >>> x = torch.tensor([0.0, 1.0, 11.0])
+        >>> losses = [svi.step(x) for _ in range(300)]
+        >>> guide.probabilities(x)["y"].round().long()
+        tensor([[1, 0],
+                [1, 0],
+                [0, 1]])
+
+    References:
+        Semi-Supervised Learning with Deep Generative Models, Diederik P. Kingma, Danilo J. Rezende, Shakir Mohamed,
+        Max Welling (2014), https://arxiv.org/abs/1406.5298
+
+        Categorical Reparameterization with Gumbel-Softmax, Eric Jang, Shixiang Gu, Ben Poole (2017),
+        https://arxiv.org/abs/1611.01144
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        encoder: nn.Module | None = None,
+        *,
+        temperature: float | None = None,
+        **options: Unpack[GuideOptions],
+    ) -> None:
+        super().__init__(model, encoder, **options)
+        if temperature is not None and not temperature > 0:
+            raise ValueError(f"temperature must be above 0 because gradients are divided by it, not {temperature}.")
+        self.temperature = temperature
+        self._structures = StructureCache(options.get("plate"), discrete=True)
+        self._discrete: tuple[DiscreteSite, ...] = ()
+
+    # Building
+
+    def _build(self, call: Call) -> None:
+        for site in call.structure.discrete:
+            check_inference(site, self.temperature)
+        self._discrete = call.structure.discrete
+        super()._build(call)
+
+    def _build_strategy(self, inputs: tuple[Tensor, ...], init_loc: Tensor, structure: Structure) -> InferenceStrategy:
+        like = (
+            init_loc if structure.layout is not None else next((x for x in inputs if x.is_floating_point()), init_loc)
+        )
+        encoder = self._encoder_spec[0] or self._default_encoder(inputs, like)
+        features = self._first_features(encoder, inputs)
+        if isinstance(features, tuple) or features.dim() != 2:
+            raise ValueError(
+                "Cannot use this encoder for discrete and continuous latents because heads are added to its features; "
+                "try an encoder from (N, ...) to (N, H), or AmortizedGuide if no latent is discrete."
+            )
+        self._check_features(features, inputs, structure)
+        logits = head = None
+        if self._discrete:
+            logits = nn.Linear(features.shape[1], self._discrete[-1].logits.stop).to(features)
+        if structure.layout is not None:
+            head = self._conditional_head(features.shape[1]).to(features)
+            last: Any = head[-1]
+            with torch.no_grad():
+                last.bias.copy_(self.family.initial(init_loc.mean(0), self.init_scale))
+        return _EncodedJointly(encoder, logits, head)
+
+    def _conditional_head(self, num_features: int) -> nn.Sequential:
+        """From features and indicators of discrete latents to phi; a hidden layer lets the ones act on the others."""
+        num_indicators = sum(site.num_categories * site.logits.shape[:-1].numel() for site in self._known)
+        hidden = [nn.Linear(num_features + num_indicators, num_features), nn.ReLU()] if num_indicators else []
+        return nn.Sequential(*hidden, nn.Linear(num_features, self.family.num_params))
+
+    @property
+    def _known(self) -> list[DiscreteSite]:
+        """The discrete latents that q(z) is conditioned on: those that have one value for each datapoint."""
+        return [site for site in self._discrete if not site.logits.plates]
+
+    # One call
+
+    @property
+    def _needs_observed(self) -> bool:
+        return True
+
+    @property
+    def _hidden(self) -> Collection[str]:
+        return [site.name for site in self._discrete]
+
+    def _phi(self, call: Call) -> Tensor:
+        names = [site.name for site in self._discrete]
+        raise ValueError(
+            f"Cannot give variational parameters per datapoint because they depend on discrete latents {names}; try "
+            "guide.probabilities(...) and guide.median(...), or, for diagnostics and refinement, a model that sums "
+            'the discrete latents out, infer={"enumerate": "parallel"}, with AmortizedGuide.'
+        )
+
+    def _features(self, call: Call) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """Inputs; features and logits with the datapoints at their plate's dimension."""
+        inputs, strategy = self._inputs(call), self.inference
+        frame, features = call.structure.datapoints, strategy.encoder(*inputs)  # type: ignore[operator]
+        self._check_features(features, inputs, call.structure)
+        features = features.reshape(features.shape[:1] + (1,) * (-frame.dim - 1) + features.shape[1:])
+        return inputs, features, strategy.logits(features) if self._discrete else features  # type: ignore[operator]
+
+    def _latent(self, call: Call) -> dict[str, DiscreteSite]:
+        """The discrete sites that are latent in this call, by name."""
+        latent = {site.name: site for site in call.structure.discrete}
+        result = {}
+        for site in self._discrete:
+            now = latent.pop(site.name, None)
+            if now is not None and now.same_as(site):
+                result[site.name] = replace(site, weight=now.weight)
+            elif now is not None or site.name not in (call.structure.observed or {}):
+                raise ValueError(
+                    f"Cannot run this guide because discrete latent {site.name!r} has changed since it was set up, or "
+                    "is neither latent nor observed any more; try the same structure in every call."
+                )
+        if latent:
+            raise ValueError(
+                f"Cannot run this guide because discrete sites {sorted(latent)} were not latent when it was set up; "
+                "try guide.setup(...) with a call in which they are not observed."
+            )
+        return result
+
+    def _observed(self, call: Call) -> dict[str, Tensor]:
+        """Values of the discrete sites that are observed in this call, datapoints at their plate's dimension."""
+        dims = (1,) * (-call.structure.datapoints.dim - 1)
+        observed = {name: (call.structure.observed or {}).get(name) for name in self._hidden}
+        return {n: v.reshape(v.shape[:1] + dims + v.shape[1:]) for n, v in observed.items() if v is not None}
+
+    def _conditional_phi(self, call: Call, inputs: Any, features: Tensor, values: dict[str, Tensor]) -> Tensor:
+        """phi of the continuous latents given the discrete ones, ``(*batch, P)``."""
+        labels = [one_hot(site, values[site.name], features) for site in self._known]
+        batch = torch.broadcast_shapes(features.shape[:-1], *(label.shape[:-1] for label in labels))
+        parts = [part.expand(batch + part.shape[-1:]) for part in (features, *labels)]
+        phi = self.inference.head(torch.cat(parts, -1))  # type: ignore[operator]
+        self._check_values(phi, inputs)
+        layout: Any = call.structure.layout
+        return phi if layout.present is None else self._masked(phi, layout.batch(layout.present))
+
+    def _sample_local(self, call: Call) -> dict[str, Tensor]:
+        layout = call.structure.layout
+        if layout is None and not self._discrete:
+            return {}
+        self._check_parameter_store()
+        latent = self._latent(call)
+        inputs, features, logits = self._features(call)
+        with call.plates[call.structure.datapoints.name]:
+            result = {n: sample_discrete(s, logits, call.plates, self.temperature) for n, s in latent.items()}
+            if layout is not None:
+                phi = self._conditional_phi(call, inputs, features, self._observed(call) | result)
+                name = f"{self._pyro_name}_latent"
+                result.update(sample_local(layout, self._sampling_family, phi, call.plates, name))
+        return result
+
+    # What is known of the posterior
+
+    def probabilities(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """q(y | x) of the discrete latents of a call, differentiable.
+
+        Returns:
+            Probabilities by site name: ``(*plates, *events, K)`` of K categories, ``(*plates, *events)`` of a one for
+            Bernoulli sites.
+        """
+        with isolated():
+            call = self._prepare(args, kwargs)
+            latent, logits = self._latent(call), self._features(call)[2]
+            return {
+                name: torch.sigmoid(x).squeeze(-1) if site.kind == "bernoulli" else x.softmax(-1)
+                for name, site in latent.items()
+                for x in [site.logits.unflatten(logits)]
+            }
+
+    def _local_quantiles(self, quantiles: Sequence[float] | Tensor, call: Call) -> dict[str, Tensor]:
+        """The most probable discrete values, and quantiles of the continuous latents given these."""
+        layout = call.structure.layout
+        latent = self._latent(call)
+        inputs, features, logits = self._features(call)
+        values = {name: mode(site, site.logits.unflatten(logits)) for name, site in latent.items()}
+        probs = torch.as_tensor(quantiles, dtype=features.dtype, device=features.device)
+        result = {name: value.expand(len(probs), *value.shape) for name, value in values.items()}
+        if layout is not None:
+            phi = self._conditional_phi(call, inputs, features, self._observed(call) | values).reshape(
+                -1, self._family.num_params
+            )
+            result.update(layout.values(self._family.quantile(phi, probs)))
+        return result

@@ -1,0 +1,320 @@
+"""Vector-quantised codes: a guide that answers with the nearest codes of the encoder's features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from pyro_amortized.discrete import DiscreteSite
+from pyro_amortized.encoder_inputs import Call
+from pyro_amortized.guides.amortized import AmortizedGuide
+from pyro_amortized.guides.base import GuideOptions
+from pyro_amortized.inference import InferenceStrategy
+from pyro_amortized.layout import LocalSite
+from pyro_amortized.quantization import Codebook
+from pyro_amortized.structure import Structure, StructureCache
+from pyro_amortized.tracing import isolated
+
+__all__ = ["VectorQuantizedGuide"]
+
+
+class _EncodedFeatures(InferenceStrategy):
+    """A feature vector for every position of a datapoint's codes, from the encoder and its head."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Module | None) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+
+
+class VectorQuantizedGuide(AmortizedGuide):
+    r"""Vector-quantised codes: each datapoint's codes are those nearest to its encoder's features.
+
+    .. math:: q(k \mid x) = \prod_i 1\{k_i = \arg\min_k \|f_i(x) - e_k\|\}
+
+    The model draws the codes from a Categorical, in the datapoint plate and an inner plate of positions, or with
+    ``to_event``, and looks them up in the :class:`~pyro_amortized.Codebook` that it shares with the guide. As q has no
+    entropy, the ELBO is :math:`\log p(x \mid k) + \log p(k)`: with a uniform prior over K codes it pays
+    :math:`\log K` nats for each position, whatever these tell. Any ELBO of Pyro trains all of it:
+
+    - The encoder by the gradient of the looked-up vectors, passed straight through to the features, and by that of the
+      commitment term :math:`\beta \|f_i(x) - \mathrm{sg}(e_{k_i})\|^2`, summed over positions, in nats. The latter
+      comes as a factor of value zero, so that the reported loss is the negative ELBO and nothing else.
+    - The codebook by moving averages, once for each step: in ``train()`` mode, where gradients are enabled, once for
+      the same data and the same parameters of the encoder, however many particles there are.
+
+    A guide that is pickled takes a copy of the codebook with it; after loading, give it the model's, with
+    ``guide.model = model; guide.codebook = model.codebook``.
+
+    Args:
+        model: A Pyro model.
+        codebook: The codebook, the one that the model looks codes up in. ``setup`` takes its first vectors from data.
+        encoder: A module from inputs to features ``(N, H)``, to which the guide adds a linear head; or one that returns
+            the features of all positions, ``(N, P, D)`` or ``(N, *positions, D)``, channels last. By default an
+            :class:`~pyro_amortized.MLPEncoder` of standardised inputs.
+        commitment: :math:`\beta`.
+        **options: As for :class:`AmortizedGuide`, but for ``family``.
+
+    Raises:
+        ValueError: If the model has other local latents than one site of codes, or a prior over another number of
+            codes than the codebook holds.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> _ = pyro.set_rng_seed(0); pyro.clear_param_store()
+        >>> codebook = Codebook(num_codes=4, dim=2)
+        >>> decoder = nn.Linear(3 * 2, 5)
+        >>> def model(x):
+        ...     pyro.module("decoder", decoder)
+        ...     with pyro.plate("data", len(x)):
+        ...         code = pyro.sample("code", dist.Categorical(torch.ones(3, 4)).to_event(1))
+        ...         pyro.sample("x", dist.Normal(decoder(codebook(code).flatten(-2)), 1.0).to_event(1), obs=x)
+        >>> guide = VectorQuantizedGuide(model, codebook)
+        >>> svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), pyro.infer.Trace_ELBO())
+        >>> loss = svi.step(torch.randn(8, 5))
+        >>> guide.codes(torch.randn(6, 5)).shape
+        torch.Size([6, 3])
+
+    References:
+        Neural Discrete Representation Learning, Aaron van den Oord, Oriol Vinyals, Koray Kavukcuoglu (2017),
+        https://arxiv.org/abs/1711.00937
+    """
+
+    codebook: Codebook
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        codebook: Codebook,
+        encoder: nn.Module | None = None,
+        *,
+        commitment: float = 0.25,
+        **options: Unpack[GuideOptions],
+    ) -> None:
+        if not isinstance(codebook, Codebook):
+            raise ValueError(
+                f"Cannot quantize with {codebook!r} because it is no Codebook; try the Codebook that the model looks "
+                "codes up in."
+            )
+        if not 0 <= commitment < float("inf"):
+            raise ValueError(f"Cannot use commitment={commitment} because it must be finite, 0 or more; try 0.25.")
+        if "family" in options:
+            raise ValueError(
+                "Cannot use a family with vector-quantised codes because q has one possible value; try leaving it out."
+            )
+        super().__init__(model, encoder, **options)
+        self._structures = StructureCache(options.get("plate"), discrete=True)
+        self._site: DiscreteSite | None = None
+        self._last_batch: tuple[Any, ...] = ()
+        self.commitment = commitment
+        self.codebook = codebook
+
+    # Building
+
+    def _build(self, call: Call) -> None:
+        structure = call.structure
+        others = [] if structure.layout is None else [site.name for site in structure.layout.sites]
+        if len(structure.discrete) != 1 or others:
+            raise ValueError(
+                f"Cannot guide local latents {[*(site.name for site in structure.discrete), *others]} because this "
+                "guide infers one site of codes and nothing beside it; try one Categorical site with all positions."
+            )
+        self._site = structure.discrete[0]
+        _check_site(self._site, self._codebook.num_codes)
+        super()._build(call)
+
+    def _build_strategy(self, inputs: tuple[Tensor, ...], init_loc: Tensor, structure: Structure) -> InferenceStrategy:
+        codebook = self._codebook
+        encoder = self._encoder_spec[0] or self._default_encoder(inputs, codebook.embeddings)
+        features, head = self._first_features(encoder, inputs), None
+        if isinstance(features, tuple):
+            raise ValueError(
+                "Cannot quantize a tuple because one feature vector is wanted for each position; try an encoder from "
+                "(N, ...) to (N, H), or to (N, P, D)."
+            )
+        if features.dim() <= 2:
+            self._check_features(features, inputs, structure)
+            head = nn.Linear(features.shape[1], self._num_positions(structure) * codebook.dim).to(features)
+            features = head(features)
+        codebook.initialize(self._arrange(features.detach(), structure))
+        return _EncodedFeatures(encoder, head)
+
+    @property
+    def _codebook(self) -> Codebook:
+        return self._modules["codebook"]  # type: ignore[return-value]
+
+    @staticmethod
+    def _num_positions(structure: Structure) -> int:
+        return code_place(structure.discrete[0]).stop
+
+    def _arrange(self, features: Tensor, structure: Structure) -> Tensor:
+        """Features as ``(N, P, D)``."""
+        size, positions, dim = structure.datapoints.size, self._num_positions(structure), self._codebook.dim
+        given = features.shape
+        if features.dim() == 2 and given[1] == positions * dim:
+            features = features.reshape(-1, positions, dim)
+        if len(features) != size or features.dim() < 3 or features.shape[1:-1].numel() != positions:
+            raise ValueError(
+                f"Cannot quantize features of shape {tuple(given)} because site {structure.discrete[0].name!r} has "
+                f"{positions} positions in each of the {size} datapoints of plate {structure.datapoints.name!r}; try "
+                f"an encoder to (N, {positions}, {dim}), of a feature map the channels last."
+            )
+        return features.reshape(size, positions, features.shape[-1])
+
+    # One call
+
+    def _features(self, call: Call) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The encoder's inputs, and its features ``(N, P, D)``."""
+        self._check_same(call.structure)
+        inputs, strategy = self._inputs(call), self.inference
+        features = strategy.encoder(*inputs)  # type: ignore[operator]
+        if strategy.head is not None:
+            self._check_features(features, inputs, call.structure)
+            features = strategy.head(features)  # type: ignore[operator]
+        return inputs, self._arrange(features, call.structure)
+
+    def _check_same(self, structure: Structure) -> None:
+        now = structure.discrete
+        if len(now) != 1 or self._site is None or now[0].name != self._site.name or not now[0].same_as(self._site):
+            before, after = (
+                [(site.name, site.num_categories, code_place(site).stop) for site in sites if site is not None]
+                for sites in ([self._site], now)
+            )
+            raise ValueError(
+                f"Cannot run this guide because its codes (site, number of codes, positions) are {after} and were "
+                f"{before} when it was set up; try the same structure in every call."
+            )
+
+    def _sample_local(self, call: Call) -> dict[str, Tensor]:
+        if not call.structure.discrete and self._site is None:
+            return {}
+        self._check_parameter_store()
+        inputs, features = self._features(call)
+        codebook, training = self._codebook, torch.is_grad_enabled() and self.training and self._codebook.training
+        if training and torch._C._get_tracing_state():
+            raise ValueError(
+                "Cannot train a codebook under a compiled ELBO because its moving averages are kept by Python; try "
+                "Trace_ELBO instead of JitTrace_ELBO."
+            )
+        quantized = codebook.quantize(features)
+        if training and self._is_new_batch(inputs):
+            codebook.update(features, quantized.codes)
+        commitment = self.commitment * quantized.squared_distance.sum(-1)
+        return self._sample_codes(call, quantized.codes, commitment - commitment.detach())
+
+    def _sample_codes(self, call: Call, codes: Tensor, signal: Tensor) -> dict[str, Tensor]:
+        """Samples the codes ``(N, P)`` as a Pyro site, beside a factor of zeros ``(N,)`` that carries gradients."""
+        site, frame = call.structure.discrete[0], call.structure.datapoints
+        value = code_value(call.structure, codes)
+        with call.plates[frame.name], ExitStack() as stack:
+            zero = signal.reshape(-1, *(1,) * (-frame.dim - 1))
+            pyro.factor(f"{self._pyro_name}_commitment", zero, has_rsample=True)
+            for name in site.logits.plates:
+                stack.enter_context(call.plates[name])
+            stack.enter_context(site.weight.handlers())
+            return {site.name: pyro.sample(site.name, dist.Delta(value, event_dim=code_place(site).event_dim))}
+
+    def _is_new_batch(self, inputs: tuple[Tensor, ...]) -> bool:
+        """Whether data or encoder have changed since the last update of the codebook, or the encoder cannot change."""
+        trained = tuple((p, p._version) for p in self._modules["inference"].parameters() if p.requires_grad)  # type: ignore[union-attr]
+        batch = tuple((x, x._version) for x in inputs)
+        before, self._last_batch = self._last_batch, (trained, batch)
+        if not before or not trained or not _same_versions(before[0], trained) or len(before[1]) != len(batch):
+            return True
+        return not all(
+            version == old_version if x.data_ptr() == old.data_ptr() else torch.equal(x, old)
+            for (x, version), (old, old_version) in zip(batch, before[1], strict=True)
+        )
+
+    # What is known of the posterior
+
+    @torch.no_grad()
+    def _find_codes(self, *args: Any, **kwargs: Any) -> tuple[Structure, LocalSite, Tensor]:
+        """The structure of a call, where codes lie in their site, and the codes of its datapoints, ``(N, P)``."""
+        with isolated():
+            call = self._prepare(args, kwargs)
+            codes = self._codebook.nearest(self._features(call)[1])
+            return call.structure, code_place(call.structure.discrete[0]), codes
+
+    def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Structure, Tensor]:
+        raise ValueError(
+            "Cannot give variational parameters per datapoint because q has one possible value, the nearest codes; try "
+            "guide.codes(...) and collapse_report(...)."
+        )
+
+    @torch.no_grad()
+    def codes(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The codes of the datapoints in a call.
+
+        Returns:
+            Integers in the shape of the site.
+        """
+        structure, _, codes = self._find_codes(*args, **kwargs)
+        return code_value(structure, codes)
+
+    @torch.no_grad()
+    def commitment_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The commitment term, which trains the encoder and is no part of the ELBO.
+
+        Returns:
+            One number for each datapoint, ``(N,)``, counted in nats.
+        """
+        with isolated():
+            features = self._features(self._prepare(args, kwargs))[1]
+            vectors = self._codebook.embeddings[self._codebook.nearest(features)]
+            return self.commitment * (features - vectors).square().sum((-1, -2))
+
+    def _local_quantiles(self, quantiles: Sequence[float] | Tensor, call: Call) -> dict[str, Tensor]:
+        """The codes, whatever the quantile."""
+        value = code_value(call.structure, self._codebook.nearest(self._features(call)[1]))
+        return {call.structure.discrete[0].name: value.expand(len(quantiles), *value.shape)}
+
+    # Saving
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The guide without its model, and without the batch that it has seen last."""
+        return {**super().__getstate__(), "_last_batch": ()}
+
+
+def _same_versions(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
+    """Whether two lists hold the same tensors, unchanged."""
+    pairs = zip(first, second, strict=False)
+    return len(first) == len(second) and all(p is q and version == other for (p, version), (q, other) in pairs)
+
+
+def _check_site(site: DiscreteSite, num_codes: int) -> None:
+    """Raises a ValueError if a discrete latent is none of codes of the codebook."""
+    cause = None
+    if site.kind != "categorical":
+        cause = f"its prior is no Categorical but of kind {site.kind!r}"
+    elif site.weight.is_masked:
+        cause = "the model masks it"
+    elif site.num_categories != num_codes:
+        cause = f"its prior has {site.num_categories} codes and the codebook {num_codes}"
+    if cause is not None:
+        raise ValueError(
+            f"Cannot guide site {site.name!r} by vector-quantised codes because {cause}; try "
+            f"`pyro.sample({site.name!r}, Categorical(logits=torch.zeros({num_codes})))` in a plate of all positions, "
+            "without a mask."
+        )
+
+
+def code_value(structure: Structure, codes: Tensor) -> Tensor:
+    """Codes ``(N, P)`` in the shape of the site, without a copy: the codebook knows them by their memory."""
+    dims = (1,) * (-structure.datapoints.dim - 1)
+    return code_place(structure.discrete[0]).unflatten(codes.reshape(len(codes), *dims, -1))
+
+
+def code_place(site: DiscreteSite) -> LocalSite:
+    """Where the codes of a site lie among those of a datapoint, ``(N, P)``: the site's shape without its categories."""
+    shape = site.logits.shape[:-1]
+    size = site.logits.stop - site.logits.start
+    return replace(site.logits, event_dim=len(shape), shape=shape, start=0, stop=size // site.num_categories)

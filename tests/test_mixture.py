@@ -1,0 +1,177 @@
+"""Mixtures of normals in guides and diagnostics; the laws of all families are in test_family_laws."""
+
+import math
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from torch import Tensor
+
+from pyro_amortized import (
+    AmortizedGuide,
+    IterativeAmortizedGuide,
+    NaturalGradient,
+    PerDatapointGuide,
+    SemiAmortizedGuide,
+    estimate_gaps,
+)
+from pyro_amortized.families import Mixture
+from pyro_amortized.families.mixture import _search
+
+
+def squares(x: Tensor) -> None:
+    """Which sign z has is not to be seen from x."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.3, 1.0))
+        pyro.sample("x", dist.Normal(z**2, 0.3), obs=x)
+
+
+def log_evidence(x: Tensor) -> Tensor:
+    """By quadrature, ``(N,)``."""
+    z = torch.linspace(-8, 8, 16001, dtype=torch.float64).unsqueeze(-1)
+    log_joint = dist.Normal(0.3, 1.0).log_prob(z) + dist.Normal(z**2, 0.3).log_prob(x.double())
+    return log_joint.logsumexp(0) + math.log(1e-3)
+
+
+X = torch.tensor([1.0, 2.0, 3.0, 4.0])
+"""From two modes that overlap a little to two that are 26 standard deviations apart."""
+
+
+def trained(family: object, num_steps: int, kind: type = AmortizedGuide) -> AmortizedGuide:
+    pyro.clear_param_store()
+    guide = kind(squares, family=family)
+    svi = SVI(squares, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    for _ in range(num_steps):
+        svi.step(X)
+    return guide.eval()
+
+
+def test_two_modes_are_found_and_weighed() -> None:
+    exact = log_evidence(X)
+    normal = estimate_gaps(squares, trained("normal", 50), (X,)).dataset
+    share = torch.sigmoid(2 * 0.3 * X.sqrt().double())  # about that of the larger mode
+    expected = -share.log()
+    gap = torch.from_numpy(normal["approximation_gap"].values)
+    assert ((gap - expected).abs()[1:] < 0.1).all()
+    for count, bound in ((2, 0.05), (4, 0.02)):
+        gaps = estimate_gaps(squares, trained(lambda dim, c=count: Mixture(dim, c), 50), (X,)).dataset
+        optimum = torch.from_numpy(gaps["elbo_optimal"].values)
+        assert (exact - optimum < bound).all()
+        assert (exact - optimum > -0.01).all()
+        assert abs(gaps["log_evidence"].values - exact.numpy()).max() < 0.02
+
+
+def test_refinement_learns_the_weights_of_distant_modes() -> None:
+    guide = PerDatapointGuide(squares, family=lambda dim: Mixture(dim, 2))
+    guide.setup(X)
+    refined = guide.refined(200)
+    q = refined.posterior(X)
+    right = q.logits.softmax(-1)[q.locs.squeeze(-1) > 0]
+    expected = torch.sigmoid(2 * 0.3 * X.sqrt())
+    torch.testing.assert_close(right, expected, atol=0.05, rtol=0.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"encoder_gradient": "first_order"}, {"num_particles": 4}])
+def test_semi_amortized(options: dict[str, object]) -> None:
+    guide = SemiAmortizedGuide(squares, family="mixture", num_steps=3, **options)
+    svi = SVI(squares, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    losses = [svi.step(X) for _ in range(30)]
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
+@pytest.mark.slow
+def test_compiled_refinement_is_the_same() -> None:
+    guide = trained("mixture", 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message="compile=True has no effect")
+        refined = [
+            guide.refined(5, compile=compile, fixed_noise=True, name=str(compile)).variational_parameters(X)
+            for compile in (False, True)
+        ]
+    torch.testing.assert_close(*refined, rtol=1e-3, atol=1e-3)
+
+
+def test_unrolled_gradients_are_those_of_the_steps() -> None:
+    pyro.set_rng_seed(0)
+    family = Mixture(1, 3).double()
+    noise = torch.randn(8, 2, 1, dtype=torch.float64)
+
+    def step(phi: Tensor) -> Tensor:
+        z, log_q = family.sample_and_log_prob(phi, noise)
+        (grad,) = torch.autograd.grad(
+            (-(z.squeeze(-1) ** 2 - 1).square() - log_q).mean(0).sum(), phi, create_graph=True
+        )
+        return phi + 0.05 * grad
+
+    phi = family.initial(torch.zeros(2, 1, dtype=torch.float64), 0.5) + 0.1 * torch.randn(2, 9, dtype=torch.float64)
+    torch.autograd.gradcheck(step, phi.requires_grad_())
+
+
+def test_learned_updates() -> None:
+    guide = trained("mixture", 30, IterativeAmortizedGuide)
+    assert guide.variational_parameters(X).shape == (4, 12)
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_particles(vectorize: bool) -> None:
+    guide = AmortizedGuide(squares, family="mixture")
+    elbo = Trace_ELBO(num_particles=3, vectorize_particles=vectorize, max_plate_nesting=1)
+    SVI(squares, guide, pyro.optim.Adam({"lr": 0.01}), elbo).step(X)
+    assert guide.median(X)["z"].shape == (4,)
+    assert guide.quantiles([0.1, 0.9], X)["z"].shape == (2, 4)
+
+
+def test_moments() -> None:
+    family = Mixture(3, 3).double()
+    phi = family.initial(torch.zeros(3).double(), 0.5) + 0.5 * torch.randn(21).double()
+    q, draws = family(phi), family(phi).sample((200000,))
+    torch.testing.assert_close(q.mean, draws.mean(0), atol=0.02, rtol=0.0)
+    torch.testing.assert_close(q.covariance_matrix, draws.T.cov(), atol=0.05, rtol=0.0)
+    torch.testing.assert_close(q.variance, q.covariance_matrix.diagonal())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float64, 1e-8)])
+def test_quantiles_of_mixtures_are_found(dtype: torch.dtype, tolerance: float) -> None:
+    weights = (2 * torch.randn(20000, 4, dtype=dtype)).softmax(-1)
+    loc, log_scale = 5 * torch.randn(20000, 4, dtype=dtype), 1.5 * torch.randn(20000, 4, dtype=dtype)
+    noise = torch.randn(20000, dtype=dtype)
+    z = _search(noise, weights, loc, log_scale).double()
+    below = (weights.double() * torch.special.ndtr((z[:, None] - loc) / log_scale.double().exp())).sum(-1)
+    error = (torch.special.ndtri(below) - noise).abs()
+    assert error.quantile(0.999) < tolerance
+
+
+def test_far_tails_have_finite_gradients() -> None:
+    family = Mixture(2, 3)
+    phi = family.initial(torch.zeros(1, 2), 0.05).requires_grad_()
+    noise = torch.tensor([[[6.0, -6.0]], [[-5.0, 5.0]], [[0.0, 0.0]]])
+    (grad,) = torch.autograd.grad(family.rsample(phi, noise).square().sum(), phi)
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"num_components": 0}, "num_components=0 because it needs a component; try 4"),
+        ({"spread": 0.0}, "spread=0.0 because components that start in one place stay equal; try 1.0"),
+    ],
+)
+def test_mixtures_that_cannot_be_are_refused(options: dict[str, float], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        Mixture(2, **options)
+
+
+def test_natural_gradients_are_refused() -> None:
+    guide = SemiAmortizedGuide(squares, family="mixture", update=NaturalGradient(0.5))
+    with pytest.raises(ValueError, match="refine a Mixture family by NaturalGradient because its Fisher information"):
+        guide(X)
+
+
+def test_analytic_divergences_are_refused() -> None:
+    guide = SemiAmortizedGuide(squares, family="mixture", estimator="analytic_kl")
+    with pytest.raises(ValueError, match="Cannot estimate gradients of a Mixture family by 'analytic_kl'"):
+        guide(X)

@@ -1,0 +1,671 @@
+"""Vector-quantised codes: the codebook, its guide, and the collapse report, against their definitions."""
+
+import copy
+import io
+import math
+import pickle
+import re
+import runpy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import (
+    SVI,
+    JitTrace_ELBO,
+    Predictive,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from pyro_amortized import AmortizedGuide, Codebook, CollapseReport, VectorQuantizedGuide, collapse_report
+from pyro_amortized.guides import LocalGuide
+from pyro_amortized.quantization import perplexity
+
+matplotlib.use("Agg")
+pytestmark = pytest.mark.usefixtures("_float64")
+
+POSITIONS, CODES, DIM, PIXELS = 3, 5, 2, 4
+
+
+class VQVAE(nn.Module):
+    """p(x, k) = prod_i 1/K N(x; W e_k, 0.5), positions in a plate or in the event."""
+
+    def __init__(self, *, to_event: bool = True, prior: Tensor | None = None, **options: Any) -> None:
+        super().__init__()
+        self.codebook = Codebook(CODES, DIM, **options)
+        self.weights = nn.Parameter(torch.randn(POSITIONS * DIM, PIXELS))
+        self.to_event = to_event
+        self.prior = torch.zeros(CODES) if prior is None else prior
+
+    def code(self) -> Tensor:
+        """The codes ``(N, P)``."""
+        if self.to_event:
+            return pyro.sample("code", dist.Categorical(logits=self.prior.expand(POSITIONS, -1)).to_event(1))
+        with pyro.plate("positions", POSITIONS, dim=-2):
+            return pyro.sample("code", dist.Categorical(logits=self.prior)).movedim(-2, -1)
+
+    def forward(self, x: Tensor, size: int | None = None) -> None:
+        pyro.module("vqvae", self)
+        with pyro.plate("data", size or len(x), subsample_size=len(x), dim=-1):
+            mean = self.codebook(self.code()).flatten(-2) @ self.weights
+            if mean.dim() == 3 and not self.to_event:  # particles lie on the left of the plate of positions
+                mean = mean.unsqueeze(1)
+            pyro.sample("x", dist.Normal(mean, 0.5).to_event(1), obs=x)
+
+    def log_likelihood(self, x: Tensor, codes: Tensor) -> Tensor:
+        """log p(x | k), ``(N,)``, of codes ``(N, P)``."""
+        mean = self.codebook.embeddings[codes].flatten(1) @ self.weights
+        return dist.Normal(mean, 0.5).log_prob(x).sum(-1)
+
+
+class Encoder(nn.Module):
+    """Features ``(N, P, D)``, linear in the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(PIXELS, POSITIONS * DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).reshape(-1, POSITIONS, DIM)
+
+
+def data(size: int = 30, seed: int = 3) -> Tensor:
+    return torch.randn(size, PIXELS, generator=torch.Generator().manual_seed(seed))
+
+
+def setup(x: Tensor, **options: Any) -> tuple[VQVAE, Encoder, VectorQuantizedGuide]:
+    keys = {"to_event", "prior", "decay", "revive_below"} & options.keys()
+    model, encoder = VQVAE(**{key: options.pop(key) for key in keys}), Encoder()
+    guide = VectorQuantizedGuide(model, model.codebook, encoder, **options)
+    guide.setup(x)
+    return model, encoder, guide
+
+
+def nearest(codebook: Codebook, features: Tensor) -> Tensor:
+    """The definition."""
+    return (features.unsqueeze(-2) - codebook.embeddings).square().sum(-1).argmin(-1)
+
+
+def loss_and_gradient(elbo: Any, model: Any, guide: Any, x: Tensor, *modules: nn.Module) -> tuple[float, list[Tensor]]:
+    parameters = [p for module in modules for p in module.parameters()]
+    for parameter in parameters:
+        parameter.grad = None
+    loss = elbo.loss_and_grads(model, guide, x)
+    return loss, [p.grad.clone() for p in parameters]
+
+
+# The codebook
+
+
+def test_nearest_codes_and_lookup() -> None:
+    codebook = Codebook(CODES, DIM)
+    features = 100 + torch.randn(200, 3, DIM)
+    codebook.initialize(features)
+    codes = codebook.nearest(features)
+    assert torch.equal(codes, nearest(codebook, features))
+    assert torch.equal(codebook(codes), codebook.embeddings[codes])
+    assert not codebook(codes).requires_grad
+
+
+def test_codebook_starts_at_the_clusters() -> None:
+    centers = 10 * torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0], [3.0, 3.0]])
+    features = centers.repeat(200, 1) + 0.1 * torch.randn(1000, DIM)
+    codebook = Codebook(4 * CODES, DIM)
+    codebook.initialize(features)
+    distance = (features - codebook(codebook.nearest(features))).square().sum(-1).sqrt()
+    assert distance.max() < 1.0
+    before = codebook.embeddings.clone()
+    codebook.initialize(features + 1)
+    assert torch.equal(codebook.embeddings, before)
+
+
+def test_fewer_features_than_codes() -> None:
+    features = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    codebook = Codebook(CODES, DIM)
+    codebook.initialize(features)
+    assert torch.equal(codebook(codebook.nearest(features)), features)
+    assert len(codebook.embeddings.unique(dim=0)) == CODES
+
+
+def test_moving_averages_against_the_closed_form() -> None:
+    codebook = Codebook(CODES, DIM, decay=0.9, revive_below=0.0)
+    codebook.initialize(torch.randn(50, DIM))
+    weight, total = torch.full((CODES,), 50 / CODES), codebook.embeddings * 50 / CODES
+    for _ in range(20):
+        features = torch.randn(40, DIM)
+        codes = codebook.nearest(features)
+        indicator = torch.nn.functional.one_hot(codes, CODES).double()
+        weight = 0.9 * weight + 0.1 * indicator.sum(0)
+        total = 0.9 * total + 0.1 * indicator.T @ features
+        codebook.update(features, codes)
+        torch.testing.assert_close(codebook.counts, weight)
+        torch.testing.assert_close(codebook.embeddings, total / weight[:, None])
+    share = weight / weight.sum()
+    assert codebook.perplexity == pytest.approx(float((-share * share.log()).sum().exp()))
+
+
+def test_moving_averages_reach_the_centres() -> None:
+    features = torch.cat([torch.randn(30, DIM), 20 + torch.randn(30, DIM)])
+    codebook = Codebook(2, DIM, decay=0.5)
+    codebook.initialize(features)
+    for _ in range(60):
+        codebook.update(features, codebook.nearest(features))
+    expected = torch.stack([features[:30].mean(0), features[30:].mean(0)])
+    torch.testing.assert_close(codebook.embeddings.sort(0).values, expected)
+
+
+def test_dead_codes_are_revived_from_the_batch() -> None:
+    features = torch.randn(100, DIM)
+    revived, left = (Codebook(CODES, DIM, decay=0.5, revive_below=share) for share in (0.1, 0.0))
+    for codebook in (revived, left):
+        codebook.initialize(features)
+        codebook.embeddings[2:] = 1e3
+        codebook.sums[2:] = 1e3 * codebook.counts[2:, None]
+        for _ in range(3):
+            codebook.update(features, codebook.nearest(features))
+        assert (codebook.embeddings[2:] > 100).all()
+    revived.update(features, codes := revived.nearest(features))
+    assert set(codes.tolist()) <= {0, 1}
+    assert (revived.embeddings[2:, None] == features).all(-1).any(-1).all()
+    torch.testing.assert_close(revived.counts[2:], torch.full((3,), 100 / CODES))
+    assert set(revived.nearest(features).tolist()) == set(range(CODES))
+    for _ in range(2000):  # nothing underflows to NaN
+        left.update(features, left.nearest(features))
+    assert left.embeddings.isfinite().all()
+    assert set(left.nearest(features).tolist()) == {0, 1}
+
+
+def test_perplexity() -> None:
+    counts = torch.tensor([[1.0, 1.0, 1.0, 1.0], [5.0, 0.0, 0.0, 0.0], [3.0, 1.0, 0.0, 0.0]])
+    expected = [4.0, 1.0, math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))]
+    torch.testing.assert_close(perplexity(counts), torch.tensor(expected))
+
+
+# The gradient
+
+
+def test_straight_through_gradient_of_any_view() -> None:
+    codebook = Codebook(CODES, DIM)
+    codebook.initialize(torch.randn(50, DIM))
+    features = torch.randn(6, 3, DIM, requires_grad=True)
+    codes = codebook.quantize(features).codes
+    weight = torch.randn(6, 3, DIM)
+    straight = features + (codebook.embeddings[nearest(codebook, features)] - features).detach()
+    expected = torch.autograd.grad((straight * weight).cos().sum(), features)[0]
+    views: list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = [
+        (lambda k: k, lambda v: v),
+        (lambda k: k.T, lambda v: v.transpose(0, 1)),
+        (lambda k: k.reshape(2, 9), lambda v: v.reshape(6, 3, DIM)),
+        (lambda k: k.unsqueeze(1).expand(6, 4, 3), lambda v: v.mean(1)),
+        (lambda k: k[:, 1:], lambda v: torch.cat([codebook(codes)[:, :1], v], 1)),
+    ]
+    for view, back in views:
+        looked_up = codebook(view(codes))
+        assert torch.equal(looked_up, codebook.embeddings[view(codes)])
+        gradient = torch.autograd.grad((back(looked_up) * weight).cos().sum(), features)[0]
+        torch.testing.assert_close(gradient, expected)
+    assert not codebook(codes.clone()).requires_grad  # the twin: a copy is another code of the same value
+
+
+@pytest.mark.parametrize("to_event", [True, False])
+@pytest.mark.parametrize(
+    "elbo",
+    [
+        Trace_ELBO(),
+        Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=2),
+        TraceMeanField_ELBO(),
+        TraceGraph_ELBO(),
+        TraceEnum_ELBO(max_plate_nesting=2),
+        RenyiELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=2),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:TraceEnum_ELBO found no sample sites:UserWarning")
+def test_elbo_and_gradient_against_the_definition(elbo: Any, to_event: bool) -> None:
+    x = data()
+    prior = torch.randn(CODES)
+    model, encoder, guide = setup(x, to_event=to_event, prior=prior, commitment=0.7)
+    encoder.linear.weight.data.mul_(3)
+    embeddings, codes = model.codebook.embeddings.clone(), nearest(model.codebook, encoder(x))
+    value = (model.log_likelihood(x, codes) + prior.log_softmax(0)[codes].sum(-1)).sum()
+    features = encoder(x)
+    straight = features + (embeddings[codes] - features).detach()
+    likelihood = dist.Normal(straight.flatten(1) @ model.weights, 0.5).log_prob(x).sum()
+    commitment = 0.7 * (features - embeddings[codes]).square().sum()
+    parameters = [*encoder.parameters(), model.weights]
+    expected = torch.autograd.grad(commitment - likelihood, parameters)
+
+    loss, gradient = loss_and_gradient(elbo, model, guide, x, encoder, model)
+    assert loss == pytest.approx(-float(value.detach()))
+    for found, right in zip(gradient, expected, strict=True):
+        torch.testing.assert_close(found, right)
+    assert not torch.equal(model.codebook.embeddings, embeddings)  # trained, after its vectors were looked up
+
+
+def test_reported_loss_does_not_depend_on_the_commitment() -> None:
+    x = data()
+    model, encoder, guide = setup(x, commitment=0.0, decay=0.0)
+    guide.eval()
+    values = {}
+    for guide.commitment in (0.0, 10.0):
+        values[guide.commitment] = loss_and_gradient(Trace_ELBO(), model, guide, x, encoder)
+    assert values[0.0][0] == values[10.0][0]
+    assert not torch.allclose(values[0.0][1][0], values[10.0][1][0])
+    distance = (encoder(x) - model.codebook.embeddings[nearest(model.codebook, encoder(x))]).square().sum((-1, -2))
+    torch.testing.assert_close(guide.commitment_loss(x), 10 * distance.detach())
+
+
+def test_particles_and_subsampling() -> None:
+    x = data(10)
+    model, encoder, guide = setup(x)
+    guide.eval()
+    one = loss_and_gradient(Trace_ELBO(), model, guide, x, encoder, model)
+    for options in ({}, {"vectorize_particles": True, "max_plate_nesting": 1}):
+        many = loss_and_gradient(Trace_ELBO(num_particles=3, **options), model, guide, x, encoder, model)
+        assert many[0] == pytest.approx(one[0])
+        torch.testing.assert_close(many[1], one[1])
+    scaled = Trace_ELBO().differentiable_loss(model, guide, x, 40)
+    assert float(scaled.detach()) == pytest.approx(4 * one[0])
+    torch.testing.assert_close(torch.autograd.grad(scaled, [model.weights])[0], 4 * one[1][-1])
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_codebook_is_updated_once_for_each_step(vectorize: bool) -> None:
+    x = data()
+    model, encoder, guide = setup(x, decay=0.9, revive_below=0.0)
+    updates: list[Tensor] = []
+    update = model.codebook.update
+    model.codebook.update = lambda features, codes: (updates.append(features), update(features, codes))  # type: ignore[method-assign]
+    elbo = Trace_ELBO(num_particles=3, vectorize_particles=vectorize, max_plate_nesting=2)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
+    for step in range(1, 4):
+        svi.step(x)
+        assert len(updates) == step
+    with torch.no_grad():
+        elbo.loss(model, guide, x)
+    svi.evaluate_loss(x)
+    guide.codes(x), guide.median(x), guide.commitment_loss(x), Predictive(model, guide=guide, num_samples=2)(x)
+    collapse_report(model, guide, (x,))
+    guide.eval()
+    svi.step(x)
+    assert len(updates) == 3
+    guide.train()
+    model.eval()  # the model's flag holds for the codebook as well
+    svi.step(x)
+    assert len(updates) == 3
+    model.train()
+    for part in x.clone().split(10):  # batches between which the encoder does not change
+        Trace_ELBO().differentiable_loss(model, guide, part)
+    assert len(updates) == 6
+
+
+@pytest.mark.filterwarnings("ignore:encoder.* was not registered in the param store:UserWarning")
+def test_frozen_encoder_trains_the_codebook() -> None:
+    x = data()
+    model, encoder, guide = setup(x, decay=0.5)
+    encoder.requires_grad_(False)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    for _ in range(80):
+        svi.step(x)
+    features, codes = encoder(x).flatten(0, 1), guide.codes(x).flatten()
+    for k in codes.unique():
+        torch.testing.assert_close(model.codebook.embeddings[k], features[codes == k].mean(0))
+
+
+@pytest.mark.parametrize("to_event", [True, False])
+def test_training_finds_the_clusters(to_event: bool) -> None:
+    labels = torch.randint(0, 4, (200,))
+    x = torch.eye(4)[labels] * 3 + 0.1 * torch.randn(200, 4)
+    model = VQVAE(to_event=to_event)
+    guide = VectorQuantizedGuide(model, model.codebook)  # the default encoder
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    losses = [svi.step(x) for _ in range(300)]
+    guide.eval()
+    codes = guide.codes(x)
+    assert codes.shape == ((200, POSITIONS) if to_event else (POSITIONS, 200))
+    codes = codes if to_event else codes.T
+    assert losses[-1] < 0.6 * losses[0]
+    decoded = model.codebook.embeddings[codes].flatten(1) @ model.weights
+    assert (decoded.argmax(-1) == labels).double().mean() > 0.98
+    exact = model.log_likelihood(x, codes) - POSITIONS * math.log(CODES)
+    assert -svi.evaluate_loss(x) == pytest.approx(float(exact.sum().detach()))
+
+
+def test_global_latents_and_one_code() -> None:
+    codebook = Codebook(3, 1)
+
+    def model(x: Tensor) -> None:
+        shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            code = pyro.sample("code", dist.Categorical(torch.ones(3)))
+            pyro.sample("x", dist.Normal(codebook(code).squeeze(-1) + shift, 1.0), obs=x)
+
+    x = torch.randn(12)
+    guide = VectorQuantizedGuide(model, codebook)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), TraceMeanField_ELBO())
+    assert all(math.isfinite(svi.step(x)) for _ in range(3))
+    assert isinstance(guide, LocalGuide)
+    assert {name: value.shape for name, value in guide.median(x).items()} == {"shift": (), "code": (12,)}
+    report = collapse_report(model, guide, (x,))
+    assert list(report.dataset["latent"].values) == ["code"]
+    assert "shift" in report.dataset.attrs["global_latents"]
+
+
+def test_feature_maps() -> None:
+    codebook = Codebook(CODES, DIM)
+
+    class Convolution(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(1, DIM, 2, stride=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.unsqueeze(1)).movedim(1, -1)
+
+    def model(x: Tensor) -> None:
+        plate = pyro.plate("data", len(x), dim=-1)
+        with plate, pyro.plate("rows", 2, dim=-3), pyro.plate("columns", 3, dim=-2):
+            code = pyro.sample("code", dist.Categorical(torch.ones(CODES)))  # (rows, columns, data)
+        with plate:
+            mean = nn.functional.interpolate(codebook(code).sum(-1).permute(2, 0, 1)[:, None], scale_factor=2)
+            pyro.sample("x", dist.Normal(mean[:, 0], 1.0).to_event(2), obs=x)
+
+    x = torch.randn(7, 4, 6)
+    guide = VectorQuantizedGuide(model, codebook, Convolution())
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    assert all(math.isfinite(svi.step(x)) for _ in range(3))
+    features = guide.inference.encoder(x)  # (data, rows, columns, D)
+    assert torch.equal(guide.codes(x), nearest(codebook, features).permute(1, 2, 0))
+    report = collapse_report(model, guide, (x,))
+    assert list(report.dataset["latent"].values)[:4] == ["code[0,0]", "code[0,1]", "code[0,2]", "code[1,0]"]
+
+
+# Saving
+
+
+def test_saved_and_loaded() -> None:
+    x = data()
+    model, _, guide = setup(x)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    for _ in range(3):
+        svi.step(x)
+    guide.eval()
+    loss, codes = Trace_ELBO().loss(model, guide, x), guide.codes(x)
+    file = io.BytesIO()
+    torch.save({"guide": guide.state_dict(), "model": model.state_dict()}, file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    for early in (True, False):
+        pyro.clear_param_store()
+        other = VQVAE()
+        copied = VectorQuantizedGuide(other, other.codebook, Encoder())
+        if not early:
+            copied.setup(data(seed=9))
+        copied.load_state_dict(state["guide"])
+        other.load_state_dict(state["model"])
+        copied.eval()
+        assert torch.equal(copied.codes(x), codes)
+        assert Trace_ELBO().loss(other, copied, x) == pytest.approx(loss)
+        assert other.codebook.perplexity == pytest.approx(model.codebook.perplexity)
+        torch.testing.assert_close(other.codebook.sums, model.codebook.sums)
+
+
+def test_pickled_and_copied_in_training() -> None:
+    x = data()
+    model, _, guide = setup(x)
+    SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(x)
+    for make_copy in (lambda guide: pickle.loads(pickle.dumps(guide)), copy.deepcopy):
+        pyro.clear_param_store()
+        other = make_copy(guide)
+        assert torch.equal(other.codes(x), guide.codes(x))
+        other.model, other.codebook = model, copy.deepcopy(model.codebook)
+        with pytest.raises(ValueError, match="with the guide's own codebook"):
+            SVI(model, other, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(x)
+        other.codebook = model.codebook
+        assert math.isfinite(SVI(model, other, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(x))
+        assert torch.equal(copy.deepcopy(model.codebook).embeddings, model.codebook.embeddings)
+        guide = other
+
+
+# The collapse report
+
+
+def test_report_against_the_definition(tmp_path: Path) -> None:
+    x, prior = data(40), torch.randn(CODES)
+    model, _, guide = setup(x, prior=prior)
+    guide.eval()
+    codes = guide.codes(x)
+    report = collapse_report(model, guide, (x,))
+    usage = torch.nn.functional.one_hot(codes, CODES).double().mean(0)
+    np.testing.assert_allclose(report.dataset["kl"], -prior.log_softmax(0)[codes].mean(0))
+    np.testing.assert_allclose(report.dataset["perplexity"], torch.exp(-torch.xlogy(usage, usage).sum(-1)))
+    np.testing.assert_allclose(report.dataset["usage"], usage)
+    whole = usage.mean(0)
+    assert report.perplexity == pytest.approx(float(torch.exp(-torch.xlogy(whole, whole).sum())))
+    assert 1 < report.perplexity <= CODES
+    rows = [tuple(row) for row in codes.tolist()]
+    entropy = -sum(rows.count(row) / 40 * math.log(rows.count(row) / 40) for row in set(rows))
+    assert report.mutual_information == pytest.approx(entropy)
+    assert report.dataset.attrs["aggregate_kl"] == pytest.approx(report.dataset.attrs["total_kl"] - entropy)
+    assert report.active_units == POSITIONS
+    assert list(report.dataset["latent"].values) == ["code[0]", "code[1]", "code[2]"]
+    assert "No collapse: all 3 positions are active" in str(report)
+    assert "perplexity" in str(report)
+    loader = DataLoader(TensorDataset(x), batch_size=16)
+    batches = collapse_report(model, guide, loader)
+    assert batches.dataset.equals(report.dataset)
+    report.to_netcdf(tmp_path / "report.nc")
+    assert str(CollapseReport.from_netcdf(tmp_path / "report.nc")) == str(report)
+    ax = report.plot()
+    np.testing.assert_allclose([bar.get_height() for bar in ax.patches], np.log(report.dataset["perplexity"]))
+    report.plot_curve(label="codes")
+
+
+def test_report_with_positions_in_a_plate() -> None:
+    x = data(40)
+    pyro.set_rng_seed(1)
+    event, _, first = setup(x)
+    report = collapse_report(event, first.eval(), (x,))
+    pyro.set_rng_seed(1)
+    pyro.clear_param_store()
+    plate, _, second = setup(x, to_event=False)
+    assert collapse_report(plate, second.eval(), (x,)).dataset.equals(report.dataset)
+
+
+def test_codes_that_tell_nothing_have_collapsed() -> None:
+    x = data(40)
+    model, encoder, guide = setup(x)
+    guide.eval()
+    with torch.no_grad():
+        encoder.linear.weight.zero_()
+    report = collapse_report(model, guide, (x,))
+    assert report.active_units == 0
+    assert report.mutual_information == 0
+    np.testing.assert_allclose(report.dataset["perplexity"], 1.0)
+    np.testing.assert_allclose(report.dataset["kl"], math.log(CODES))  # which is no sign of use
+    assert "Collapsed: every datapoint has the same codes" in report.verdict
+    with torch.no_grad():
+        encoder.linear.weight[0] = 5.0
+    verdict = collapse_report(model, guide, (x,)).verdict
+    assert "2 of 3 positions have the same code everywhere: code[1], code[2]" in verdict
+
+
+def test_continuous_latents_have_no_perplexity() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    report = collapse_report(model, AmortizedGuide(model), (torch.randn(5),), num_samples=2)
+    with pytest.raises(ValueError, match="Cannot give the perplexity of the codebook because the latents are no codes"):
+        _ = report.perplexity
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"num_codes": 1, "dim": 2}, "num_codes=1 because it must be an integer of at least 2"),
+        ({"num_codes": 2.0, "dim": 2}, "num_codes=2.0 because it must be an integer"),
+        ({"num_codes": 4, "dim": 0}, "dim=0 because it must be an integer of at least 1"),
+        ({"num_codes": 4, "dim": 2, "decay": 1.0}, "decay=1.0 because it must be at least 0 and below 1"),
+        ({"num_codes": 4, "dim": 2, "revive_below": -0.1}, "revive_below=-0.1 because it must be at least 0"),
+    ],
+)
+def test_wrong_codebooks(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        Codebook(**options)
+
+
+def test_wrong_features_and_codes() -> None:
+    codebook = Codebook(CODES, DIM)
+    with pytest.raises(ValueError, match="this Codebook has seen no features yet; try guide.setup"):
+        codebook.nearest(torch.zeros(3, DIM))
+    codebook.initialize(torch.randn(20, DIM))
+    with pytest.raises(ValueError, match=r"features of shape \(3, 4\) because the vectors of this Codebook have dim 2"):
+        codebook.nearest(torch.zeros(3, 4))
+    with pytest.raises(ValueError, match="torch.float32 on cpu because this Codebook holds torch.float64"):
+        codebook.nearest(torch.zeros(3, DIM, dtype=torch.float32))
+    features = torch.zeros(3, 4, DIM)
+    features[1, 2, 0] = math.nan
+    with pytest.raises(ValueError, match=r"of 1 datapoints \(first: \[1\]\) because they are NaN or infinite"):
+        codebook.quantize(features)
+    with pytest.raises(ValueError, match="codes of type torch.float64 because they are positions"):
+        codebook(torch.zeros(3))
+
+
+def one_site(prior: Any, **plates: Any) -> Callable[[Tensor], None]:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("code", prior)
+            pyro.sample("x", dist.Normal(0.0, 1.0).expand([PIXELS]).to_event(1), obs=x)
+
+    return model
+
+
+def normal_beside(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("code", dist.Categorical(torch.ones(CODES)))
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(0.0, 1.0).expand([PIXELS]).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize(
+    ("model", "match"),
+    [
+        (one_site(dist.Categorical(torch.ones(4))), "its prior has 4 codes and the codebook 5"),
+        (one_site(dist.Bernoulli(0.5)), "its prior is no Categorical but of kind 'bernoulli'"),
+        (one_site(dist.Categorical(torch.ones(5)).mask(False)), "because the model masks it"),
+        (one_site(dist.Normal(0.0, 1.0)), r"local latents \['code'\] because this guide infers one site of codes"),
+        (normal_beside, r"local latents \['code', 'z'\] because this guide infers one site of codes"),
+    ],
+)
+def test_wrong_models(model: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        VectorQuantizedGuide(model, Codebook(CODES, DIM)).setup(data())
+
+
+def test_wrong_guides() -> None:
+    model = VQVAE()
+    with pytest.raises(ValueError, match="because it is no Codebook; try the Codebook"):
+        VectorQuantizedGuide(model, nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="commitment=-1 because it must be finite, 0 or more"):
+        VectorQuantizedGuide(model, model.codebook, commitment=-1)
+    with pytest.raises(ValueError, match="Cannot use a family with vector-quantised codes"):
+        VectorQuantizedGuide(model, model.codebook, family="normal")
+    wrong = nn.Unflatten(1, (2, 2))
+    with pytest.raises(ValueError, match=r"features of shape \(30, 2, 2\) because site 'code' has 3 positions"):
+        VectorQuantizedGuide(model, model.codebook, wrong).setup(data())
+    encoder = nn.Sequential(nn.Linear(4, 9), nn.Unflatten(1, (3, 3)))
+    with pytest.raises(ValueError, match="Cannot quantize features of shape .* have dim 2"):
+        VectorQuantizedGuide(model, model.codebook, encoder).setup(data())
+
+
+def test_wrong_calls() -> None:
+    x = data()
+    model, _, guide = setup(x)
+    with pytest.raises(ValueError, match="because q has one possible value, the nearest codes; try guide.codes"):
+        guide.posterior(x)
+    with pytest.raises(ValueError, match=r"holds 1 NaN values|NaN or infinite"):
+        Trace_ELBO().loss(model, guide, torch.cat([x[:3], torch.full((1, PIXELS), math.nan)]))
+    with (
+        pytest.raises(ValueError, match="compiled ELBO because its moving averages are kept by Python"),
+        warnings.catch_warnings(action="ignore"),  # torch announces the end of torch.jit
+    ):
+        SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), JitTrace_ELBO()).step(x)
+    with pytest.raises(ValueError, match="because there is only one datapoint"):
+        collapse_report(model, guide, (x[:1],))
+    noisy = VectorQuantizedGuide(model, model.codebook, nn.Sequential(nn.Dropout(0.5), Encoder()), name="noisy")
+    with pytest.raises(ValueError, match="its encoder gives different codes for the same data in two calls"):
+        collapse_report(model, noisy, (x,))
+    scaled = pyro.poutine.scale(model, 0.5)
+    with pytest.raises(ValueError, match="because the model scales its codes 'code' by 0.5"):
+        collapse_report(scaled, VectorQuantizedGuide(scaled, model.codebook, Encoder(), name="scaled").eval(), (x,))
+
+
+class CopyingVQVAE(VQVAE):
+    """The twin that must fail: no gradient comes back through a copy of the codes."""
+
+    def code(self) -> Tensor:
+        return super().code() + 0
+
+
+def test_a_lost_gradient_is_noticed() -> None:
+    model = CopyingVQVAE()
+    guide = VectorQuantizedGuide(model, model.codebook, Encoder())
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    with pytest.raises(ValueError, match="Cannot train the encoder because the model has not looked up the codes"):
+        svi.step(data())
+    assert math.isfinite(svi.evaluate_loss(data()))
+
+
+def test_another_structure_is_noticed() -> None:
+    class Growing(VQVAE):
+        positions = POSITIONS
+
+        def forward(self, x: Tensor, size: int | None = None) -> None:
+            with pyro.plate("data", len(x)):
+                pyro.sample("code", dist.Categorical(torch.ones(self.positions, CODES)).to_event(1))
+                pyro.sample("x", dist.Normal(0.0, 1.0).expand([PIXELS]).to_event(1), obs=x)
+
+    model = Growing()
+    guide = VectorQuantizedGuide(model, model.codebook, Encoder())
+    guide.setup(data())
+    model.positions = 4
+    with pytest.raises(ValueError, match=r"are \[\('code', 5, 4\)\] and were \[\('code', 5, 3\)\] when it was set up"):
+        guide(data())
+
+
+# The example
+
+
+def test_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float32)
+    images = np.random.default_rng(0).integers(0, 255, (20, 4, 4), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", train_images=images, test_images=images)
+    options = ["--data", str(tmp_path / "images.npz"), "--num-steps", "2", "--num-images", "3", "--out", str(tmp_path)]
+    example = Path(__file__).parent.parent / "examples" / "vq_vae.py"
+    monkeypatch.setattr("sys.argv", [example.name, *options])
+    monkeypatch.syspath_prepend(example.parent)
+    runpy.run_path(str(example), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "autoregressive, codes: Posterior collapse over 3 datapoints" in printed
+    assert len(re.findall(r"^(?:independent|autoregressive), Gaussian( +-?\d+\.\d+){5} +\d+$", printed, re.M)) == 2
+    assert (
+        len(re.findall(r"^(?:independent|autoregressive), codes( +-?\d+\.\d+){6} +\d +\d+\.\d+$", printed, re.M)) == 2
+    )
+    assert (tmp_path / "vq_vae.png").exists()
