@@ -24,7 +24,15 @@ from pyro_amortized.diagnostics import (
 )
 from pyro_amortized.encoders import DeepSetEncoder, MLPEncoder
 from pyro_amortized.export import posterior_summary, to_arviz
-from pyro_amortized.families import Flow, LowRankMultivariateNormal, MultivariateNormal, Normal, VariationalFamily
+from pyro_amortized.families import (
+    Flow,
+    LowRankMultivariateNormal,
+    Mixture,
+    MultivariateNormal,
+    Normal,
+    Structured,
+    VariationalFamily,
+)
 from pyro_amortized.guides import (
     AmortizedGuide,
     DiscreteAmortizedGuide,
@@ -55,12 +63,14 @@ __all__ = [
     "LocalOptimum",
     "LowRankMultivariateNormal",
     "MLPEncoder",
+    "Mixture",
     "MultivariateNormal",
     "NaturalGradient",
     "Normal",
     "PerDatapointGuide",
     "SemiAmortizedGuide",
     "Simulation",
+    "Structured",
     "UpdateRule",
     "VariationalFamily",
     "VectorQuantizedGuide",

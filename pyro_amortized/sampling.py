@@ -32,6 +32,22 @@ class PushedDelta(dist.Delta):
     of Pyro's autoguides with constrained latents. This class has no closed-form KL: the ELBO samples it, correctly.
     """
 
+    def log_prob(self, x: Tensor) -> Tensor:
+        """As of any ``Delta``; but that of another value, of which the flat latent is not known, is refused.
+
+        Raises:
+            ValueError: If ``x`` is not the value that has been drawn.
+        """
+        drawn = x.data_ptr() == self.v.data_ptr() or not self._validate_args
+        if not drawn and x.shape[-self.v.dim() :] == self.v.shape and not (x == self.v).all():
+            raise ValueError(
+                "Cannot evaluate the guide at other latents than its own draws, as the sleep phase of "
+                "ReweightedWakeSleep (insomnia < 1) and CSIS do, because they are functions of a flat latent drawn "
+                'first, in joint families and in Pyro\'s autoguides for global latents; try family="normal" and a '
+                "model without global latents, or insomnia=1.0."
+            )
+        return super().log_prob(x)
+
 
 @register_kl(PushedDelta, dist.Distribution)
 def _no_closed_form(p: PushedDelta, q: dist.Distribution) -> Tensor:

@@ -7,6 +7,7 @@ subsample indices and the observed values of a call, diagnostics to evaluate log
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -303,7 +304,7 @@ def call_key(value: Any) -> Any:
         A key, or None if the value holds something whose influence cannot be seen from outside.
     """
     if isinstance(value, Tensor):
-        return value.shape, value.dtype, value.device
+        return _known_shape(value), value.dtype, value.device
     if value is None or isinstance(value, bool | int | float | str):
         return type(value), value
     if isinstance(value, dict):
@@ -312,6 +313,15 @@ def call_key(value: Any) -> Any:
         keys = tuple(map(call_key, value))
         return None if any(key is None for key in keys) else (type(value), keys)
     return None
+
+
+def _known_shape(value: Tensor) -> torch.Size:
+    """A shape that can be compared: inside ``torch.jit.trace`` its sizes are tensors, which equal no others."""
+    if not torch._C._get_tracing_state():
+        return value.shape
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return torch.Size([int(size) for size in value.shape])
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def grid_1d(family: VariationalFamily, phi: Tensor, num_points: int = 40001) -> 
 # Draws
 
 
-@cross(NOISY, (1, 2, 5))
+@cross(NOISY, (1, 4))
 def test_rsample_and_forward_are_the_same_law(name: str, latent_dim: int) -> None:
     family, phi = make(name, latent_dim, 4)
     noise = torch.randn(10000, 4, family.noise_dim, dtype=phi.dtype)
@@ -203,7 +203,7 @@ def grid_2d(family: VariationalFamily, phi: Tensor, num_points: int) -> tuple[Te
 @pytest.mark.parametrize("name", DENSE)
 def test_total_mass_is_one_in_2d(name: str) -> None:
     family, phi = make(name, 2)
-    grid, area = grid_2d(family, phi, 381 if isinstance(family, Flow) else 601)
+    grid, area = grid_2d(family, phi, 451 if isinstance(family, Flow) else 601)
     mass = area * family(phi).log_prob(grid).exp().sum()
     assert mass == pytest.approx(1.0, abs=1e-3)
     assert 1.002 * mass != pytest.approx(1.0, abs=1e-3)
@@ -283,12 +283,12 @@ def test_reparameterised_gradients_are_those_of_the_expectation(name: str, laten
         value = (weighted[2] * bounded(weighted[0])).sum()
     else:
         value = bounded(family(copies).rsample() if way == "rsample" else family.rsample(copies, noise)).sum()
-    directions = torch.randn(3, len(phi), dtype=phi.dtype)
+    directions = torch.randn(4, len(phi), dtype=phi.dtype)
     exact = exact_slopes(family, phi, directions)
     draws = torch.autograd.grad(value, copies)[0] @ directions.T
     error = draws.std(0) / math.sqrt(len(draws)) + 1e-5
     assert ((draws.mean(0) - exact).abs() < 5 * error).all()
-    assert ((1.2 * draws.mean(0) - exact).abs() > 5 * error).any()
+    assert ((1.5 * draws.mean(0) - exact).abs() > 5 * error).any()
 
 
 @pytest.mark.parametrize("name", NOISY)

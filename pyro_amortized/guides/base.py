@@ -96,7 +96,8 @@ class LocalGuide(AutoGuide):
         self._step_families: dict[int, VariationalFamily] = {}
         self._global_sites: tuple[str, ...] = ()
         self._first_parameter = ""
-        self._like = torch.empty(0)
+        self._taken: list[str] = []
+        self.register_buffer("_like", torch.empty(0), persistent=False)  # knows precision and device, after moves too
         self._pending_state: dict[str, Tensor] = {}
 
     # Building
@@ -167,6 +168,10 @@ class LocalGuide(AutoGuide):
         return None if is_enumerated(site) or site["fn"].support.is_discrete else self.init_loc_fn(site)
 
     def _build_global_guide(self, call: Call) -> None:
+        prefix = f"{self._pyro_name}.global_guide."
+        self._taken = [
+            name for name in pyro.get_param_store()._params if name.startswith(prefix)
+        ]  # shared from here on
         expose = list(call.structure.global_sites)
         self.global_guide = self._global_guide_factory(
             InitMessenger(self.init_loc_fn)(poutine.block(self.model, expose=expose))
@@ -391,6 +396,7 @@ class LocalGuide(AutoGuide):
                 guide's parameters lie in the parameter store under this guide's names.
         """
         call = self._prepare(args, kwargs)
+        self._check_parameter_store()
         args, kwargs = call.args, call.kwargs
         result: dict[str, Tensor] = {}
         if call.structure.is_weighted:
@@ -406,7 +412,6 @@ class LocalGuide(AutoGuide):
         layout = call.structure.layout
         if layout is None:
             return {}
-        self._check_parameter_store()
         phi = layout.batch(self._phi(call))
         with call.plates[layout.plate]:
             result = sample_local(layout, self._sampling_family, phi, call.plates, f"{self._pyro_name}_latent")
@@ -428,20 +433,34 @@ class LocalGuide(AutoGuide):
 
     def _check_parameter_store(self) -> None:
         """Refuses to train on a parameter store that holds other parameters under this guide's names."""
-        if not self._first_parameter:
+        if pyro.settings.get("module_local_params"):
             return
-        full_name = param_with_module_name(self._pyro_get_fullname("inference"), self._first_parameter)
-        stored = pyro.get_param_store()._params.get(full_name)
-        strategy: Any = self._modules["inference"]
-        if stored is None or stored is strategy.get_parameter(self._first_parameter):
-            return
-        if not pyro.settings.get("module_local_params"):
-            raise ValueError(
-                f"Cannot run this guide because the parameter store already holds other parameters named "
-                f"{full_name!r}, from another guide of the same name or from a file; try a name=... of its own for "
-                "each guide, pyro.clear_param_store() before a new one, or "
-                "pyro.settings.set(module_local_params=True) with elbo(model, guide) and a torch optimizer."
-            )
+        stored = pyro.get_param_store()._params
+        for name in self._taken:
+            if name in stored:
+                self._refuse_parameters(name)
+        for name, parameter in self._stored_parameters():
+            if stored.get(name, parameter) is not parameter:
+                self._refuse_parameters(name)
+
+    def _stored_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """A parameter of the strategy and one of the global guide, with their names in the parameter store."""
+        if self._first_parameter:
+            strategy: Any = self._modules["inference"]
+            name = param_with_module_name(self._pyro_get_fullname("inference"), self._first_parameter)
+            yield name, strategy.get_parameter(self._first_parameter)
+        if self._global_sites:
+            for name, parameter in self._modules["global_guide"].named_parameters():  # type: ignore[union-attr]
+                yield f"{self._pyro_name}.global_guide.{name.removesuffix('_unconstrained')}", parameter
+                return
+
+    def _refuse_parameters(self, name: str) -> None:
+        raise ValueError(
+            f"Cannot run this guide because the parameter store already holds other parameters named {name!r}, from "
+            "another guide of the same name or from a file; try a name=... of its own for each guide, "
+            "pyro.clear_param_store() before a new one, or pyro.settings.set(module_local_params=True) with "
+            "elbo(model, guide) and a torch optimizer."
+        )
 
     # What is known of the posterior
 

@@ -162,6 +162,10 @@ class DiscreteAmortizedGuide(AmortizedGuide):
 
     def _phi(self, call: Call) -> Tensor:
         names = [site.name for site in self._discrete]
+        if not names:
+            _, features, _ = self._features(call)
+            phi = self._conditional_phi(call, (), features, {})
+            return phi.reshape(-1, phi.shape[-1])
         raise ValueError(
             f"Cannot give variational parameters per datapoint because they depend on discrete latents {names}; try "
             "guide.probabilities(...) and guide.median(...), or, for diagnostics and refinement, a model that sums "
@@ -216,7 +220,6 @@ class DiscreteAmortizedGuide(AmortizedGuide):
         layout = call.structure.layout
         if layout is None and not self._discrete:
             return {}
-        self._check_parameter_store()
         latent = self._latent(call)
         inputs, features, logits = self._features(call)
         with call.plates[call.structure.datapoints.name]:
@@ -248,6 +251,8 @@ class DiscreteAmortizedGuide(AmortizedGuide):
     def _local_quantiles(self, quantiles: Sequence[float] | Tensor, call: Call) -> dict[str, Tensor]:
         """The most probable discrete values, and quantiles of the continuous latents given these."""
         layout = call.structure.layout
+        if layout is None and not self._discrete:
+            return {}
         latent = self._latent(call)
         inputs, features, logits = self._features(call)
         values = {name: mode(site, site.logits.unflatten(logits)) for name, site in latent.items()}

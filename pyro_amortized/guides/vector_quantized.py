@@ -196,7 +196,6 @@ class VectorQuantizedGuide(AmortizedGuide):
     def _sample_local(self, call: Call) -> dict[str, Tensor]:
         if not call.structure.discrete and self._site is None:
             return {}
-        self._check_parameter_store()
         inputs, features = self._features(call)
         codebook, training = self._codebook, torch.is_grad_enabled() and self.training and self._codebook.training
         if training and torch._C._get_tracing_state():
