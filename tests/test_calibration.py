@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from models import LinearGaussian, counts, topics
 from pyro.infer.autoguide import AutoDelta, init_to_value
 from scipy import stats
 from torch import Tensor, nn
@@ -25,7 +26,6 @@ from pyro_amortized import (
     calibrate,
 )
 from pyro_amortized.diagnostics.uniformity import holm, simultaneous_band, uniformity_test
-from tests.models import LinearGaussian, counts, topics
 
 matplotlib.use("Agg")
 pytestmark = pytest.mark.usefixtures("_float64")

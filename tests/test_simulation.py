@@ -8,13 +8,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from models import LinearGaussian, chains, counts, topics, uniform_bounds
 from torch import Tensor, nn
 
 from pyro_amortized import AmortizedGuide, NaturalGradient, PerDatapointGuide, SemiAmortizedGuide
 from pyro_amortized.diagnostics.noise import generator
 from pyro_amortized.diagnostics.problem import bind
 from pyro_amortized.diagnostics.simulation import Simulator, simulate
-from tests.models import LinearGaussian, chains, counts, topics, uniform_bounds
 
 pytestmark = pytest.mark.usefixtures("_float64")
 
