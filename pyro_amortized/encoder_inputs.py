@@ -17,7 +17,7 @@ from pyro_amortized.structure import Structure
 __all__ = ["Call", "EncoderInput", "encoder_inputs", "named_arguments", "named_function"]
 
 EncoderInput = str | Sequence[str] | Callable[..., Any] | None
-"""None (the observed values), an argument's name, several names, or a function of the model's arguments."""
+"""None (the observed values), the name of an argument or a global latent, several, or a function of the arguments."""
 
 
 @dataclass
@@ -32,6 +32,7 @@ class Call:
         signal: Zeros ``(N,)`` whose gradient trains the guide beside that of the ELBO, or None.
         model: The model that observes the data at hand, if it is another than the guide's.
         complete: Whether the data at hand are among the arguments.
+        global_values: The global latents that q(z) is conditioned on, by site: those drawn in this call, or medians.
     """
 
     args: tuple[Any, ...]
@@ -41,6 +42,7 @@ class Call:
     signal: Tensor | None = None
     model: Callable[..., Any] | None = None
     complete: bool = True
+    global_values: Mapping[str, Tensor] | None = None
 
     @property
     def index(self) -> Tensor | None:
@@ -66,7 +68,7 @@ def encoder_inputs(
         but: Names of observed sites to leave out.
 
     Raises:
-        ValueError: If the model has no argument of a given name.
+        ValueError: If the model has no argument, and no global latent, of a given name.
     """
     if spec is None:
         values = [value for name, value in (call.structure.observed or {}).items() if name not in but]
@@ -93,15 +95,27 @@ def _argument(name: str, model: Callable[..., Any] | None, call: Call) -> Any:
             f"Cannot find argument {name!r} because this guide was loaded without its model; try `guide.model = model`."
         )
     arguments = named_arguments(model, call.args, call.kwargs)
+    if name not in arguments and name in (call.global_values or {}):
+        return call.global_values[name].reshape(1, -1).expand(call.structure.datapoints.size, -1)  # type: ignore[index]
     if name not in arguments:
         raise ValueError(
             f"Cannot use encoder_input={name!r} because the model has no argument of that name; try one of "
-            f"{list(arguments)}, or a function of the model's arguments."
+            f"{[*arguments, *call.structure.global_sites]}, or a function of the model's arguments."
         )
     value, frame = arguments[name], call.structure.datapoints
-    if call.index is not None and isinstance(value, Tensor) and len(value) == frame.full_size != frame.size:
-        return value[call.index.to(value.device)]
-    return value
+    if call.index is None or not isinstance(value, Tensor) or not value.dim() or len(value) != frame.full_size:
+        return value
+    if frame.size == frame.full_size and not _is_range(call.index):
+        raise ValueError(
+            f"Cannot tell whether argument {name!r} has the order of plate {frame.name!r}'s indices or that of all "
+            "data because the plate is as large as its subsample; try encoder_input=None, the observed values, or a "
+            "function of the model's arguments."
+        )
+    return value[call.index.to(value.device)] if frame.size != frame.full_size else value
+
+
+def _is_range(index: Tensor) -> bool:
+    return torch.equal(index, torch.arange(len(index), device=index.device))
 
 
 def named_arguments(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,17 +10,32 @@ from functools import partial
 from typing import Any
 
 from pyro import get_param_store
+from pyro.nn.module import _Context  # what PyroModules keep while they are called
 from torch import Tensor, nn
 
-__all__ = ["Guard", "guards"]
+__all__ = ["Guard", "guards", "undisturbed"]
 
 
 @dataclass(frozen=True)
 class Guard:
-    """A place that the model can reach, and what was there when a graph was traced."""
+    """A place that the model can reach, and what was there when a graph was traced.
+
+    Attributes:
+        read: Reads what is there now.
+        value: What was there.
+        container: The list, dict or set that the place is in, by ``id``; None for an attribute or a variable.
+    """
 
     read: Callable[[], Any] = field(repr=False)
     value: Any = field(repr=False)
+    container: int | None = None
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """What tells the place from others."""
+        function, args = (self.read.func, self.read.args) if isinstance(self.read, partial) else (self.read, ())
+        named = tuple(arg if isinstance(arg, str | int) else id(arg) for arg in args)
+        return id(getattr(function, "__self__", function)), getattr(function, "__name__", ""), named
 
     def holds(self) -> bool:
         """Whether the same is there now."""
@@ -41,8 +56,10 @@ _MANY = 100
 """Collections of more numbers and strings than this, such as vocabularies, are watched by their length only."""
 
 
-def guards(owner: Any, captured: Sequence[Tensor]) -> Iterator[Guard]:
+def guards(owner: Any, captured: Sequence[Tensor] = ()) -> Iterator[Guard]:
     """Guards of all that a model can reach, and of the tensors that its graph uses.
+
+    Classes of objects that change in every call name these attributes in ``_unwatched``.
 
     Raises:
         ValueError: If that is too much, or holds something that can change unseen.
@@ -62,8 +79,9 @@ def guards(owner: Any, captured: Sequence[Tensor]) -> Iterator[Guard]:
         if type(holder).__module__ == "numpy" and hasattr(holder, "tobytes"):
             yield Guard(holder.tobytes, holder.tobytes())
             continue
-        if isinstance(holder, dict | list | set):
-            yield Guard(holder.__len__, len(holder))
+        container = id(holder) if isinstance(holder, dict | list | set) else None
+        if container is not None:
+            yield Guard(holder.__len__, len(holder), container)
             if len(holder) > _MANY and all(isinstance(value, _SCALARS) for value in _values(holder)):
                 continue
         for read, value in _places(holder, names):
@@ -71,10 +89,20 @@ def guards(owner: Any, captured: Sequence[Tensor]) -> Iterator[Guard]:
             if places > _MAX_PLACES:
                 raise ValueError("it can reach too many objects to watch them all")
             if read is not None and (not isinstance(value, Tensor) or id(value) in known):
-                yield Guard(read, value)
+                yield Guard(read, value, container)
             if not isinstance(value, (*_SCALARS, Tensor)):
                 code = getattr(holder, "__code__", None)
                 pending.append((value, frozenset(_names(code)) if isinstance(value, types.ModuleType) else names))
+
+
+def undisturbed(before: Sequence[Guard], after: Sequence[Guard]) -> list[Guard]:
+    """The guards after a run of the model, without those of counters and logs.
+
+    Counters are what the run itself has changed, logs are lists, dicts and sets that it has written to.
+    """
+    changed = [guard for guard in before if not guard.holds()]
+    counters, logs = {guard.place for guard in changed}, {guard.container for guard in changed} - {None}
+    return [guard for guard in after if guard.place not in counters and guard.container not in logs]
 
 
 def _values(holder: Any) -> Any:
@@ -97,7 +125,7 @@ def _is_foreign(holder: Any) -> bool:
         return _in_library(holder) or holder.__module__.split(".")[0] in sys.stdlib_module_names
     if isinstance(holder, types.FunctionType):
         return _in_library(holder) and holder.__closure__ is None
-    return isinstance(holder, types.BuiltinFunctionType)
+    return isinstance(holder, types.BuiltinFunctionType) or type(holder) is _Context
 
 
 _Place = tuple[Callable[[], Any] | None, Any]
@@ -144,7 +172,8 @@ def _places_of_function(function: types.FunctionType) -> Iterator[_Place]:
 
 def _places_of_object(holder: Any) -> Iterator[_Place]:
     space = getattr(holder, "__dict__", {})
-    skip = _MODULE_INTERNALS if isinstance(holder, nn.Module) else ()
+    skip = {*getattr(type(holder), "_unwatched", ()), *(_MODULE_INTERNALS if isinstance(holder, nn.Module) else ())}
+    yield space.__len__, len(space)  # an attribute of its own may hide one of its class
     yield from ((partial(space.__getitem__, name), value) for name, value in list(space.items()) if name not in skip)
     for kind in type(holder).__mro__:
         if _is_foreign(kind):

@@ -418,7 +418,8 @@ class LocalLogJoint:
             return False
         if isinstance(self.layout.scale, Tensor):
             return False
-        rows = torch.arange(size - 1, -1, -max(1, size // 3))
+        # Another length than that of the data, or models that fix their size would pass: the last row is repeated.
+        rows = torch.cat([torch.arange(size - 1, -1, -1), torch.tensor([size - 1])])
         z = torch.linspace(-0.5, 0.5, size * self.layout.latent_dim, dtype=self.like.dtype)
         z = z.to(self.like).reshape(1, size, -1)
         self.selectable = False

@@ -54,11 +54,16 @@ def traced(
         scale = log_joint.layout.scale if log_joint.layout.is_scaled else 1.0
         key = (program.__name__, *settings, shapes, call_key([*inputs, *call.tensors]), frames, modes, scale)
         fixed = not isinstance(scale, Tensor)  # a number that a tensor holds would be traced as a constant
-        tensors = [*inputs, *call.tensors]
+        tensors = [_plain(tensor) for tensor in (*inputs, *call.tensors)]
         graph = graphs.find(key, function, tensors, owner, derivatives=derivatives) if fixed else None
         if graph is not None:
-            return graph, call.tensors
+            return lambda *given: graph(*map(_plain, given)), call.tensors
     return function, call.tensors
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A tensor without the strides of an expanded or transposed one, on which views in a graph depend."""
+    return tensor.contiguous() if tensor.layout == torch.strided else tensor
 
 
 class _Tensors:

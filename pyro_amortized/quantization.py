@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -39,15 +40,18 @@ class Quantized:
 
     Attributes:
         features: The features in rows ``(M, D)``.
-        codes: Their codes ``(*)``, M of them in the same order, in memory of their own.
+        codes: Their codes ``(*)``, M of them in the same order, in memory of their own: the model may overwrite them.
+        nearest: A copy of the codes, ``(M,)``.
         vectors: The vectors of these codes when they were found, ``(M, D)``, without gradient.
-        looked_up: Whether the model has looked codes up since, so that the features will have its gradient.
+        looked_up: Which of the codes the model has looked up since, so that their features will have its gradient,
+            ``(M,)``.
     """
 
     features: Tensor
     codes: Tensor
+    nearest: Tensor
     vectors: Tensor
-    looked_up: bool = False
+    looked_up: Tensor
 
     @property
     def squared_distance(self) -> Tensor:
@@ -64,14 +68,35 @@ class Quantized:
         rows = torch.arange(own.numel(), device=own.device)
         return rows.as_strided(codes.shape, codes.stride(), codes.storage_offset())
 
-    def check_gradient(self, _: Tensor) -> None:
-        """Raises a ValueError if gradients reach the features while the model's cannot be among them."""
-        if not self.looked_up:
-            raise ValueError(
-                "Cannot train the encoder because the model has not looked up the codes that the guide found, or only "
-                "a copy of them, so that no gradient comes back; try `codebook(code)` in the model, with the guide's "
-                "own codebook and the value of the sample site or a view of it (reshape, permute, slices)."
-            )
+
+def _check_gradient(looked_up: Tensor, _: Tensor) -> None:
+    """Raises a ValueError if gradients reach features ``(M, D)`` while the model's cannot be among those of all rows.
+
+    A hook of the features; it holds no part of their graph, which would never be freed otherwise.
+    """
+    if not looked_up.all():
+        raise ValueError(
+            f"Cannot train the encoder because the model has looked up only {int(looked_up.sum())} of the "
+            f"{len(looked_up)} codes that the guide found, or copies of the others, through which no gradient comes "
+            "back; try `codebook(code)` in the model, with the guide's own codebook and the value of the sample site "
+            "or views of it (reshape, permute, slices). Where codes are not wanted, look all of them up and drop the "
+            "vectors."
+        )
+
+
+@dataclass
+class _Collected:
+    """What the codebook's next update is made from.
+
+    Attributes:
+        sums: Number and sum of the features of every code in all batches, ``(K, 1 + D)``.
+        num_batches: Number of batches.
+        rows: The features of the last batch, ``(M, D)``.
+    """
+
+    sums: Tensor
+    num_batches: int
+    rows: Tensor
 
 
 class Codebook(nn.Module):
@@ -93,6 +118,10 @@ class Codebook(nn.Module):
     At first they are k-means centres of the first batch's features, each with the weight of uniform usage. A code that
     is hardly used any more is moved to a feature vector of the batch, drawn at random, and starts anew with the weight
     of uniform usage.
+
+    A guide collects the features of a step of training, and the averages move when the next step begins: all draws of
+    one step, and all parts of a batch, meet the same vectors. They move as well before the codebook is saved, copied or
+    set to ``eval()``.
 
     Args:
         num_codes: Number of codes K.
@@ -127,6 +156,8 @@ class Codebook(nn.Module):
     counts: Tensor
     sums: Tensor
     initialized: Tensor
+    _unwatched: ClassVar[tuple[str, ...]] = ("_quantized", "_collected")
+    """Attributes that change in every call, and tell nothing of the model."""
 
     def __init__(self, num_codes: int, dim: int, *, decay: float = 0.99, revive_below: float = 0.02) -> None:
         super().__init__()
@@ -148,14 +179,11 @@ class Codebook(nn.Module):
         self.register_buffer("sums", self.embeddings.clone())
         self.register_buffer("initialized", torch.tensor(False))
         self._quantized: Quantized | None = None
+        self._collected: _Collected | None = None
 
     def extra_repr(self) -> str:
         """The sizes, for ``repr``."""
         return f"num_codes={self.num_codes}, dim={self.dim}, decay={self.decay}, revive_below={self.revive_below}"
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The codebook without the features that it has seen last."""
-        return {**self.__dict__, "_quantized": None}
 
     @property
     def perplexity(self) -> float:
@@ -171,7 +199,8 @@ class Codebook(nn.Module):
             codes: Integers ``(*)`` from 0 to K - 1.
 
         Returns:
-            Vectors ``(*, D)``, with the gradient of the features if a guide has just found these codes.
+            Vectors ``(*, D)``, with the gradient of the features where a guide has just found these codes, and the
+            model has not overwritten them.
 
         Raises:
             ValueError: If the codes are no integers.
@@ -181,13 +210,15 @@ class Codebook(nn.Module):
                 f"Cannot look up codes of type {codes.dtype} because they are positions in the codebook; try integers, "
                 "as a Categorical draws them."
             )
-        quantized = self._quantized
+        vectors = F.embedding(codes.long(), self.embeddings)
+        quantized = self._quantized if torch.is_grad_enabled() else None
         rows = None if quantized is None else quantized.rows(codes)
         if quantized is None or rows is None:
-            return F.embedding(codes.long(), self.embeddings)
-        quantized.looked_up |= torch.is_grad_enabled()
+            return vectors
+        quantized.looked_up[rows] = True
         features = F.embedding(rows, quantized.features)
-        return F.embedding(rows, quantized.vectors) + (features - features.detach())
+        unchanged = (codes == quantized.nearest[rows]).unsqueeze(-1)
+        return vectors + torch.where(unchanged, features - features.detach(), 0.0)
 
     # In the guide
 
@@ -215,7 +246,8 @@ class Codebook(nn.Module):
     def _nearest(self, rows: Tensor) -> Tensor:
         center = self.embeddings.mean(0)  # as products lose digits where vectors are long beside their distances
         vectors = self.embeddings - center
-        return ((rows - center) @ vectors.T - 0.5 * vectors.square().sum(-1)).argmax(-1)
+        with torch.autocast(rows.device.type, enabled=False):  # and more of them in half precision
+            return ((rows - center) @ vectors.T - 0.5 * vectors.square().sum(-1)).argmax(-1)
 
     def quantize(self, features: Tensor) -> Quantized:
         """Finds the codes of features, and remembers them, so that looking these up passes gradients straight through.
@@ -227,12 +259,14 @@ class Codebook(nn.Module):
             The codes, and what else is known of them.
         """
         codes = self.nearest(features)
-        vectors = F.embedding(codes.flatten(), self.embeddings)
-        result = Quantized(features.reshape(-1, self.dim), codes, vectors)
+        nearest = codes.flatten().clone()
+        vectors = F.embedding(nearest, self.embeddings)
+        looked_up = torch.zeros_like(nearest, dtype=torch.bool)
+        result = Quantized(features.reshape(-1, self.dim), codes, nearest, vectors, looked_up)
         self._quantized = None
         if result.features.requires_grad and torch.is_grad_enabled():
             self._quantized = result
-            result.features.register_hook(result.check_gradient)
+            result.features.register_hook(partial(_check_gradient, looked_up))
         return result
 
     @torch.no_grad()
@@ -257,7 +291,6 @@ class Codebook(nn.Module):
         self._weigh(torch.ones_like(self.counts, dtype=torch.bool), len(rows))
         self.initialized.fill_(True)
 
-    @torch.no_grad()
     def update(self, features: Tensor, codes: Tensor) -> None:
         """Moves the averages by one batch, and revives dead codes.
 
@@ -265,19 +298,53 @@ class Codebook(nn.Module):
             features: Of shape ``(*, D)``.
             codes: Their codes ``(*)``.
         """
+        self.settle()
+        self.collect(features, codes)
+        self.settle()
+
+    @torch.no_grad()
+    def collect(self, features: Tensor, codes: Tensor) -> None:
+        """Keeps a batch for the next update, which is by the mean of :math:`n_k` and of the sums over all such batches.
+
+        Args:
+            features: Of shape ``(*, D)``.
+            codes: Their codes ``(*)``.
+        """
         self._check(features)
-        rows = features.reshape(-1, self.dim)
+        rows = features.detach().reshape(-1, self.dim)
         if not len(rows):
             return
-        number, total = self._count(rows, codes.flatten())
-        self.counts.lerp_(number.squeeze(-1), 1 - self.decay)
-        self.sums.lerp_(total, 1 - self.decay)
+        sums, num_batches = torch.cat(self._count(rows, codes.flatten()), -1), 1
+        if self._collected is not None:
+            sums, num_batches = sums + self._collected.sums.to(sums), 1 + self._collected.num_batches
+        self._collected = _Collected(sums, num_batches, rows)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether no batches are left to be averaged."""
+        return self._collected is None
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Moves the averages by the batches collected, if there are any, and revives dead codes."""
+        if self._collected is None:
+            return
+        collected, self._collected = self._collected, None
+        mean, rows = collected.sums.to(self.sums) / collected.num_batches, collected.rows.to(self.sums)
+        self.counts.lerp_(mean[:, 0], 1 - self.decay)
+        self.sums.lerp_(mean[:, 1:], 1 - self.decay)
         counted = self.counts > torch.finfo(self.counts.dtype).tiny
         self.embeddings.copy_(torch.where(counted[:, None], self.sums / self.counts[:, None], self.embeddings))
         dead = self.counts < self.revive_below * len(rows) / self.num_codes
         if dead.any():
             self.embeddings[dead] = self._draw(rows)[dead]
             self._weigh(dead, len(rows))
+
+    def train(self, mode: bool = True) -> Codebook:
+        """As of any module; ``eval()`` settles the averages."""
+        if not mode:
+            self.settle()
+        return super().train(mode)
 
     def _count(self, rows: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Number ``(K, 1)`` and sums ``(K, D)`` of the rows of every code."""
@@ -321,3 +388,18 @@ class Codebook(nn.Module):
                 f"{bad.nonzero().flatten()[:10].tolist()}) because they are NaN or infinite; try a look at the data, a "
                 "smaller learning rate or clipped gradients."
             )
+
+    # Saving
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.settle()
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._collected = None
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The codebook without the features that it has seen last."""
+        self.settle()
+        return {**self.__dict__, "_quantized": None}

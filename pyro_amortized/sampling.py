@@ -22,7 +22,7 @@ from pyro_amortized.layout import LocalSite, SiteLayout
 from pyro_amortized.structure import Structure
 from pyro_amortized.weights import NEUTRAL, SiteWeight
 
-__all__ = ["KeepLogDensity", "PushedDelta", "sample_local"]
+__all__ = ["KeepLogDensity", "PushedDelta", "add_gradient", "sample_local"]
 
 
 class PushedDelta(dist.Delta):
@@ -153,3 +153,19 @@ def _sample(
             stack.enter_context(plates[name])
         stack.enter_context(weight.handlers())
         return pyro.sample(site.name, fn)
+
+
+def add_gradient(name: str, term: Tensor) -> None:
+    """Adds a term to the gradient of the loss but not to its value, with the weight that the guide's density has there.
+
+    In an ELBO the guide's log-density counts positively, in the wake-phi loss of ``ReweightedWakeSleep`` and in that of
+    ``CSIS`` negatively: the weight is taken without its sign, so that every loss decreases the term.
+
+    Args:
+        name: Name of the site that carries the gradient.
+        term: What is to become smaller, in nats, of the batch shape of the plates around.
+    """
+    zero = term - term.detach()
+    if zero.requires_grad:
+        zero.register_hook(torch.abs)
+    pyro.factor(name, zero, has_rsample=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -72,6 +73,8 @@ def _replaced(tree: Any, path: tuple[Any, ...], value: Tensor) -> Any:
     if not path:
         return value.reshape(tree.shape).to(tree.dtype)
     if isinstance(tree, dict):
-        return {**tree, path[0]: _replaced(tree[path[0]], path[1:], value)}
+        changed = copy.copy(tree)
+        changed[path[0]] = _replaced(tree[path[0]], path[1:], value)
+        return changed
     children = [_replaced(child, path[1:], value) if i == path[0] else child for i, child in enumerate(tree)]
-    return tuple(children) if isinstance(tree, tuple) else children
+    return type(tree)(*children) if hasattr(tree, "_fields") else type(tree)(children)

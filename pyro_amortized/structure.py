@@ -7,8 +7,10 @@ is asked for (indices of subsampled plates, observed values) is found among the 
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -18,6 +20,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_amortized.discrete import DiscreteSite, discrete_sites
+from pyro_amortized.guards import Guard, guards, undisturbed
 from pyro_amortized.layout import SiteLayout, bounds, datapoint_plate, is_data, is_enumerated, latent_sites
 from pyro_amortized.tracing import (
     PlateFrame,
@@ -26,14 +29,15 @@ from pyro_amortized.tracing import (
     call_key,
     find_source,
     probe,
-    python_state,
     read_source,
     sample_sites,
     subsample_indices,
+    versions,
+    without_floats,
 )
 from pyro_amortized.weights import NEUTRAL, SiteWeight, site_weight
 
-__all__ = ["Structure", "StructureCache", "check_bounds", "check_observed", "observed_values"]
+__all__ = ["Structure", "StructureCache", "check_bounds", "check_observed", "check_weights", "observed_values"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Structure:
         global_weights: Masks and scales of the global latent sites that have any.
         discrete: The discrete local latents that the guide draws itself.
         present: Which of the observed values are not masked, by site, ``(N, ...)``, for sites that are masked.
+        data_plates: Names of further plates, drawn at random, that hold observed values of the datapoints.
     """
 
     frames: Mapping[str, PlateFrame]
@@ -66,6 +71,7 @@ class Structure:
     global_weights: Mapping[str, SiteWeight] = field(default_factory=dict)
     present: Mapping[str, Tensor] = field(default_factory=dict)
     discrete: tuple[DiscreteSite, ...] = ()
+    data_plates: tuple[str, ...] = ()
 
     @property
     def datapoints(self) -> PlateFrame:
@@ -101,11 +107,11 @@ class Structure:
 
     @cached_property
     def latent_plates(self) -> tuple[str, ...]:
-        """Names of the plates that hold latent sites; a guide opens no others."""
+        """Names of the plates that hold latent sites, or say which data there are; a guide opens no others."""
         local: list[str] = []
         if self.layout is not None or self.discrete:
             sites = (*(self.layout.sites if self.layout is not None else ()), *(d.logits for d in self.discrete))
-            local = [self.datapoints.name, *(name for site in sites for name in site.plates)]
+            local = [self.datapoints.name, *(name for site in sites for name in site.plates), *self.data_plates]
         return tuple(dict.fromkeys([*self.global_plates, *local]))
 
     @cached_property
@@ -114,11 +120,16 @@ class Structure:
         return self.layout is None or all(site.is_static for site in self.layout.sites)
 
     @cached_property
+    def weights(self) -> dict[str, SiteWeight]:
+        """Masks and scales of the latents to which the model gives any of its own accord."""
+        weights = {site.name: site.weight for site in self.layout.sites} if self.layout is not None else {}
+        weights.update({site.name: site.weight for site in self.discrete})
+        return {**self.global_weights, **{name: weight for name, weight in weights.items() if weight is not NEUTRAL}}
+
+    @property
     def is_weighted(self) -> bool:
         """Whether the model masks or scales latents of its own accord."""
-        weights = [site.weight for site in self.layout.sites] if self.layout is not None else []
-        weights += [site.weight for site in self.discrete]
-        return bool(self.global_weights) or any(weight is not NEUTRAL for weight in weights)
+        return bool(self.weights)
 
     @cached_property
     def random_plates(self) -> list[str]:
@@ -134,6 +145,18 @@ def check_bounds(first: Structure, second: Structure) -> None:
             raise ValueError(
                 f"Cannot guide local site {site.name!r} because its support depends on other latents; try a latent of "
                 "fixed support and a deterministic function of it, such as a fraction of the interval."
+            )
+
+
+def check_weights(first: Structure, second: Structure) -> None:
+    """Raises a ValueError if the mask or the scale of a latent differs between two runs with the same arguments."""
+    for name in first.weights.keys() | second.weights.keys():
+        before, after = (structure.weights.get(name, NEUTRAL) for structure in (first, second))
+        if not before.same_as(after):
+            raise ValueError(
+                f"Cannot guide latent {name!r} because its mask or scale depends on other latents or is drawn at "
+                "random; try a mask that is an argument of the model, or sampling the latent everywhere and using it "
+                "where it is wanted."
             )
 
 
@@ -188,15 +211,42 @@ def check_observed(trace: Trace) -> None:
 
 @dataclass(frozen=True)
 class _Template:
-    """A structure without its tensors, and where in the arguments to find them."""
+    """A structure without its tensors, and where in the arguments to find them.
+
+    Attributes:
+        structure: The structure.
+        indices: Where the indices of explicitly subsampled plates lie.
+        observed: Where the observed values lie, and their number of event dimensions.
+        guards: What the model could reach; None in a guide that was loaded, or copied.
+        is_unique: Whether arguments like these have had no other structure before.
+    """
 
     structure: Structure
     indices: Mapping[str, Source | None]
     observed: Mapping[str, tuple[Source, int] | None]
+    guards: list[Guard] | None
+    is_unique: bool
+
+    def holds(self) -> bool:
+        """Whether the model's Python state is what it was."""
+        return self.guards is not None and all(guard.holds() for guard in self.guards)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "guards": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+_MAX_WATCHED = 8
+"""Watched runs in a row that showed nothing for the next call, after which runs are no longer watched."""
 
 
 class StructureCache:
     """Finds the structure of a call, from what earlier calls showed where that is certain.
+
+    That is the case where arguments have equal shapes, the model let no values of tensors decide anything, masks and
+    scales no latents, and can reach no other Python objects than it could then.
 
     Args:
         plate: The datapoint plate that the user asked for, or None.
@@ -209,12 +259,13 @@ class StructureCache:
         self.discrete = discrete
         self.max_size = max_size
         self._templates: OrderedDict[Any, _Template] = OrderedDict()
-        self._volatile: set[Any] = set()
+        self._watched: OrderedDict[Any, tuple[float, int]] = OrderedDict()
+        self._calls = 0
 
     def clear(self) -> None:
         """Forgets all structures: the model is another one."""
         self._templates.clear()
-        self._volatile.clear()
+        self._watched.clear()
 
     def find(
         self,
@@ -237,34 +288,53 @@ class StructureCache:
         Raises:
             ValueError: If the structure cannot be known, or is one that no guide can serve.
         """
-        shapes = call_key((args, dict(kwargs))) if args or kwargs else None  # without arguments all data are elsewhere
-        key = None if shapes is None else (shapes, python_state(model))
+        self._calls += 1
+        key = call_key((args, dict(kwargs))) if args or kwargs else None  # without arguments all data are elsewhere
         template = self._templates.get(key)
-        if model is None and template is None:
-            template = next((kept for (known, _), kept in self._templates.items() if known == shapes), None)
+        if template is not None and not (template.is_unique if model is None else template.holds()):
+            template = None
         if template is not None:
+            self._templates.move_to_end(key)
             local = template.structure.layout is not None or self.discrete
             structure = _fill(template, (args, kwargs), observed and local, indices or {})
             if structure is not None:
                 return structure
         if model is None:
             raise ValueError(
-                "Cannot run a guide that was loaded without its model on arguments of new shapes because guides are "
-                "saved without their model; try `guide.model = model`."
+                "Cannot run a guide that was loaded without its model on arguments of new shapes, or of shapes with "
+                "which the model's structure has varied, because guides are saved without their model; try "
+                "`guide.model = model`."
             )
-        key = (
-            None if template is not None else key
-        )  # what is kept does not tell, and another look would not change that
-        watch = key is not None and key not in self._volatile
-        structure, trace, reads = self.look(model, args, kwargs, indices, watch=watch)
-        if key is not None and (reads.seen or not structure.is_static or structure.is_weighted):
-            self._volatile.add(key)
-        elif key is not None:
-            self._templates[key] = _template(structure, trace, (args, kwargs), reads)
-            if len(self._templates) > self.max_size:
-                self._templates.popitem(last=False)
+        watch = key is not None and template is None and self._worth_watching(key)
+        before = _state(model) if watch else None
+        structure, trace, reads = self.look(model, args, kwargs, indices, watch=before is not None)
+        after = None if before is None else _state(model)
+        if before is not None and after is not None:
+            self._keep(key, structure, trace, reads, undisturbed(before, after), (args, kwargs))
         drawn = indices is None and structure.random_plates
         return replace(structure, observed=None) if drawn else structure
+
+    def _worth_watching(self, key: Any) -> bool:
+        """Whether a run may show something that holds for further calls; not if that has failed many times in a row."""
+        key = without_floats(key)
+        count, last = self._watched.get(key, (0, 0))
+        count = count + 1 if self._calls - last <= 2 or count == math.inf else 1
+        self._watched[key] = (count, self._calls)
+        if len(self._watched) > self.max_size:
+            self._watched.popitem(last=False)
+        return count <= _MAX_WATCHED
+
+    def _keep(
+        self, key: Any, structure: Structure, trace: Trace, reads: ValueReads, state: list[Guard], arguments: Any
+    ) -> None:
+        """Keeps what a run showed, if it will hold for calls with the same key."""
+        before = self._templates.pop(key, None)
+        if reads.seen or not structure.is_static or structure.is_weighted:
+            self._watched[without_floats(key)] = (math.inf, self._calls)
+            return
+        self._templates[key] = _template(structure, trace, arguments, reads, state, before is None)
+        if len(self._templates) > self.max_size:
+            self._templates.popitem(last=False)
 
     def look(
         self,
@@ -275,8 +345,18 @@ class StructureCache:
         *,
         watch: bool = False,
     ) -> tuple[Structure, Trace, ValueReads]:
-        """Runs the model once and reads the structure off the run; arguments and results as for :func:`probe`."""
+        """Runs the model once and reads the structure off the run; arguments and results as for :func:`probe`.
+
+        Raises:
+            ValueError: If the structure is one that no guide can serve, or the model changes its arguments.
+        """
+        before = versions((args, kwargs))
         trace, frames, reads = probe(model, args, kwargs, values, watch=watch)
+        if versions((args, kwargs)) != before:
+            raise ValueError(
+                "Cannot guide a model that changes its arguments in place because guide and model would see different "
+                "data; try x = x.clone() at its beginning."
+            )
         plate = datapoint_plate(trace, frames, self.requested_plate)
         discrete = discrete_sites(trace, frames, plate) if self.discrete and plate is not None else ()
         local = {site.name for site in discrete}
@@ -298,6 +378,7 @@ class StructureCache:
             present=present,
             discrete=discrete,
             global_weights={name: weight for name, weight in weights.items() if weight is not NEUTRAL},
+            data_plates=_random_data_plates(trace, frames, plate),
             enumerated=tuple(
                 name for name, site in sample_sites(trace).items() if not site["is_observed"] and is_enumerated(site)
             ),
@@ -305,7 +386,22 @@ class StructureCache:
         return structure, trace, reads
 
 
-def _template(structure: Structure, trace: Trace, arguments: Any, reads: ValueReads) -> _Template:
+def _state(model: Callable[..., Any]) -> list[Guard] | None:
+    """What the model can reach; None if that cannot be watched."""
+    with suppress(ValueError):
+        return list(guards(model))
+    return None
+
+
+def _random_data_plates(trace: Trace, frames: Mapping[str, PlateFrame], plate: str | None) -> tuple[str, ...]:
+    stacks = [[f.name for f in site["cond_indep_stack"]] for site in sample_sites(trace).values() if is_data(site)]
+    names = [name for stack in stacks if plate in stack for name in stack if frames[name].kind == "random"]
+    return tuple(dict.fromkeys(name for name in names if name != plate))
+
+
+def _template(
+    structure: Structure, trace: Trace, arguments: Any, reads: ValueReads, guarded: list[Guard], is_unique: bool
+) -> _Template:
     explicit = [name for name, frame in structure.frames.items() if frame.kind == "explicit"]
     indices = {name: find_source(structure.indices[name], arguments) for name in explicit}
     drawn = {name: trace.nodes[name]["value"] for name in structure.frames if name in trace.nodes}
@@ -317,7 +413,7 @@ def _template(structure: Structure, trace: Trace, arguments: Any, reads: ValueRe
         if isinstance(site["value"], Tensor) and name not in structure.present:
             source = find_source(site["value"], arguments, reads.rows, plates)
         observed[name] = None if source is None else (source, site["fn"].event_dim)
-    return _Template(structure.without_tensors(), indices, observed)
+    return _Template(structure.without_tensors(), indices, observed, guarded, is_unique)
 
 
 def _fill(template: _Template, arguments: Any, observed: bool, drawn: Mapping[str, Tensor]) -> Structure | None:

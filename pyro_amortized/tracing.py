@@ -29,12 +29,13 @@ __all__ = [
     "find_source",
     "isolated",
     "probe",
-    "python_state",
     "read_source",
     "run_model",
     "sample_sites",
     "size_at",
     "subsample_indices",
+    "versions",
+    "without_floats",
 ]
 
 Site = dict[str, Any]
@@ -211,6 +212,8 @@ class Rows:
 
     def made(self, value: Tensor) -> bool:
         """Whether a tensor is the result, unchanged."""
+        if value.is_inference():  # which does not tell whether it was changed
+            return False
         return (self.result is value or _same_memory(self.result, value)) and value._version == 0
 
 
@@ -277,26 +280,6 @@ class _OperatorReads(TorchDispatchMode):
         return result
 
 
-def python_state(model: Any) -> Any:
-    """What of a model's own Python state may decide its structure: flags, counts and names that it holds.
-
-    Those are the attributes of a module (or of the object of a bound method) and the variables that a function closes
-    over, where they are bool, int, float, str or None.
-    """
-    owner = getattr(model, "__self__", model)
-    cells = [cell.cell_contents for cell in getattr(owner, "__closure__", None) or () if _is_filled(cell)]
-    held = (*getattr(owner, "__dict__", {}).values(), *cells)
-    return tuple(value for value in held if value is None or isinstance(value, bool | int | float | str))
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
-
-
 def call_key(value: Any) -> Any:
     """What of a call's arguments may decide the structure, hashable: shapes of tensors, values of everything else.
 
@@ -304,7 +287,7 @@ def call_key(value: Any) -> Any:
         A key, or None if the value holds something whose influence cannot be seen from outside.
     """
     if isinstance(value, Tensor):
-        return _known_shape(value), value.dtype, value.device
+        return _known_shape(value), value.dtype, value.device, value.layout
     if value is None or isinstance(value, bool | int | float | str):
         return type(value), value
     if isinstance(value, dict):
@@ -322,6 +305,13 @@ def _known_shape(value: Tensor) -> torch.Size:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         return torch.Size([int(size) for size in value.shape])
+
+
+def without_floats(key: Any) -> Any:
+    """A key of :func:`call_key` without the values of floats, such as those of an annealing schedule."""
+    if not isinstance(key, tuple) or isinstance(key, torch.Size):
+        return key
+    return (float,) if len(key) == 2 and key[0] is float else tuple(map(without_floats, key))
 
 
 @dataclass(frozen=True)
@@ -345,6 +335,11 @@ def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any,
     elif isinstance(value, dict | list | tuple):
         for key, child in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _leaves(child, (*path, key))
+
+
+def versions(arguments: Any) -> list[int]:
+    """How often each tensor among the arguments has been changed in place."""
+    return [leaf._version for _, leaf in _leaves(arguments) if not leaf.is_inference()]
 
 
 def find_source(
@@ -398,7 +393,7 @@ def read_source(source: Source, arguments: Any, plates: Mapping[str, Tensor] | N
     if source.rows is not None:
         whole, dim, name = source.rows
         value = read_source(whole, arguments, plates)
-        value = value.index_select(dim, (plates or {})[name].to(value.device))
+        value = value[(slice(None),) * dim + ((plates or {})[name].to(value.device),)]
     else:
         value = arguments
         for key in source.path:

@@ -58,6 +58,15 @@ class SiteWeight:
         found = [mask for mask in masks if mask is not None]
         return None if not found else found[0] if len(found) == 1 else found[0] & found[1]
 
+    def same_as(self, other: SiteWeight) -> bool:
+        """Whether mask and scale are the same, by value."""
+        pairs = ((self.scale, other.scale), (self.handler_mask, other.handler_mask), (self.fn_mask, other.fn_mask))
+        return all(
+            (first is None) == (second is None)
+            and (first is None or torch.equal(torch.as_tensor(first), torch.as_tensor(second)))
+            for first, second in pairs
+        )
+
     @contextmanager
     def handlers(self) -> Iterator[None]:
         """Gives the scale and the handler's mask to the sites sampled inside."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyro_amortized import AmortizedGuide, estimate_gaps, optimize_local
+from pyro_amortized import AmortizedGuide, PerDatapointGuide, estimate_gaps, optimize_local
 from pyro_amortized.diagnostics import local_optimum
 from pyro_amortized.families import (
     Flow,
@@ -79,6 +79,11 @@ def cross(names: list[str], dims: tuple[int, ...]) -> pytest.MarkDecorator:
     """All pairs of names and dimensions that there are."""
     pairs = [(name, dim) for name in names for dim in dims if dim >= DIMS.get(name, 1)]
     return pytest.mark.parametrize(("name", "latent_dim"), pairs)
+
+
+def slow(name: str) -> object:
+    """A parameter for slow tests only."""
+    return pytest.param(name, marks=pytest.mark.slow)
 
 
 QUANTILE_DRAWS = 1000
@@ -447,6 +452,22 @@ def test_shapes_and_precision(name: str, batch: tuple[int, ...], latent_dim: int
 
 
 @pytest.mark.parametrize("name", SPECS)
+def test_locations_and_centres(name: str) -> None:
+    family, phi = make(name, 3, 2)
+    shift = torch.randn(3, dtype=phi.dtype)
+    moved, locations = phi.clone(), phi[:, family.locations]
+    moved[:, family.locations] += shift.repeat(locations.shape[-1] // 3)
+    centres = family.centres(phi)
+    assert centres.shape[1:] == (2, 3)
+    if locations.shape[-1]:
+        torch.testing.assert_close(family.centres(moved), centres + shift)
+        torch.manual_seed(1)
+        z = family(phi).rsample((5,))
+        torch.manual_seed(1)
+        torch.testing.assert_close(family(moved).rsample((5,)), z + shift)
+
+
+@pytest.mark.parametrize("name", SPECS)
 def test_rows_do_not_depend_on_each_other(name: str) -> None:
     family, phi = make(name, 3, 6)
     z, rows = torch.randn(5, 6, 3, dtype=phi.dtype), torch.tensor([4, 1])
@@ -470,6 +491,34 @@ def test_rows_do_not_depend_on_each_other(name: str) -> None:
 def test_repr_tells_the_sizes(name: str) -> None:
     family = build_family(SPECS[name], 3)
     assert f"latent_dim=3, num_params={family.num_params}" in repr(family)
+
+
+# Units
+
+LOADINGS, IN_UNITS = torch.tensor([[1.0, 0.95], [0.2, -0.1]]).double(), torch.tensor([[1.0, 0.5], [0.3, -2.0]]).double()
+
+
+@pytest.mark.parametrize("name", [name if name in REGISTERED else slow(name) for name in NOISY])
+def test_gaps_do_not_change_with_the_units_of_z(name: str) -> None:
+    gaps = []
+    for c in (1.0, 1e-3):
+        pyro.set_rng_seed(0)
+
+        def model(x: Tensor, c: float = c) -> None:
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(2), c).to_event(1))
+                pyro.sample("x", dist.Normal(z @ LOADINGS.T, 0.3 * c).to_event(1), obs=x)
+
+        family = build_family(SPECS[name], 2).double()
+        if isinstance(family, Mixture):
+            family.spread = 0.5 * c
+        guide = PerDatapointGuide(model, family=family)
+        guide.setup(c * IN_UNITS)
+        with torch.no_grad():
+            guide.inference.table.data = family.initial(c * IN_UNITS.flip(-1), 0.5 * c)
+        data = estimate_gaps(model, guide, (c * IN_UNITS,)).dataset
+        gaps.append([torch.from_numpy(data[gap].values) for gap in ("approximation_gap", "amortization_gap")])
+    torch.testing.assert_close(*gaps, atol=2e-3, rtol=1e-3)
 
 
 # Names and errors

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,14 @@ from pyro_amortized import (
     log_evidence,
     optimize_local,
 )
+from pyro_amortized.diagnostics import local_optimum
 from pyro_amortized.diagnostics.annealing import anneal
 from pyro_amortized.diagnostics.evidence import _summary
 from pyro_amortized.diagnostics.gaps import warn_of_violations
+from pyro_amortized.diagnostics.lbfgs import minimize_rows
 from pyro_amortized.diagnostics.problem import bind
 from pyro_amortized.diagnostics.proposal import first_proposal
+from pyro_amortized.families import Mixture
 
 pytestmark = pytest.mark.usefixtures("_float64")
 
@@ -482,13 +486,76 @@ def test_small_further_modes_and_shoulders_are_found() -> None:
 def test_annealing_from_a_poor_proposal(wrong: float) -> None:
     """Weights of annealed chains average to the evidence; a wrong one is told from it."""
     model = Oracle(hard=False, points=4)
-    problem = bind(model.model, AmortizedGuide(model.model), (model.x,), None, 0)
+    problem = bind(model.model, AmortizedGuide(model.model, model.encoder()), (model.x,), None, 0)
     proposal = first_proposal(problem, problem.phi, (0,))
-    proposal.loc[0] += 1.0 / math.sqrt(LATENTS)
+    proposal.loc[0] += 2.0 / math.sqrt(LATENTS)
     weights = anneal(problem, proposal, torch.arange(4), 0.02, 100_000, (0,))
     relative = (weights - torch.from_numpy(model.log_evidence() + wrong)).exp()
     error = (relative.mean(0) - 1).abs() / (relative.std(0) / len(relative) ** 0.5)
     assert (error < 3.5).all() == (wrong == 0.0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("kind", ["fixed", "fixed_data", "closed_over", "fixed_indices", "free"])
+def test_models_that_fix_their_size_run_on_all_their_data(size: int, kind: str) -> None:
+    offset = torch.zeros(size)
+
+    def model(x: Tensor) -> None:
+        indices = torch.arange(size) * 5 // 2 if kind == "fixed_indices" else None
+        total = {"fixed": size, "fixed_data": size, "fixed_indices": 3 * size}.get(kind, len(x))
+        with pyro.plate("data", total, subsample=indices):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            if kind == "fixed_data":
+                x = offset + 1.0
+            pyro.sample("x", dist.Normal(z + offset if kind == "closed_over" else z, 1.0), obs=x)
+
+    x = torch.ones(size)
+    guide = PerDatapointGuide(model)
+    guide.setup(x)
+    evidence = log_evidence(model, guide, (x,))["log_evidence"]
+    assert np.abs(evidence - dist.Normal(0.0, 2**0.5).log_prob(x).numpy()).max() < 0.01
+    log_joint = bind(model, guide, (x,), None, 0).objective.log_joint
+    assert (log_joint.select(torch.tensor([0, 0, 0])) is not None) == (kind in ("fixed_indices", "free") and size > 1)
+
+
+def two_squares(x: Tensor) -> None:
+    """Two modes, at the roots of x, many standard deviations apart."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z**2, 0.01), obs=x)
+
+
+def evidence_of_squares(x: Tensor) -> Tensor:
+    """By quadrature, ``(N,)``."""
+    z = x.sqrt() + torch.linspace(-0.1, 0.1, 20001).unsqueeze(-1)
+    log_joint = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z**2, 0.01).log_prob(x)
+    return log_joint.logsumexp(0) + math.log(2 * 1e-5)
+
+
+def test_both_modes_count_where_the_mean_lies_between_them() -> None:
+    x = torch.linspace(0.8, 4.0, 6)
+    guide = PerDatapointGuide(two_squares, family=lambda dim: Mixture(dim, 2))
+    guide.setup(x)
+    log_scale = (0.01 / (2 * x.sqrt()) * 1.3).log()
+    with torch.no_grad():
+        guide.inference.table.data = torch.stack([0 * x, 0 * x + 1, -x.sqrt(), x.sqrt(), log_scale, log_scale], -1)
+    gaps = estimate_gaps(two_squares, guide, (x,)).dataset
+    exact = evidence_of_squares(x).numpy()
+    assert np.abs(gaps["log_evidence"] - exact).max() < 0.01
+    assert np.abs(gaps["elbo_optimal"] - exact).max() < 0.01
+    assert gaps["reliable"].all()
+
+
+def test_a_stalled_optimisation_has_not_converged(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stalled(*args: Any, **kwargs: Any) -> Any:
+        return replace(minimize_rows(*args, **{**kwargs, "max_steps": 2}), converged=torch.ones(len(args[1])).bool())
+
+    monkeypatch.setattr(local_optimum, "minimize_rows", stalled)
+    monkeypatch.setattr(
+        local_optimum, "_laplace_start", lambda problem, _: (torch.eye(LATENTS).expand(POINTS, -1, -1), None)
+    )
+    guide = AmortizedGuide(oracle.model, oracle.encoder(1.0))
+    assert not optimize_local(oracle.model, guide, (oracle.x,)).converged.any()
 
 
 def test_loader_gives_what_the_whole_data_give() -> None:

@@ -476,3 +476,17 @@ def test_blocks_cannot_be_differentiated_twice() -> None:
     torch.testing.assert_close(gradient, torch.autograd.grad(log_joint.plain(z).sum(), z)[0])
     with pytest.raises(RuntimeError, match="does not require grad"):
         torch.autograd.grad(gradient.sum(), z)
+
+
+def test_inputs_of_other_strides_run_in_the_same_graph() -> None:
+    """Starts that are equal for all datapoints come expanded, other phi not; both may have the same shape."""
+    model = LinearGaussian.random_weights(4, 2)
+    x = model.simulate(6)
+    guide = SemiAmortizedGuide(model.full, initial="prior", num_steps=3, family="multivariate_normal")
+    guide.setup(x)
+    objective = guide._objective(guide._prepare((x,), {}))
+    noise = torch.randn(8, 6, objective.family.noise_dim)
+    phi = guide.variational_parameters(x).detach()[:1].expand(6, -1)
+    expected = objective.value(phi.contiguous(), noise)
+    for start in (phi, phi.T.contiguous().T):
+        torch.testing.assert_close(objective.value(start, noise.transpose(0, 1).contiguous().transpose(0, 1)), expected)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_amortized import (
     AmortizedGuide,
@@ -18,8 +19,11 @@ from pyro_amortized import (
     SemiAmortizedGuide,
     estimate_gaps,
 )
-from pyro_amortized.families import Mixture
+from pyro_amortized.diagnostics import local_optimum
+from pyro_amortized.diagnostics.problem import bind
+from pyro_amortized.families import Mixture, mixture
 from pyro_amortized.families.mixture import _search
+from pyro_amortized.log_joint import MAX_ROWS, LocalLogJoint
 
 
 def squares(x: Tensor) -> None:
@@ -143,6 +147,57 @@ def test_quantiles_of_mixtures_are_found(dtype: torch.dtype, tolerance: float) -
     below = (weights.double() * torch.special.ndtr((z[:, None] - loc) / log_scale.double().exp())).sum(-1)
     error = (torch.special.ndtri(below) - noise).abs()
     assert error.quantile(0.999) < tolerance
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_quantiles_of_extreme_mixtures_are_found(traced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if traced:
+        monkeypatch.setattr(mixture, "_is_traced", lambda: True)
+    noise = torch.randn(4000, dtype=torch.float64)
+    far = torch.tensor([-1e5, 1e5]).double().expand(4000, -1)
+    scales = 3000 * torch.randn(4000, 4).double(), (torch.rand(4000, 4).double() - 0.5) * math.log(1000)
+    for loc, log_scale in ((far, torch.zeros_like(far)), scales):
+        weights = torch.randn_like(loc).softmax(-1)
+        z = _search(noise, weights, loc, log_scale)
+        below = (weights * torch.special.ndtr((z[:, None] - loc) / log_scale.exp())).sum(-1)
+        torch.testing.assert_close(below, torch.special.ndtr(noise), atol=1e-6, rtol=1e-6)
+
+
+def test_searches_can_be_traced() -> None:
+    family, noise = Mixture(2, 3).double(), torch.randn(50, 1, 2, dtype=torch.float64)
+    phi = family.initial(torch.zeros(1, 2).double(), 0.5)
+    graph = make_fx(lambda phi, noise: family.rsample(phi, noise))(phi, noise)
+    assert not mixture._is_traced()
+    torch.testing.assert_close(graph(phi + 0.1, -noise), family.rsample(phi + 0.1, -noise))
+
+
+def test_no_datapoints() -> None:
+    q = Mixture(2, 3)(torch.zeros(0, 15))
+    assert q.log_prob(q.rsample((4,))).shape == (4, 0)
+
+
+def test_adam_learns_the_weights_of_distant_modes() -> None:
+    guide = PerDatapointGuide(squares, family=lambda dim: Mixture(dim, 2))
+    guide.setup(X)
+    at_modes = torch.stack([0 * X, 0 * X, -X.sqrt(), X.sqrt(), 0 * X - 2, 0 * X - 2], -1)
+    objective = bind(squares, guide, (X,), None, 0).objective
+    phi = local_optimum._adam(objective, at_modes, 200, torch.Generator().manual_seed(0), False)
+    expected = torch.sigmoid(2 * 0.3 * X.sqrt())
+    torch.testing.assert_close(phi[:, :2].softmax(-1)[:, 1], expected, atol=0.04, rtol=0.0)
+
+
+def test_fixed_noise_is_cut_by_the_draws_made_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = PerDatapointGuide(squares, family=lambda dim: Mixture(dim, 8))
+    guide.setup(X)
+    problem, sizes = bind(squares, guide, (X,), None, 0), []
+    monitored = LocalLogJoint.__call__
+    monkeypatch.setattr(LocalLogJoint, "__call__", lambda own, z: sizes.append(z.shape[0] * 4) or monitored(own, z))
+    noise = torch.randn(MAX_ROWS // 8, 4, 1)
+    loss = local_optimum._FixedNoiseLoss(
+        problem, noise, torch.arange(4), problem.phi.double(), torch.ones(4, 1, 1).double()
+    )
+    loss._evaluate(problem.objective, problem.phi.double(), noise)
+    assert max(sizes) <= MAX_ROWS
 
 
 def test_far_tails_have_finite_gradients() -> None:

@@ -1,12 +1,14 @@
 """Vector-quantised codes: the codebook, its guide, and the collapse report, against their definitions."""
 
 import copy
+import gc
 import io
 import math
 import pickle
 import re
 import runpy
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,15 +24,18 @@ from pyro.infer import (
     JitTrace_ELBO,
     Predictive,
     RenyiELBO,
+    ReweightedWakeSleep,
     Trace_ELBO,
     TraceEnum_ELBO,
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
 )
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_amortized import AmortizedGuide, Codebook, CollapseReport, VectorQuantizedGuide, collapse_report
+from pyro_amortized.diagnostics.codes import codes_dataset, find_codes
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.quantization import perplexity
 
@@ -220,6 +225,44 @@ def test_straight_through_gradient_of_any_view() -> None:
     assert not codebook(codes.clone()).requires_grad  # the twin: a copy is another code of the same value
 
 
+def test_overwritten_codes_have_their_own_vectors_and_no_gradient() -> None:
+    codebook = Codebook(CODES, DIM)
+    codebook.initialize(torch.randn(50, DIM))
+    features = torch.randn(6, 3, DIM, requires_grad=True)
+    codes = codebook.quantize(features).codes
+    before = codes.clone()
+    codes[:, 0] = 1
+    looked_up = codebook(codes)
+    assert torch.equal(looked_up, codebook.embeddings[codes])
+    gradient = torch.autograd.grad(looked_up.sum(), features)[0]
+    torch.testing.assert_close(gradient, (codes == before).double().unsqueeze(-1).expand_as(gradient))
+    assert (gradient[:, 0] == 0).any()
+
+
+def test_codes_are_looked_up_among_the_vectors_of_the_moment() -> None:
+    codebook = Codebook(CODES, DIM)
+    codebook.initialize(torch.randn(50, DIM))
+    codes = codebook.quantize(torch.randn(6, DIM, requires_grad=True)).codes
+    codebook.load_state_dict({**codebook.state_dict(), "embeddings": torch.randn(CODES, DIM)})
+    assert torch.equal(codebook(codes), codebook.embeddings[codes])
+    with torch.no_grad():
+        assert torch.equal(codebook(codes), codebook.embeddings[codes])
+
+
+def test_autocast() -> None:
+    torch.set_default_dtype(torch.float32)
+    x = data()
+    model, encoder, guide = setup(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert encoder(x).dtype == torch.bfloat16
+        codes = guide.codes(x)
+        Trace_ELBO().loss_and_grads(model, guide, x)
+        assert torch.equal(codes, nearest(model.codebook, encoder(x).float()))
+        features = torch.randn(1000, DIM)
+        assert torch.equal(model.codebook.nearest(features), nearest(model.codebook, features))
+    assert encoder.linear.weight.grad.norm() > 0
+
+
 @pytest.mark.parametrize("to_event", [True, False])
 @pytest.mark.parametrize(
     "elbo",
@@ -251,7 +294,9 @@ def test_elbo_and_gradient_against_the_definition(elbo: Any, to_event: bool) -> 
     assert loss == pytest.approx(-float(value.detach()))
     for found, right in zip(gradient, expected, strict=True):
         torch.testing.assert_close(found, right)
-    assert not torch.equal(model.codebook.embeddings, embeddings)  # trained, after its vectors were looked up
+    assert torch.equal(model.codebook.embeddings, embeddings)  # one step has one q
+    model.codebook.settle()
+    assert not torch.equal(model.codebook.embeddings, embeddings)
 
 
 def test_reported_loss_does_not_depend_on_the_commitment() -> None:
@@ -281,34 +326,257 @@ def test_particles_and_subsampling() -> None:
     torch.testing.assert_close(torch.autograd.grad(scaled, [model.weights])[0], 4 * one[1][-1])
 
 
-@pytest.mark.parametrize("vectorize", [True, False])
-def test_codebook_is_updated_once_for_each_step(vectorize: bool) -> None:
-    x = data()
-    model, encoder, guide = setup(x, decay=0.9, revive_below=0.0)
-    updates: list[Tensor] = []
-    update = model.codebook.update
-    model.codebook.update = lambda features, codes: (updates.append(features), update(features, codes))  # type: ignore[method-assign]
-    elbo = Trace_ELBO(num_particles=3, vectorize_particles=vectorize, max_plate_nesting=2)
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
-    for step in range(1, 4):
+# The commitment term
+
+
+WAKE_SLEEP = {"num_particles": 2, "insomnia": 1.0}
+
+
+def commitment_gradient(elbo: Any) -> Tensor:
+    """What the commitment term adds to the gradient of the encoder."""
+    x, gradients = data(), []
+    for commitment in (1.0, 0.0):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(3)
+        model, encoder, guide = setup(x, commitment=commitment)
+        guide.eval()
+        gradients.append(torch.cat([g.flatten() for g in loss_and_gradient(elbo, model, guide, x, encoder)[1]]))
+    return gradients[0] - gradients[1]
+
+
+@pytest.mark.parametrize(
+    "elbo",
+    [TraceMeanField_ELBO(), RenyiELBO(num_particles=2), ReweightedWakeSleep(**WAKE_SLEEP)],  # type: ignore[arg-type]
+)
+def test_every_loss_decreases_the_commitment_term(elbo: Any) -> None:
+    torch.testing.assert_close(commitment_gradient(elbo), commitment_gradient(Trace_ELBO()))
+
+
+def test_a_plain_factor_would_increase_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin: in the wake-phi loss the guide's log-density counts negatively."""
+    right = commitment_gradient(Trace_ELBO())
+    monkeypatch.setattr(
+        "pyro_amortized.guides.vector_quantized.add_gradient",
+        lambda name, term: pyro.factor(name, term - term.detach(), has_rsample=True),
+    )
+    torch.testing.assert_close(commitment_gradient(ReweightedWakeSleep(**WAKE_SLEEP)), -right)  # type: ignore[arg-type]
+
+
+def test_training_by_wake_sleep_lowers_the_commitment_term() -> None:
+    x = data(60)
+    model, encoder, guide = setup(x, commitment=1.0)
+    encoder.linear.weight.data.mul_(3)
+    before = guide.commitment_loss(x).mean()
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), ReweightedWakeSleep(**WAKE_SLEEP))  # type: ignore[arg-type]
+    for _ in range(100):
         svi.step(x)
-        assert len(updates) == step
+    assert guide.commitment_loss(x).mean() < 0.5 * before
+
+
+# When the codebook moves
+
+
+def record_updates(codebook: Codebook) -> list[int]:
+    """Grows by the number of batches of each update of the codebook."""
+    updates, settle = [], codebook.settle
+
+    def recorded() -> None:
+        if codebook._collected is not None:
+            updates.append(codebook._collected.num_batches)
+        settle()
+
+    codebook.settle = recorded  # type: ignore[method-assign]
+    return updates
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        ("Adam", {"lr": 0.01}),
+        ("ClippedAdam", {"lr": 0.01}),  # writes to `p.data`, as the next two
+        ("AdagradRMSProp", {}),
+        ("DCTAdam", {"lr": 0.01}),
+        ("SGD", {"lr": 0.01}),
+        ("SGD", {"lr": 0.0}),  # the end of a step is to be seen from its gradients
+    ],
+)
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_codebook_is_updated_once_for_each_step(optimizer: str, options: dict[str, float], vectorize: bool) -> None:
+    x = data()
+    model, _, guide = setup(x, decay=0.9, revive_below=0.0)
+    updates = record_updates(model.codebook)
+    elbo = Trace_ELBO(num_particles=3, vectorize_particles=vectorize, max_plate_nesting=2)
+    svi = SVI(model, guide, getattr(pyro.optim, optimizer)(options), elbo)
+    seen = []
+    for _ in range(5):
+        svi.step(x)
+        seen.append(model.codebook.embeddings.clone())
+    model.codebook.settle()
+    assert updates == [1 if vectorize else 3] * 5
+    assert all(not torch.equal(first, second) for first, second in zip(seen, seen[1:], strict=False))
+
+
+def test_codebook_is_updated_by_training_alone() -> None:
+    x = data()
+    model, _, guide = setup(x)
+    updates = record_updates(model.codebook)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
     with torch.no_grad():
-        elbo.loss(model, guide, x)
+        Trace_ELBO().loss(model, guide, x)
     svi.evaluate_loss(x)
+    guide(x), Trace_ELBO().differentiable_loss(model, guide, x)  # no backward pass follows
     guide.codes(x), guide.median(x), guide.commitment_loss(x), Predictive(model, guide=guide, num_samples=2)(x)
     collapse_report(model, guide, (x,))
+    for module in (guide, model):  # the model's flag holds for the codebook as well
+        module.eval()
+        svi.step(x)
+        module.train()
+    model.codebook.settle()
+    assert updates == []
+    svi.step(x)
+    model.codebook.settle()
+    assert updates == [1]
+
+
+@pytest.mark.parametrize(
+    "elbo",
+    [
+        Trace_ELBO(num_particles=3),
+        RenyiELBO(num_particles=3),
+        ReweightedWakeSleep(num_particles=3, insomnia=1.0, vectorize_particles=False),
+    ],
+)
+@pytest.mark.parametrize("subsample", [False, True])
+def test_one_step_has_one_q(elbo: Any, subsample: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = data()
+
+    class Subsampled(VQVAE):
+        def forward(self, x: Tensor, size: int | None = None) -> None:
+            pyro.module("vqvae", self)
+            with pyro.plate("data", len(x), subsample_size=10) as index:
+                pyro.sample(
+                    "x",
+                    dist.Normal(self.codebook(self.code()).flatten(-2) @ self.weights, 0.5).to_event(1),
+                    obs=x[index],
+                )
+
+    model = (Subsampled if subsample else VQVAE)(decay=0.5)
+    guide = VectorQuantizedGuide(model, model.codebook, Encoder())
+    guide.setup(x)
+    vectors: list[Tensor] = []
+    nearest = model.codebook._nearest
+    monkeypatch.setattr(
+        model.codebook, "_nearest", lambda rows: (vectors.append(model.codebook.embeddings.clone()), nearest(rows))[1]
+    )
+    updates = record_updates(model.codebook)
+    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.01}), elbo)
+    for _ in range(3):
+        svi.step(x)
+    assert updates == [3, 3]
+    assert len(vectors) == 9
+    for first, *others in (vectors[:3], vectors[3:6], vectors[6:]):
+        assert all(torch.equal(first, other) for other in others)
+    assert not torch.equal(vectors[2], vectors[3])
+    assert not torch.equal(vectors[5], vectors[6])
+
+
+@pytest.mark.parametrize("zero_grad", ["before the step", "before backward"])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_accumulated_gradients_make_one_step(zero_grad: str, parts: int) -> None:
+    x = data()
+    model, encoder, guide = setup(x, decay=0.8, revive_below=0.0)
+    codebook = model.codebook
+    optimizer = torch.optim.SGD([*encoder.parameters(), *model.parameters()], lr=0.01)
+    counts, sums = codebook.counts.clone(), codebook.sums.clone()
+    for _ in range(4):
+        if zero_grad == "before the step":
+            optimizer.zero_grad()
+        number, total = torch.zeros(CODES), torch.zeros(CODES, DIM)
+        for part in range(parts):
+            batch = x[part::parts]
+            loss = Trace_ELBO().differentiable_loss(model, guide, batch)
+            if zero_grad == "before backward" and part == 0:
+                optimizer.zero_grad()
+            with torch.no_grad():
+                features, codes = encoder(batch).flatten(0, 1), guide.codes(batch).flatten()
+            indicator = torch.nn.functional.one_hot(codes, CODES).double()
+            number, total = number + indicator.sum(0) / parts, total + indicator.T @ features / parts
+            loss.backward(retain_graph=True)
+            loss.backward()  # a second pass through the same graph is no second batch
+        optimizer.step()
+        counts, sums = 0.8 * counts + 0.2 * number, 0.8 * sums + 0.2 * total
+    codebook.settle()
+    torch.testing.assert_close(codebook.counts, counts)
+    torch.testing.assert_close(codebook.sums, sums)
+    torch.testing.assert_close(codebook.embeddings, sums / counts[:, None])
+
+
+@pytest.mark.parametrize("save", ["state_dict", "pickle"])
+def test_resumed_training_goes_on_as_it_would_have(save: str) -> None:
+    x = data()
+
+    def train(model: VQVAE, guide: VectorQuantizedGuide, steps: int) -> Tensor:
+        optimizer = torch.optim.SGD([*guide.inference.parameters(), *model.parameters()], lr=0.01)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            Trace_ELBO().differentiable_loss(model, guide, x).backward()
+            optimizer.step()
+        return torch.cat(
+            [model.codebook.embeddings.flatten(), model.codebook.counts, guide.inference.encoder.linear.bias]
+        )
+
+    model, _, guide = setup(x, decay=0.8)
+    train(model, guide, 2)
+    state = copy.deepcopy((guide.state_dict(), model.state_dict()))
+    pickled = pickle.dumps(guide)
+    expected = train(model, guide, 2)
+    pyro.clear_param_store()
+    other, _, loaded = setup(data(seed=9), decay=0.8)
+    train(other, loaded, 1)  # what it has collected is of no account any more
+    pyro.clear_param_store()
+    other.load_state_dict(state[1])
+    if save == "pickle":
+        loaded = pickle.loads(pickled)
+        loaded.model, other.codebook = other, loaded.codebook
+    else:
+        loaded.load_state_dict(state[0])
+    torch.testing.assert_close(train(other, loaded, 2), expected, rtol=0, atol=0)
+
+
+def test_moved_between_steps() -> None:
+    x = data()
+    model, encoder, guide = setup(x)
+    Trace_ELBO().differentiable_loss(model, guide, x).backward()
+    for dtype in (torch.float32, torch.float64):  # with gradients, so that the step goes on
+        model.to(dtype), guide.to(dtype)
+        torch.set_default_dtype(dtype)
+        model.prior = model.prior.to(dtype)
+        Trace_ELBO().differentiable_loss(model, guide, x.to(dtype)).backward()
+    model.codebook.settle()
+    assert model.codebook.embeddings.dtype == torch.float64
+    assert model.codebook.embeddings.isfinite().all()
+
+
+def test_eval_settles_the_codebook() -> None:
+    x = data()
+    model, _, guide = setup(x)
+    SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(x)
+    assert not model.codebook.is_settled
     guide.eval()
-    svi.step(x)
-    assert len(updates) == 3
-    guide.train()
-    model.eval()  # the model's flag holds for the codebook as well
-    svi.step(x)
-    assert len(updates) == 3
-    model.train()
-    for part in x.clone().split(10):  # batches between which the encoder does not change
-        Trace_ELBO().differentiable_loss(model, guide, part)
-    assert len(updates) == 6
+    assert model.codebook.is_settled
+
+
+def test_features_are_freed() -> None:
+    x = data()
+    model, _, guide = setup(x)
+    Trace_ELBO().differentiable_loss(model, guide, x).backward()
+    quantized = model.codebook._quantized
+    assert quantized is not None
+    reference = weakref.ref(quantized.features)
+    del quantized
+    model.codebook._quantized = None
+    gc.collect()
+    assert reference() is None
 
 
 @pytest.mark.filterwarnings("ignore:encoder.* was not registered in the param store:UserWarning")
@@ -316,9 +584,11 @@ def test_frozen_encoder_trains_the_codebook() -> None:
     x = data()
     model, encoder, guide = setup(x, decay=0.5)
     encoder.requires_grad_(False)
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    updates = record_updates(model.codebook)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(num_particles=2))
     for _ in range(80):
         svi.step(x)
+    assert updates == [2] * 79
     features, codes = encoder(x).flatten(0, 1), guide.codes(x).flatten()
     for k in codes.unique():
         torch.testing.assert_close(model.codebook.embeddings[k], features[codes == k].mean(0))
@@ -473,6 +743,32 @@ def test_report_against_the_definition(tmp_path: Path) -> None:
     report.plot_curve(label="codes")
 
 
+class _LargestTensor(TorchDispatchMode):
+    """Knows how many numbers the largest tensor made has."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.size = max(self.size, result.numel())
+        return result
+
+
+def test_report_of_a_large_codebook_takes_little_memory() -> None:
+    model, _, guide = setup(data(40))
+    found = find_codes(model, guide.eval(), (data(40),), None, False)
+    found.num_codes, (count, positions) = 1000, found.codes.shape
+    found.codes = torch.randint(0, 1000, (count, positions))
+    settings = {"threshold": 0.01, "epsilon": 0.01, "delta": 0.01}
+    with _LargestTensor() as largest:
+        dataset = codes_dataset(found, np.array([0.1]), settings)
+    assert largest.size <= positions * 1000
+    indicator = torch.nn.functional.one_hot(found.codes, 1000).double()
+    np.testing.assert_allclose(dataset["posterior_mean_variance"], indicator.var(0).sum(-1))
+    np.testing.assert_allclose(dataset["usage"], indicator.mean(0))
+
+
 def test_report_with_positions_in_a_plate() -> None:
     x = data(40)
     pyro.set_rng_seed(1)
@@ -617,18 +913,52 @@ def test_wrong_calls() -> None:
         collapse_report(scaled, VectorQuantizedGuide(scaled, model.codebook, Encoder(), name="scaled").eval(), (x,))
 
 
-class CopyingVQVAE(VQVAE):
-    """The twin that must fail: no gradient comes back through a copy of the codes."""
+LOOK_UPS: dict[str, Callable[[Codebook, Tensor], Tensor]] = {
+    "all": lambda codebook, code: codebook(code),
+    "in two parts": lambda codebook, code: torch.cat([codebook(code[:, :1]), codebook(code[:, 1:])], 1),
+    "position by position": lambda codebook, code: torch.stack([codebook(k) for k in code.unbind(1)], 1),
+    "dropping some vectors": lambda codebook, code: codebook(code) * torch.tensor([1.0, 0.0, 0.0])[:, None],
+    "a code beside them": lambda codebook, code: codebook(code) - codebook(torch.tensor(0)),
+    "overwritten": lambda codebook, code: codebook(code.index_fill_(1, torch.tensor([0]), 0)),
+}
+LOSSY_LOOK_UPS: dict[str, Callable[[Codebook, Tensor], Tensor]] = {  # the twins that must fail
+    "a copy": lambda codebook, code: codebook(code + 0),
+    "a copied part": lambda codebook, code: torch.cat([codebook(code[:, :1]), codebook(code[:, 1:].clone())], 1),
+    "by hand": lambda codebook, code: torch.cat([codebook(code[:, :1]), codebook.embeddings[code[:, 1:]]], 1),
+    "a part": lambda codebook, code: nn.functional.pad(codebook(code[:, :1]), (0, 0, 0, POSITIONS - 1)),
+}
 
-    def code(self) -> Tensor:
-        return super().code() + 0
+
+class LookingUp(VQVAE):
+    """Looks its codes up in a way of its own."""
+
+    def __init__(self, look_up: Callable[[Codebook, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.look_up = look_up
+
+    def forward(self, x: Tensor, size: int | None = None) -> None:
+        pyro.module("vqvae", self)
+        with pyro.plate("data", len(x)):
+            mean = self.look_up(self.codebook, self.code()).flatten(-2) @ self.weights
+            pyro.sample("x", dist.Normal(mean, 0.5).to_event(1), obs=x)
 
 
-def test_a_lost_gradient_is_noticed() -> None:
-    model = CopyingVQVAE()
+@pytest.mark.parametrize("name", LOOK_UPS)
+def test_ways_to_look_codes_up(name: str) -> None:
+    model = LookingUp(LOOK_UPS[name])
+    guide = VectorQuantizedGuide(model, model.codebook, Encoder())
+    assert math.isfinite(SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(data()))
+
+
+@pytest.mark.parametrize("name", LOSSY_LOOK_UPS)
+def test_a_lost_gradient_is_noticed(name: str) -> None:
+    model = LookingUp(LOSSY_LOOK_UPS[name])
     guide = VectorQuantizedGuide(model, model.codebook, Encoder())
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
-    with pytest.raises(ValueError, match="Cannot train the encoder because the model has not looked up the codes"):
+    number = 0 if name == "a copy" else 30
+    with pytest.raises(
+        ValueError, match=f"Cannot train the encoder because .* looked up only {number} of the 90 codes"
+    ):
         svi.step(data())
     assert math.isfinite(svi.evaluate_loss(data()))
 

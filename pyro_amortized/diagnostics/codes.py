@@ -106,9 +106,11 @@ def codes_dataset(found: Codes, epsilons: np.ndarray, settings: Mapping[str, Any
     import xarray
 
     count, positions = found.codes.shape
-    indicator = torch.nn.functional.one_hot(found.codes, found.num_codes).double()
-    usage = indicator.mean(0)
-    variance = indicator.var(0).sum(-1).numpy()  # of the posterior mean of the indicator vector, over its K entries
+    shifted = found.codes + found.num_codes * torch.arange(positions)  # a range of integers for each position
+    counts = shifted.flatten().bincount(minlength=positions * found.num_codes).reshape(positions, found.num_codes)
+    usage = counts.double() / count
+    # of the posterior mean of the indicator vector, over its K entries: N / (N - 1) sum_k p_k (1 - p_k)
+    variance = (count / (count - 1) * (usage * (1 - usage)).sum(-1)).numpy()
     total = float(found.kl.sum(-1).mean())
     distinct = torch.unique(found.codes, dim=0, return_counts=True)[1]
     information = float(perplexity(distinct.double()).log())

@@ -17,7 +17,7 @@ from pyro_amortized.diagnostics.laplace import covariance_root, find_modes, hess
 from pyro_amortized.diagnostics.lbfgs import minimize_rows
 from pyro_amortized.diagnostics.noise import generator, quasi_normal, seeded
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar, to_dataset
-from pyro_amortized.diagnostics.proposal import first_proposal
+from pyro_amortized.diagnostics.proposal import all_modes
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.log_joint import chunks
 from pyro_amortized.objective import LocalObjective
@@ -30,6 +30,8 @@ __all__ = ["LocalOptimum", "optimize_local"]
 _LBFGS_MAX_DIM = 128
 _SEED_TOLERANCE = 0.005
 _MAX_ATTEMPTS = 4
+_LEAST_SHARE = 1e-3
+"""Of the posterior's mass, for a mode to be one that the optimisation starts at."""
 _MAX_LENGTH = 5.0
 """Longest step in any variational parameter; most of them are logarithms or in units of the posterior."""
 
@@ -47,7 +49,8 @@ class LocalOptimum:
         initial_elbo_se: Its Monte Carlo standard error.
         improvement: ``elbo - initial_elbo``, the amortization gap, from common draws.
         improvement_se: Its Monte Carlo standard error.
-        converged: Whether the optimisation of each datapoint ended because nothing was left to gain.
+        converged: Whether the optimisation of each datapoint ended because nothing was left to gain, by small steps and
+            by the gradient.
         num_steps: Number of steps it took.
         dataset: All of these over the plate's dimension, but for phi.
     """
@@ -86,9 +89,9 @@ def optimize_local(
 
     For families that turn noise into draws, the ELBO on fixed whitened quasi-random noise is maximised by L-BFGS,
     twice: from the guide's phi, and with other noise from the optimum for a Laplace approximation at the mode that the
-    guide's mean leads to, or for a mixture at all modes that climbing from draws of the prior finds. Where the two
-    optima differ by more than 0.005 nats, again with twice the draws. Other families, and more than 128 latent
-    dimensions, are optimised by Adam. The reported ELBOs come from fresh draws.
+    guide's mean leads to, or for a mixture at all modes that climbing from its components and from draws of the prior
+    finds. Where the two optima differ by more than 0.005 nats, again with twice the draws. Other families, and more
+    than 128 latent dimensions, are optimised by Adam. The reported ELBOs come from fresh draws.
 
     Args:
         model: The Pyro model.
@@ -159,8 +162,8 @@ def _smooth_optimum(problem: LocalProblem, seed: int, progress: bool) -> tuple[T
                 found = minimize_rows(loss, loss.origin, max_length=_MAX_LENGTH, on_step=partial(_show, bar))
             results.append(start.index_copy(0, rows, loss.phi_at(found.x, torch.arange(len(rows)))))
             num_steps[rows] += found.num_steps
-            ended &= found.converged
-        values = _compare(problem, results, generator(seed, 2, attempt))
+            ended &= found.converged & (loss.gain_left(found.x) <= _SEED_TOLERANCE)
+        values = _compare(problem, results, 2 * num_draws, generator(seed, 2, attempt))
         best[rows] = torch.where((values[0] > values[1])[:, None], *results)[rows]
         agree = (values[0] - values[1]).abs() <= _SEED_TOLERANCE
         converged[rows] = ended & agree[rows]
@@ -172,10 +175,10 @@ def _smooth_optimum(problem: LocalProblem, seed: int, progress: bool) -> tuple[T
 
 
 @torch.no_grad()
-def _compare(problem: LocalProblem, phis: list[Tensor], rng: torch.Generator) -> list[Tensor]:
+def _compare(problem: LocalProblem, phis: list[Tensor], num_draws: int, rng: torch.Generator) -> list[Tensor]:
     """ELBOs at several phis on the same fresh noise, each ``(N,)``; where undefined, minus infinity."""
     noise_dim = problem.objective.family.noise_dim or 0
-    noise = quasi_normal(max(256, 4 * noise_dim), len(problem.phi), noise_dim, rng).to(problem.phi)
+    noise = quasi_normal(max(256, 4 * noise_dim, num_draws), len(problem.phi), noise_dim, rng).to(problem.phi)
     values = [log_weights(problem.objective, phi.to(problem.phi), noise).mean(0) for phi in phis]
     return [value.nan_to_num(nan=-torch.inf) for value in values]
 
@@ -188,9 +191,9 @@ def _laplace_start(problem: LocalProblem, seed: int) -> tuple[Tensor, Tensor | N
     units = covariance_root(hessian(log_joint.plain, modes[0], problem.phi), scale_tril)
     if not family.multimodal:
         return units, family.laplace(modes[0], torch.cholesky_inverse(units))
-    proposal = first_proposal(problem, problem.phi, (seed, 17))
-    locs, roots = torch.cat([modes, proposal.loc[1:-1]]), torch.cat([units.unsqueeze(0), proposal.scale_tril[1:-1]])
-    return units, family.laplace_of_modes(locs, torch.cholesky_inverse(roots), proposal.parts[:-1].double())
+    every = all_modes(problem, problem.phi, (seed, 17))
+    share = torch.where(every.share < _LEAST_SHARE, 0.0, every.share)
+    return units, family.laplace_of_modes(every.loc, torch.cholesky_inverse(every.root), share)
 
 
 def _show(bar: Any, finished: int) -> None:
@@ -200,34 +203,56 @@ def _show(bar: Any, finished: int) -> None:
 class _FixedNoiseLoss:
     """The negative ELBO on fixed noise and its gradient, for some of the datapoints.
 
-    Where phi begins with a location, the optimiser sees it in given units, relative to the start, so that strong
-    correlations and differences of scale between the latents do not slow it down.
+    The optimiser sees those entries of phi that are locations (:attr:`VariationalFamily.locations`) in given units
+    ``(N, D, D)``, relative to the start, so that neither the units of the latents nor strong correlations between them
+    slow it down.
     """
 
     def __init__(self, problem: LocalProblem, noise: Tensor, rows: Tensor, start: Tensor, units: Tensor) -> None:
         self.problem = problem
         self.noise = noise
         self.rows = rows
-        self.units = units if problem.objective.family.loc_first else None
-        self.dim = problem.objective.family.latent_dim
-        self.loc = start[:, : self.dim]
+        self.start = start
+        self.units = units
+        self.locations = problem.objective.family.locations
         self.origin = start.clone()
-        if self.units is not None:
-            self.origin[:, : self.dim] = 0.0
+        self.origin[:, self.locations] = 0.0
 
     def phi_at(self, x: Tensor, positions: Tensor) -> Tensor:
         """phi of what the optimiser sees."""
-        if self.units is None:
-            return x
-        loc = self.loc[positions] + (self.units[positions] @ x[:, : self.dim, None]).squeeze(-1)
-        return torch.cat([loc, x[:, self.dim :]], -1)
+        phi = self._in_units(x, self.units[positions])
+        phi[:, self.locations] += self.start[positions, self.locations]
+        return phi
 
     def __call__(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         value, gradient = self._on_rows(self.phi_at(x, positions), self.rows[positions])
-        if self.units is not None:
-            whitened = (self.units[positions].transpose(-1, -2) @ gradient[:, : self.dim, None]).squeeze(-1)
-            gradient = torch.cat([whitened, gradient[:, self.dim :]], -1)
-        return value, gradient
+        return value, self._in_units(gradient, self.units[positions].transpose(-1, -2))
+
+    def gain_left(self, x: Tensor) -> Tensor:
+        """What a step along the gradient would still gain at ``x`` ``(n, P)``, in nats, ``(n,)``.
+
+        By the curvature along the step, but of a step no longer than 1. An optimiser whose idea of the curvature is
+        wrong also makes small improvements; this needs no memory of its steps.
+        """
+        everyone = torch.arange(len(x))
+        gradient = self(x, everyone)[1]
+        size = gradient.norm(dim=-1)
+        gain = 0.5 * size.square()  # where the curvature is at least 1
+        rows = (gain > _SEED_TOLERANCE).nonzero().squeeze(-1)
+        if len(rows):
+            direction = gradient[rows] / size[rows, None]
+            ahead = self(x[rows] - 0.01 * direction, everyone[rows])[1]
+            curvature = ((gradient[rows] - ahead) * direction).sum(-1) / 0.01
+            gain[rows] = 0.5 * size[rows].square() / torch.maximum(curvature, size[rows])
+        return gain
+
+    def _in_units(self, x: Tensor, units: Tensor) -> Tensor:
+        """A copy of ``x`` ``(n, P)`` whose locations are multiplied by ``units`` ``(n, D, D)``."""
+        x, dim = x.clone(), units.shape[-1]
+        locs = x[:, self.locations]
+        locs = locs.reshape(len(x), locs.shape[-1] // dim, dim)
+        x[:, self.locations] = torch.einsum("nij,ncj->nci", units, locs).flatten(1)
+        return x
 
     def _on_rows(self, phi: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         whole, size = self.problem.objective, len(self.problem.phi)
@@ -240,7 +265,7 @@ class _FixedNoiseLoss:
 
     def _evaluate(self, objective: LocalObjective, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         value, gradient = torch.zeros(len(x), dtype=x.dtype), torch.zeros_like(x)
-        for piece in chunks(len(noise), len(x)):
+        for piece in chunks(len(noise), len(x) * self.problem.objective.family.draws_per_noise):
             with torch.enable_grad(), pyro.validation_enabled(False):  # a step too far gives a value that is rejected
                 phi = x.to(self.problem.phi).clone().requires_grad_()
                 elbo = objective.sum_elbo(phi, noise[piece])
@@ -265,7 +290,7 @@ def _adam(objective: LocalObjective, phi: Tensor, num_steps: int, rng: torch.Gen
     with progress_bar(num_steps, "q* (Adam)", progress) as bar, torch.enable_grad():
         for step in range(1, num_steps + 1):
             phi.requires_grad_()
-            elbo = _estimate(objective, phi, 8, rng).mean(0)
+            elbo = _estimate(objective, phi, 8, rng)
             (grad,) = torch.autograd.grad(elbo.sum(), phi)
             grad = grad.nan_to_num(0.0)
             first = 0.9 * first + 0.1 * grad
@@ -278,16 +303,16 @@ def _adam(objective: LocalObjective, phi: Tensor, num_steps: int, rng: torch.Gen
 
 
 def _estimate(objective: LocalObjective, phi: Tensor, num_pairs: int, rng: torch.Generator) -> Tensor:
-    """Log weights on antithetic noise, if the family takes noise; by sticking the landing, if it allows."""
+    """The ELBO ``(N,)`` on antithetic noise, if the family takes noise; by sticking the landing, if it allows."""
     family = objective.family
     if family.noise_dim is None:
         with seeded(rng):
-            return _log_weights(objective, phi, 2 * num_pairs)
+            return _elbo(objective, phi, 2 * num_pairs)
     noise = torch.randn(num_pairs, len(phi), family.noise_dim, generator=rng, dtype=torch.float64).to(phi)
-    return _log_weights(objective, phi, torch.cat([noise, -noise]))
+    return _elbo(objective, phi, torch.cat([noise, -noise]))
 
 
-def _log_weights(objective: LocalObjective, phi: Tensor, noise: Tensor | int) -> Tensor:
+def _elbo(objective: LocalObjective, phi: Tensor, noise: Tensor | int) -> Tensor:
     if objective.family.fast_log_prob:  # no gradient through the parameters inside log q
-        return objective.log_weights(phi.detach(), noise, phi)
-    return objective.log_weights(phi, noise)
+        return objective.elbo(phi.detach(), noise, phi)
+    return objective.elbo(phi, noise)

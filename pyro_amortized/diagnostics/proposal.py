@@ -1,8 +1,9 @@
 """Where importance samples of a posterior come from: mixtures of multivariate t's, one mixture per datapoint.
 
-A component sits at the mean of the best member of the guide's family, one at every further mode that climbing from
-draws of the prior has found, and one, with a small share, is as wide as the prior: it finds what the others have
-missed. Weighted draws then show how to do better.
+A component sits at the mean of the best member of the guide's family or, where that lies far from any mode, at the mode
+that climbing from there leads to; one at every further mode that climbing from draws of the prior has found; and one,
+with a small share, is as wide as the prior: it finds what the others have missed. Weighted draws then show how to do
+better.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from pyro_amortized.diagnostics.noise import generator, seeded
 from pyro_amortized.diagnostics.problem import LocalProblem
 from pyro_amortized.log_joint import chunks
 
-__all__ = ["Proposal", "first_proposal"]
+__all__ = ["Modes", "Proposal", "all_modes", "first_proposal"]
 
 _NUM_PRIOR_DRAWS, _FEW_PRIOR_DRAWS = 1000, 256
 """Draws of the prior that show where to climb from; few where the model runs on one at a time."""
 _NUM_STARTS = 16
 """Draws from the prior, per datapoint, from which modes are looked for: half of them plain, half likely ones."""
 _MAX_FURTHER = 4
-"""Most modes, beyond the one that the guide leads to, that a proposal covers."""
+"""Most places, beyond the one that the guide leads to, that a proposal covers."""
 _PARTS = 250
 """Shares of the components are multiples of one in this many, so that every round draws the same number from each."""
 _WIDE_PARTS = 10
@@ -180,41 +181,109 @@ class Proposal:
         return constant - log_det - 0.5 * (df + dim) * torch.log1p(white.square().sum(1).T / df)
 
 
+@dataclass
+class Modes:
+    """Up to M modes per datapoint, as normals, float64.
+
+    Attributes:
+        loc: ``(M, N, D)``; the first is the one that the mean of q leads to.
+        root: Cholesky factors of the inverse of the log-joint's negative Hessian, ``(M, N, D, D)``.
+        log_mass: Laplace's approximations of the integral of the joint around each, ``(M, N)``; minus infinity for
+            places not in use.
+    """
+
+    loc: Tensor
+    root: Tensor
+    log_mass: Tensor
+
+    @property
+    def share(self) -> Tensor:
+        """Of the mass of all of them, ``(M, N)``."""
+        return self.log_mass.softmax(0)
+
+
+def all_modes(problem: LocalProblem, phi: Tensor, seed: tuple[int, ...]) -> Modes:
+    """The modes that climbing leads to from the mean and the centres of q at phi ``(N, P)``, and from prior draws.
+
+    One that lies within a standard deviation of another, by the curvature there, counts as the same.
+    """
+    mean, root = _around_mean(problem, phi, seed)
+    return _climb(problem, phi, mean, root, _prior_draws(problem, seed), seed)
+
+
 def first_proposal(problem: LocalProblem, phi: Tensor, seed: tuple[int, ...]) -> Proposal:
-    """The proposal of every datapoint, from the optimal phi ``(N, P)``."""
-    log_joint, family = problem.objective.log_joint, problem.objective.family
-    mean, scale_tril = moments(family, phi, generator(*seed, 5))
-    root = covariance_root(hessian(log_joint.plain, mean, phi), scale_tril)
-    with seeded(generator(*seed, 12)):
-        number = _NUM_PRIOR_DRAWS if log_joint.vectorized else _FEW_PRIOR_DRAWS
-        draws = log_joint.prior_draws(number).double().cpu()
-    starts = torch.cat([mean.unsqueeze(0), _choose_starts(problem, draws, phi, generator(*seed, 13))])
-    modes, heights = find_modes(log_joint, starts, root, phi, tolerance=0.01)
-    locs, roots, masses = [mean], [root], [heights[0] + _log_volume(root)]
-    for mode, height in zip(modes[1:], heights[1:], strict=True):
-        known = torch.stack([modes[0], *locs[1:]])
-        distance = torch.linalg.solve_triangular(torch.stack(roots), (mode - known).unsqueeze(-1), upper=False)
-        squares = distance.square().sum((-2, -1)).nan_to_num(nan=math.inf)  # from the places of starts that led nowhere
-        new = height.isfinite() & (squares > 1.0).all(0)
-        rows = new.nonzero().squeeze(-1)
-        other, mass = root.clone(), torch.full_like(height, -math.inf)
-        if len(rows):
-            curvature = hessian(log_joint.on_rows(rows, plain=True), mode[rows], phi)
-            other[rows] = covariance_root(curvature, root[rows])
-            mass[rows] = (height + _log_volume(other))[rows]
-        locs.append(torch.where(new[:, None], mode, math.inf))
-        roots.append(other)
-        masses.append(mass)
-    share = torch.stack(masses).softmax(0)
+    """The proposal of every datapoint, from the optimal phi ``(N, P)``.
+
+    The first component lies at the mean of q, where that is close to a mode; else it lies at the mode that climbing
+    from the mean leads to, and another one at the mean.
+    """
+    mean, root = _around_mean(problem, phi, seed)
+    draws = _prior_draws(problem, seed)
+    modes = _climb(problem, phi, mean, root, draws, seed)
+    close = _squares(mean - modes.loc[0], modes.root[0]) <= 1.0
+    if problem.objective.family.multimodal:  # whose mean may lie where there is next to nothing
+        with torch.no_grad():
+            height = problem.objective.log_joint(mean.to(phi).unsqueeze(0)).squeeze(0).double().cpu()
+    else:
+        height = modes.log_mass[0] - _log_volume(modes.root[0])
+    mass = torch.where(close | ~height.isfinite(), -math.inf, height + _log_volume(root))
+    locs, roots = torch.cat([modes.loc, mean.unsqueeze(0)]), torch.cat([modes.root, root.unsqueeze(0)])
+    locs[0] = torch.where(close[:, None], mean, locs[0])
+    roots[0] = torch.where(close[:, None, None], root, roots[0])
+    share = torch.cat([modes.log_mass, mass.unsqueeze(0)]).softmax(0)
     order = share[1:].topk(_MAX_FURTHER, 0).indices + 1
     order = torch.cat([torch.zeros_like(order[:1]), order])
     everyone = torch.arange(len(mean))
     wide_loc, wide_root = _as_wide_as(draws)
     return Proposal(
-        torch.cat([torch.stack(locs)[order, everyone].nan_to_num(posinf=0.0), wide_loc.unsqueeze(0)]),
-        torch.cat([torch.stack(roots)[order, everyone], wide_root.unsqueeze(0)]),
+        torch.cat([locs[order, everyone], wide_loc.unsqueeze(0)]),
+        torch.cat([roots[order, everyone], wide_root.unsqueeze(0)]),
         _parts(share.gather(0, order)),
     )
+
+
+def _around_mean(problem: LocalProblem, phi: Tensor, seed: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Mean of q, ``(N, D)``, and the root of a covariance by the curvature there, ``(N, D, D)``."""
+    mean, scale_tril = moments(problem.objective.family, phi, generator(*seed, 5))
+    return mean, covariance_root(hessian(problem.objective.log_joint.plain, mean, phi), scale_tril)
+
+
+def _prior_draws(problem: LocalProblem, seed: tuple[int, ...]) -> Tensor:
+    log_joint = problem.objective.log_joint
+    with seeded(generator(*seed, 12)):
+        return log_joint.prior_draws(_NUM_PRIOR_DRAWS if log_joint.vectorized else _FEW_PRIOR_DRAWS).double().cpu()
+
+
+def _climb(
+    problem: LocalProblem, phi: Tensor, mean: Tensor, root: Tensor, draws: Tensor, seed: tuple[int, ...]
+) -> Modes:
+    """:func:`all_modes`, in steps in the units of ``root``."""
+    log_joint = problem.objective.log_joint
+    centres = problem.objective.family.centres(phi.detach()).double().cpu()
+    starts = torch.cat([mean.unsqueeze(0), centres, _choose_starts(problem, draws, phi, generator(*seed, 13))])
+    places, heights = find_modes(log_joint, starts, root, phi, tolerance=0.01)
+    locs: list[Tensor] = []
+    roots: list[Tensor] = []
+    masses: list[Tensor] = []
+    for place, height in zip(places, heights, strict=True):
+        new = height.isfinite()
+        for loc, known, mass in zip(locs, roots, masses, strict=True):
+            new = new & (mass.isneginf() | (_squares(place - loc, known) > 1.0))
+        rows = (new if locs else torch.ones_like(new)).nonzero().squeeze(-1)
+        other, mass = root.clone(), torch.full_like(height, -math.inf)
+        if len(rows):
+            curvature = hessian(log_joint.on_rows(rows, plain=True), place[rows], phi)
+            other[rows] = covariance_root(curvature, root[rows])
+            mass[rows] = (height + _log_volume(other))[rows]
+        locs.append(place)
+        roots.append(other)
+        masses.append(mass)
+    return Modes(torch.stack(locs), torch.stack(roots), torch.stack(masses))
+
+
+def _squares(difference: Tensor, root: Tensor) -> Tensor:
+    """Squared lengths ``(N,)`` of differences ``(N, D)`` in units of the roots of covariances."""
+    return torch.linalg.solve_triangular(root, difference.unsqueeze(-1), upper=False).square().sum((-2, -1))
 
 
 def _choose_starts(problem: LocalProblem, draws: Tensor, phi: Tensor, rng: torch.Generator) -> Tensor:

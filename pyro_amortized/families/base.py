@@ -34,6 +34,7 @@ class VariationalFamily(nn.Module, ABC):
             units of the posterior's own covariance.
         multimodal: Whether members can have several modes; optimisation then also starts at all that can be found
             (:meth:`laplace_of_modes`).
+        draws_per_noise: Number of draws that :meth:`weighted_draws` makes of one noise.
         takes_parents: Whether the class is constructed from D and the parents of every dimension, which guides find
             from the model's dependence.
     """
@@ -44,6 +45,7 @@ class VariationalFamily(nn.Module, ABC):
     fast_log_prob: bool = True
     takes_parents: bool = False
     multimodal: bool = False
+    draws_per_noise: int = 1
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
@@ -59,6 +61,25 @@ class VariationalFamily(nn.Module, ABC):
         Returns:
             A reparameterised distribution of batch shape ``(*)`` and event shape ``(D,)``.
         """
+
+    @property
+    def locations(self) -> slice:
+        """The entries of phi that are locations in latent space, a multiple of D; optimised in units of the posterior.
+
+        The first D if :attr:`loc_first`, otherwise none unless a member knows better.
+        """
+        return slice(0, self.latent_dim if self.loc_first else 0)
+
+    def centres(self, phi: Tensor) -> Tensor:
+        """Where in latent space modes may be, apart from the mean: diagnostics look for modes from there.
+
+        Args:
+            phi: Variational parameters of shape ``(*, P)``.
+
+        Returns:
+            Points of shape ``(M, *, D)``; none unless a member knows some.
+        """
+        return phi.new_zeros(0, *phi.shape[:-1], self.latent_dim)
 
     def initial(self, loc: Tensor, scale: float) -> Tensor:
         """A start: phi of the member closest to independent normals.

@@ -34,12 +34,15 @@ class AmortizedGuide(LocalGuide):
             every call may have another number T of them. By default an :class:`~pyro_amortized.MLPEncoder` of
             standardised inputs.
         family: The shape of q: ``"normal"``, ``"multivariate_normal"``, ``"low_rank_multivariate_normal"``,
-            ``"structured"`` (a normal with the couplings of the model), ``"flow"``, a
+            ``"structured"`` (a normal with the couplings of the model), ``"mixture"``, ``"flow"``, a
             :class:`~pyro_amortized.VariationalFamily`, or a function from ``latent_dim`` to one.
         plate: Name of the datapoint plate; by default the outermost plate that holds an observed site.
         encoder_input: What the encoder sees: by default the observed values in the plate; or the name of a model
             argument, a list of names, or a function of the model's arguments, run inside the plate so that
-            ``pyro.subsample`` works in it. Several inputs are passed as positional arguments.
+            ``pyro.subsample`` works in it. A name may also be that of a global latent :math:`\theta`, flattened and
+            repeated for every datapoint: then q is :math:`q(\theta) \prod_n q(z_n \mid x_n, \theta)`, with the draw of
+            the same call, and with the median in the diagnostics and in refinement. Several inputs are passed as
+            positional arguments.
         global_guide: A function from a model to an autoguide, for the latents outside the plate.
         create_plates: A function of the model's arguments that returns the plates to use, as in Pyro's autoguides.
         init_loc_fn: Where q starts, one of Pyro's initialisation functions.

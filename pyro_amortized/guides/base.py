@@ -25,9 +25,9 @@ from pyro_amortized.families import Normal, Structured, VariationalFamily, build
 from pyro_amortized.families.base import FamilySpec, check_family_spec
 from pyro_amortized.inference import InferenceStrategy, Refined
 from pyro_amortized.layout import SiteLayout, is_enumerated
-from pyro_amortized.sampling import KeepLogDensity, check_scaled_once, sample_local
+from pyro_amortized.sampling import KeepLogDensity, add_gradient, check_scaled_once, sample_local
 from pyro_amortized.simulated import simulated_call, takes_observations
-from pyro_amortized.structure import Structure, StructureCache, check_bounds, check_observed
+from pyro_amortized.structure import Structure, StructureCache, check_bounds, check_observed, check_weights
 from pyro_amortized.tracing import isolated, run_model
 from pyro_amortized.updates import NaturalGradient, UpdateRule
 
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from pyro_amortized.guides.semi_amortized import SemiAmortizedGuide
 
 __all__ = ["GuideOptions", "LocalGuide"]
+
+_NUM_LOOKS = 3
+"""Further runs of a model that masks or scales its latents, to see whether it does so in the same way in every run."""
 
 _MODERATE = 80.0
 """Variational parameters below this in size need no closer look: even as logarithms they do not overflow."""
@@ -97,6 +100,7 @@ class LocalGuide(AutoGuide):
         self._global_sites: tuple[str, ...] = ()
         self._first_parameter = ""
         self._taken: list[str] = []
+        self._global_shapes: dict[str, torch.Size] = {}
         self.register_buffer("_like", torch.empty(0), persistent=False)  # knows precision and device, after moves too
         self._pending_state: dict[str, Tensor] = {}
 
@@ -144,19 +148,25 @@ class LocalGuide(AutoGuide):
         check_observed(init)
         if not structure.is_static:
             check_bounds(structure, self._structures.look(self.model, call.args, call.kwargs, structure.indices)[0])
+        for _ in range(_NUM_LOOKS if structure.is_weighted else 0):
+            check_weights(structure, self._structures.look(self.model, call.args, call.kwargs, structure.indices)[0])
         init_loc = torch.empty(0)
         if structure.layout is not None:
             init_loc = structure.layout.flatten({s.name: nodes[s.name]["value"] for s in structure.layout.sites})
             self._like = init_loc.new_empty(0)
             find_parents = partial(self._parents, call)
             self.family = build_family(self._family_spec, structure.layout.latent_dim, find_parents).to(init_loc)
-        if structure.layout is not None or structure.discrete:
-            self.inference = self._build_strategy(self._inputs(call), init_loc, structure)
-            self._first_parameter = next((name for name, _ in self.inference.named_parameters()), "")
+        self._global_sites = structure.global_sites
         if structure.global_sites:
             self._build_global_guide(call)
+        if structure.layout is not None or structure.discrete:
+            try:
+                self.inference = self._build_strategy(self._inputs(call), init_loc, structure)
+            except Exception:
+                self._forget_global_guide()
+                raise
+            self._first_parameter = next((name for name, _ in self.inference.named_parameters()), "")
         self.layout = structure.layout
-        self._global_sites = structure.global_sites
         self._built_structure = structure.without_tensors()
         self._ready = True
         if self._pending_state:
@@ -167,11 +177,18 @@ class LocalGuide(AutoGuide):
         """Where a latent starts; sites enumerated in the model, and discrete ones, are left to the model."""
         return None if is_enumerated(site) or site["fn"].support.is_discrete else self.init_loc_fn(site)
 
-    def _build_global_guide(self, call: Call) -> None:
+    def _stored_globals(self) -> list[str]:
+        """Names of parameters in Pyro's store that belong to a global guide of this guide's name."""
         prefix = f"{self._pyro_name}.global_guide."
-        self._taken = [
-            name for name in pyro.get_param_store()._params if name.startswith(prefix)
-        ]  # shared from here on
+        return [name for name in pyro.get_param_store()._params if name.startswith(prefix)]
+
+    def _forget_global_guide(self) -> None:
+        """Takes back the parameters of a global guide that has been of no use."""
+        for name in set(self._stored_globals()) - set(self._taken):
+            del pyro.get_param_store()[name]
+
+    def _build_global_guide(self, call: Call) -> None:
+        self._taken = self._stored_globals()  # by another guide, with which they would be shared
         expose = list(call.structure.global_sites)
         self.global_guide = self._global_guide_factory(
             InitMessenger(self.init_loc_fn)(poutine.block(self.model, expose=expose))
@@ -199,7 +216,8 @@ class LocalGuide(AutoGuide):
         drawn = structure.random_plates if self.create_plates is None else [n for n in plates if n in structure.frames]
         if drawn:
             indices = {**structure.indices, **{name: plates[name].indices for name in drawn if name in plates}}
-            if not structure.is_static:
+            _check_created(structure, indices)
+            if not structure.is_static or structure.is_weighted:
                 structure = self._structures.look(self.model, args, kwargs, indices)[0]
             elif observed and structure.observed is None:
                 structure = self._structures.find(self._model_at_hand, args, kwargs, observed=True, indices=indices)
@@ -238,8 +256,8 @@ class LocalGuide(AutoGuide):
             self._build(call)
         elif structure.layout is not self.layout:
             self._built_structure.check_same(structure, per_step=self._per_step)
-            if self._per_step and structure.layout.latent_dim != self._family.latent_dim:  # type: ignore[union-attr]
-                self.family = self._family_of_steps(call)
+        if self._per_step and structure.layout.latent_dim != self._family.latent_dim:  # type: ignore[union-attr]
+            self.family = self._family_of_steps(call)
         return call
 
     def _parents(self, call: Call) -> Tensor:
@@ -288,9 +306,29 @@ class LocalGuide(AutoGuide):
     def _inputs(self, call: Call) -> tuple[Tensor, ...]:
         if not self._needs_inputs:
             return ()
+        self._condition(call)
         return encoder_inputs(
             self._encoder_input, self._model_at_hand, call, show_masks=self._shows_masks, but=self._hidden
         )
+
+    def _condition(self, call: Call) -> None:
+        """Makes sure that global latents that the encoder sees are at hand, one value of each for all datapoints."""
+        spec = self._encoder_input
+        names = [] if spec is None or callable(spec) else [spec] if isinstance(spec, str) else list(spec)
+        seen = [name for name in names if name in call.structure.global_sites]
+        if not seen:
+            return
+        if call.global_values is None:
+            call.global_values = self._global_values(call)
+        shapes = {name: call.global_values[name].shape for name in seen}
+        if not self._ready:
+            self._global_shapes = shapes
+        elif shapes != self._global_shapes:
+            raise ValueError(
+                f"Cannot condition on global latents of shapes {[tuple(shape) for shape in shapes.values()]} because "
+                f"they had {[tuple(shape) for shape in self._global_shapes.values()]} when the guide was set up, and "
+                "there is one phi per datapoint; try vectorize_particles=False, or Predictive(parallel=False)."
+            )
 
     @property
     def _needs_observed(self) -> bool:
@@ -404,6 +442,7 @@ class LocalGuide(AutoGuide):
         if self._global_sites:
             with KeepLogDensity(call.structure.global_weights):
                 result.update(self._global()(*args, **kwargs))
+            call.global_values = dict(result)
         result.update(self._sample_local(call))
         return result
 
@@ -416,14 +455,24 @@ class LocalGuide(AutoGuide):
         with call.plates[layout.plate]:
             result = sample_local(layout, self._sampling_family, phi, call.plates, f"{self._pyro_name}_latent")
             if call.signal is not None:
-                signal = layout.batch(-call.signal.unsqueeze(-1)).squeeze(-1)
-                pyro.factor(f"{self._pyro_name}_signal", signal, has_rsample=True)
+                add_gradient(f"{self._pyro_name}_signal", layout.batch(-call.signal.unsqueeze(-1)).squeeze(-1))
         return result
 
     @property
     def _sampling_family(self) -> VariationalFamily:
         """The family, whose own parameters, if it has any, are registered with Pyro."""
         return self._family if isinstance(self._family, Normal) else self.family
+
+    def _global_values(self, call: Call) -> dict[str, Tensor]:
+        """The global latents at their median, or for autoguides without one at a draw."""
+        if not self._global_sites:
+            return {}
+        with isolated(), torch.no_grad():
+            guide = self._global()
+            try:
+                return guide.median(*call.args, **call.kwargs)
+            except NotImplementedError:  # autoguides without a closed form
+                return guide(*call.args, **call.kwargs)
 
     def _global(self) -> AutoGuide:
         guide = self.global_guide
@@ -639,3 +688,13 @@ def _global_quantiles(guide: AutoGuide, quantiles: Any, args: Any, kwargs: Any) 
     if probs.tolist() == [0.5]:
         return {name: value.unsqueeze(0) for name, value in guide.median(*args, **kwargs).items()}
     return guide.quantiles(probs.tolist(), *args, **kwargs)
+
+
+def _check_created(structure: Structure, indices: Mapping[str, Tensor]) -> None:
+    """Raises a ValueError if plates made by ``create_plates`` have other indices than the model gives them."""
+    for name, index in structure.indices.items():
+        if structure.frames[name].kind == "explicit" and not torch.equal(index, indices[name].to(index.device)):
+            raise ValueError(
+                f"Cannot run this guide because create_plates gives plate {name!r} other indices than the model's own "
+                "`subsample=`; try create_plates without that plate."
+            )

@@ -203,8 +203,13 @@ class DiscreteAmortizedGuide(AmortizedGuide):
     def _observed(self, call: Call) -> dict[str, Tensor]:
         """Values of the discrete sites that are observed in this call, datapoints at their plate's dimension."""
         dims = (1,) * (-call.structure.datapoints.dim - 1)
-        observed = {name: (call.structure.observed or {}).get(name) for name in self._hidden}
-        return {n: v.reshape(v.shape[:1] + dims + v.shape[1:]) for n, v in observed.items() if v is not None}
+        result = {}
+        for site in self._known:
+            value = (call.structure.observed or {}).get(site.name)
+            if value is not None:
+                num_events = site.num_events + (site.kind == "one_hot")
+                result[site.name] = value.reshape(value.shape[:1] + dims + value.shape[value.dim() - num_events :])
+        return result
 
     def _conditional_phi(self, call: Call, inputs: Any, features: Tensor, values: dict[str, Tensor]) -> Tensor:
         """phi of the continuous latents given the discrete ones, ``(*batch, P)``."""

@@ -17,7 +17,7 @@ from pyro_amortized.guides.base import GuideOptions
 from pyro_amortized.inference import InferenceStrategy, Refined, check_count
 from pyro_amortized.log_joint import LocalLogJoint
 from pyro_amortized.objective import ESTIMATORS, LocalObjective
-from pyro_amortized.tracing import call_key, isolated
+from pyro_amortized.tracing import call_key
 from pyro_amortized.updates import UpdateRule
 
 __all__ = ["RefiningGuide", "RefiningOptions", "check_update"]
@@ -131,16 +131,6 @@ class RefiningGuide(AmortizedGuide):
         z = torch.linspace(-0.5, 0.5, math.prod(shape), dtype=self._like.dtype, device=self._like.device).reshape(shape)
         with torch.random.fork_rng():
             return log_joint.choose_mode(z)
-
-    def _global_values(self, call: Call) -> dict[str, Tensor]:
-        if not self._global_sites:
-            return {}
-        with isolated(), torch.no_grad():
-            guide = self._global()
-            try:
-                return guide.median(*call.args, **call.kwargs)
-            except NotImplementedError:  # autoguides without a closed form
-                return guide(*call.args, **call.kwargs)
 
     def _refined_from(
         self, initial: InferenceStrategy, update: UpdateRule, features: nn.Module | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -19,7 +19,8 @@ from pyro_amortized.guides.amortized import AmortizedGuide
 from pyro_amortized.guides.base import GuideOptions
 from pyro_amortized.inference import InferenceStrategy
 from pyro_amortized.layout import LocalSite
-from pyro_amortized.quantization import Codebook
+from pyro_amortized.quantization import Codebook, Quantized
+from pyro_amortized.sampling import add_gradient
 from pyro_amortized.structure import Structure, StructureCache
 from pyro_amortized.tracing import isolated
 
@@ -48,8 +49,9 @@ class VectorQuantizedGuide(AmortizedGuide):
     - The encoder by the gradient of the looked-up vectors, passed straight through to the features, and by that of the
       commitment term :math:`\beta \|f_i(x) - \mathrm{sg}(e_{k_i})\|^2`, summed over positions, in nats. The latter
       comes as a factor of value zero, so that the reported loss is the negative ELBO and nothing else.
-    - The codebook by moving averages, once for each step: in ``train()`` mode, where gradients are enabled, once for
-      the same data and the same parameters of the encoder, however many particles there are.
+    - The codebook by moving averages, once for each step, however many particles there are: in ``train()`` mode, after
+      a backward pass, at the beginning of the next step, so that one step has one q. A step ends when the encoder's
+      parameters change or its gradients are set to zero.
 
     A guide that is pickled takes a copy of the codebook with it; after loading, give it the model's, with
     ``guide.model = model; guide.codebook = model.codebook``.
@@ -89,6 +91,8 @@ class VectorQuantizedGuide(AmortizedGuide):
     """
 
     codebook: Codebook
+    _unwatched: ClassVar[tuple[str, ...]] = ("_step_parameters",)
+    """Attributes that change in every step, and tell nothing of the model."""
 
     def __init__(
         self,
@@ -113,7 +117,7 @@ class VectorQuantizedGuide(AmortizedGuide):
         super().__init__(model, encoder, **options)
         self._structures = StructureCache(options.get("plate"), discrete=True)
         self._site: DiscreteSite | None = None
-        self._last_batch: tuple[Any, ...] = ()
+        self._step_parameters: list[Tensor] = []
         self.commitment = commitment
         self.codebook = codebook
 
@@ -171,15 +175,15 @@ class VectorQuantizedGuide(AmortizedGuide):
 
     # One call
 
-    def _features(self, call: Call) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The encoder's inputs, and its features ``(N, P, D)``."""
+    def _features(self, call: Call) -> Tensor:
+        """The encoder's features ``(N, P, D)``, in the codebook's precision."""
         self._check_same(call.structure)
         inputs, strategy = self._inputs(call), self.inference
         features = strategy.encoder(*inputs)  # type: ignore[operator]
         if strategy.head is not None:
             self._check_features(features, inputs, call.structure)
             features = strategy.head(features)  # type: ignore[operator]
-        return inputs, self._arrange(features, call.structure)
+        return self._arrange(features, call.structure).to(self._codebook.embeddings.dtype)
 
     def _check_same(self, structure: Structure) -> None:
         now = structure.discrete
@@ -196,42 +200,57 @@ class VectorQuantizedGuide(AmortizedGuide):
     def _sample_local(self, call: Call) -> dict[str, Tensor]:
         if not call.structure.discrete and self._site is None:
             return {}
-        inputs, features = self._features(call)
         codebook, training = self._codebook, torch.is_grad_enabled() and self.training and self._codebook.training
         if training and torch._C._get_tracing_state():
             raise ValueError(
                 "Cannot train a codebook under a compiled ELBO because its moving averages are kept by Python; try "
                 "Trace_ELBO instead of JitTrace_ELBO."
             )
-        quantized = codebook.quantize(features)
-        if training and self._is_new_batch(inputs):
-            codebook.update(features, quantized.codes)
+        if training and not self._is_same_step():
+            codebook.settle()
+        quantized = codebook.quantize(self._features(call))
         commitment = self.commitment * quantized.squared_distance.sum(-1)
-        return self._sample_codes(call, quantized.codes, commitment - commitment.detach())
+        if training:
+            self._collect_in_backward(quantized, commitment)
+        return self._sample_codes(call, quantized.codes, commitment)
 
-    def _sample_codes(self, call: Call, codes: Tensor, signal: Tensor) -> dict[str, Tensor]:
-        """Samples the codes ``(N, P)`` as a Pyro site, beside a factor of zeros ``(N,)`` that carries gradients."""
+    def _sample_codes(self, call: Call, codes: Tensor, commitment: Tensor) -> dict[str, Tensor]:
+        """Samples the codes ``(N, P)`` as a Pyro site, beside the gradient of the commitment terms ``(N,)``."""
         site, frame = call.structure.discrete[0], call.structure.datapoints
         value = code_value(call.structure, codes)
         with call.plates[frame.name], ExitStack() as stack:
-            zero = signal.reshape(-1, *(1,) * (-frame.dim - 1))
-            pyro.factor(f"{self._pyro_name}_commitment", zero, has_rsample=True)
+            add_gradient(f"{self._pyro_name}_commitment", commitment.reshape(-1, *(1,) * (-frame.dim - 1)))
             for name in site.logits.plates:
                 stack.enter_context(call.plates[name])
             stack.enter_context(site.weight.handlers())
             return {site.name: pyro.sample(site.name, dist.Delta(value, event_dim=code_place(site).event_dim))}
 
-    def _is_new_batch(self, inputs: tuple[Tensor, ...]) -> bool:
-        """Whether data or encoder have changed since the last update of the codebook, or the encoder cannot change."""
-        trained = tuple((p, p._version) for p in self._modules["inference"].parameters() if p.requires_grad)  # type: ignore[union-attr]
-        batch = tuple((x, x._version) for x in inputs)
-        before, self._last_batch = self._last_batch, (trained, batch)
-        if not before or not trained or not _same_versions(before[0], trained) or len(before[1]) != len(batch):
-            return True
-        return not all(
-            version == old_version if x.data_ptr() == old.data_ptr() else torch.equal(x, old)
-            for (x, version), (old, old_version) in zip(batch, before[1], strict=True)
-        )
+    def _trained_parameters(self) -> list[Tensor]:
+        """The encoder's parameters, or, if it is frozen, all those that Pyro trains."""
+        own: list[Tensor] = [p for p in self._modules["inference"].parameters() if p.requires_grad]  # type: ignore[union-attr]
+        return own or list(pyro.get_param_store()._params.values())
+
+    def _is_same_step(self) -> bool:
+        """Whether a step goes on of which a batch is collected: its parameters have gradients, and have not changed."""
+        now, before = self._trained_parameters(), self._step_parameters
+        if self._codebook.is_settled or len(now) != len(before):
+            return False
+        has_gradient = any(p.grad is not None and float(p.grad.norm()) != 0 for p in now)
+        return has_gradient and all(torch.equal(p, old.to(p)) for p, old in zip(now, before, strict=True))
+
+    def _collect_in_backward(self, quantized: Quantized, commitment: Tensor) -> None:
+        """Lets the codebook collect a batch once a backward pass reaches its commitment terms, part of every loss."""
+        batch = [(quantized.features.detach(), quantized.nearest)]
+        if not commitment.requires_grad:  # of a frozen encoder
+            commitment.requires_grad_()
+
+        def collect(_: Tensor) -> None:
+            if batch:
+                if self._codebook.is_settled:
+                    self._step_parameters = [p.detach().clone() for p in self._trained_parameters()]
+                self._codebook.collect(*batch.pop())
+
+        commitment.register_hook(collect)
 
     # What is known of the posterior
 
@@ -240,7 +259,7 @@ class VectorQuantizedGuide(AmortizedGuide):
         """The structure of a call, where codes lie in their site, and the codes of its datapoints, ``(N, P)``."""
         with isolated():
             call = self._prepare(args, kwargs)
-            codes = self._codebook.nearest(self._features(call)[1])
+            codes = self._codebook.nearest(self._features(call))
             return call.structure, code_place(call.structure.discrete[0]), codes
 
     def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Structure, Tensor]:
@@ -267,26 +286,20 @@ class VectorQuantizedGuide(AmortizedGuide):
             One number for each datapoint, ``(N,)``, counted in nats.
         """
         with isolated():
-            features = self._features(self._prepare(args, kwargs))[1]
+            features = self._features(self._prepare(args, kwargs))
             vectors = self._codebook.embeddings[self._codebook.nearest(features)]
             return self.commitment * (features - vectors).square().sum((-1, -2))
 
     def _local_quantiles(self, quantiles: Sequence[float] | Tensor, call: Call) -> dict[str, Tensor]:
         """The codes, whatever the quantile."""
-        value = code_value(call.structure, self._codebook.nearest(self._features(call)[1]))
+        value = code_value(call.structure, self._codebook.nearest(self._features(call)))
         return {call.structure.discrete[0].name: value.expand(len(quantiles), *value.shape)}
 
     # Saving
 
     def __getstate__(self) -> dict[str, Any]:
-        """The guide without its model, and without the batch that it has seen last."""
-        return {**super().__getstate__(), "_last_batch": ()}
-
-
-def _same_versions(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
-    """Whether two lists hold the same tensors, unchanged."""
-    pairs = zip(first, second, strict=False)
-    return len(first) == len(second) and all(p is q and version == other for (p, version), (q, other) in pairs)
+        """The guide without its model, and without what it knows of the last step."""
+        return {**super().__getstate__(), "_step_parameters": []}
 
 
 def _check_site(site: DiscreteSite, num_codes: int) -> None:
