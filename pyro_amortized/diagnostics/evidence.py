@@ -2,9 +2,9 @@ r"""The log evidence of every datapoint, :math:`\log p(x_n)`, by importance samp
 
 A proposal is a mixture of multivariate t's: one with the mean of the optimal member of the guide's family and the
 Hessian of the log-joint there, or at the mode that climbing from there leads to, if that is far; and one at every
-further mode that climbing from draws of the prior has found. Where the weights have a heavy tail or vary too much, a proposal is
-fitted to the weighted draws. Draws are taken in rounds, per datapoint, until the standard error is small and the tail of
-the weights is light.
+further mode that climbing from draws of the prior has found. Where the weights have a heavy tail or vary too much, a
+proposal is fitted to the weighted draws. Draws are taken in rounds, per datapoint, until the standard error is small
+and the tail of the weights is light.
 """
 
 from __future__ import annotations

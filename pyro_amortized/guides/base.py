@@ -691,9 +691,14 @@ def _global_quantiles(guide: AutoGuide, quantiles: Any, args: Any, kwargs: Any) 
 
 
 def _check_created(structure: Structure, indices: Mapping[str, Tensor]) -> None:
-    """Raises a ValueError if plates made by ``create_plates`` have other indices than the model gives them."""
+    """Raises a ValueError if plates made by ``create_plates`` have other indices than the model gives them.
+
+    Some models, such as Pyro's own CEVAE, give ``subsample=`` data of the right length, which say nothing.
+    """
     for name, index in structure.indices.items():
-        if structure.frames[name].kind == "explicit" and not torch.equal(index, indices[name].to(index.device)):
+        if structure.frames[name].kind != "explicit" or index.is_floating_point():
+            continue
+        if not torch.equal(index, indices[name].to(index.device)):
             raise ValueError(
                 f"Cannot run this guide because create_plates gives plate {name!r} other indices than the model's own "
                 "`subsample=`; try create_plates without that plate."
