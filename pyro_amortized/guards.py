@@ -43,10 +43,10 @@ class Guard:
             now = self.read()
         except (KeyError, IndexError, AttributeError, ValueError):
             return False
-        if isinstance(self.value, _SCALARS):
-            same = now == self.value or (now != now and self.value != self.value)
-            return type(now) is type(self.value) and same
-        return now is self.value
+        if now is self.value:
+            return True
+        same = isinstance(self.value, _SCALARS) and type(now) is type(self.value)
+        return same and (now == self.value or (now != now and self.value != self.value))
 
 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None))
