@@ -105,7 +105,8 @@ def test_takes_unseen_data(name: str, guide: str) -> None:
     bounds = []
     for model in (problem.model, of_neighbours):
         pyro.set_rng_seed(0)
-        bounds.append(load("_problem").elbo(replace(problem, model=model), trained_guide, seen_and_unseen(problem), 100))
+        shifted, data = replace(problem, model=model), seen_and_unseen(problem)
+        bounds.append(load("_problem").elbo(shifted, trained_guide, data, num_particles=100))
     assert standardized(*bounds) > 3
 
 
