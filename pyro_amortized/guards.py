@@ -59,7 +59,8 @@ _MANY = 100
 def guards(owner: Any, captured: Sequence[Tensor] = ()) -> Iterator[Guard]:
     """Guards of all that a model can reach, and of the tensors that its graph uses.
 
-    Classes of objects that change in every call name these attributes in ``_unwatched``.
+    Classes of objects that change in every call name these attributes in ``_unwatched``, or set it to True if nothing
+    in them decides what a model does.
 
     Raises:
         ValueError: If that is too much, or holds something that can change unseen.
@@ -125,7 +126,8 @@ def _is_foreign(holder: Any) -> bool:
         return _in_library(holder) or holder.__module__.split(".")[0] in sys.stdlib_module_names
     if isinstance(holder, types.FunctionType):
         return _in_library(holder) and holder.__closure__ is None
-    return isinstance(holder, types.BuiltinFunctionType) or type(holder) is _Context
+    unwatched = type(holder) is _Context or getattr(type(holder), "_unwatched", ()) is True
+    return isinstance(holder, types.BuiltinFunctionType) or unwatched
 
 
 _Place = tuple[Callable[[], Any] | None, Any]

@@ -225,7 +225,12 @@ class _Template:
     indices: Mapping[str, Source | None]
     observed: Mapping[str, tuple[Source, int] | None]
     guards: list[Guard] | None
-    is_unique: bool
+    is_unique: bool = True
+
+    def is_like(self, other: _Template) -> bool:
+        """Whether another one, of the same arguments, describes the same."""
+        same = self.structure.frames == other.structure.frames and self.indices == other.indices
+        return self.is_unique and same and self.observed == other.observed
 
     def holds(self) -> bool:
         """Whether the model's Python state is what it was."""
@@ -332,7 +337,10 @@ class StructureCache:
         if reads.seen or not structure.is_static or structure.is_weighted:
             self._watched[without_floats(key)] = (math.inf, self._calls)
             return
-        self._templates[key] = _template(structure, trace, arguments, reads, state, before is None)
+        template = _template(structure, trace, arguments, reads, state)
+        self._templates[key] = (
+            template if before is None or before.is_like(template) else replace(template, is_unique=False)
+        )
         if len(self._templates) > self.max_size:
             self._templates.popitem(last=False)
 
@@ -399,9 +407,7 @@ def _random_data_plates(trace: Trace, frames: Mapping[str, PlateFrame], plate: s
     return tuple(dict.fromkeys(name for name in names if name != plate))
 
 
-def _template(
-    structure: Structure, trace: Trace, arguments: Any, reads: ValueReads, guarded: list[Guard], is_unique: bool
-) -> _Template:
+def _template(structure: Structure, trace: Trace, arguments: Any, reads: ValueReads, guarded: list[Guard]) -> _Template:
     explicit = [name for name, frame in structure.frames.items() if frame.kind == "explicit"]
     indices = {name: find_source(structure.indices[name], arguments) for name in explicit}
     drawn = {name: trace.nodes[name]["value"] for name in structure.frames if name in trace.nodes}
@@ -413,7 +419,7 @@ def _template(
         if isinstance(site["value"], Tensor) and name not in structure.present:
             source = find_source(site["value"], arguments, reads.rows, plates)
         observed[name] = None if source is None else (source, site["fn"].event_dim)
-    return _Template(structure.without_tensors(), indices, observed, guarded, is_unique)
+    return _Template(structure.without_tensors(), indices, observed, guarded)
 
 
 def _fill(template: _Template, arguments: Any, observed: bool, drawn: Mapping[str, Tensor]) -> Structure | None:

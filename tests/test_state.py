@@ -151,7 +151,40 @@ def test_loaded_guide_does_not_guess_which_of_two_structures_it_is() -> None:
 def test_copied_guide_looks_again() -> None:
     guide, x = AmortizedGuide(observe), torch.randn(5)
     guide(x)
-    torch.testing.assert_close(copy.deepcopy(guide).median(x), guide.median(x))
+    again = copy.deepcopy(guide)
+    torch.testing.assert_close(again.median(x), guide.median(x))
+    torch.testing.assert_close(pickle.loads(pickle.dumps(again)).median(x), guide.median(x))
+
+
+def test_state_that_changes_nothing_of_the_structure_leaves_a_loaded_guide_usable() -> None:
+    global BETA
+    guide, x = AmortizedGuide(lambda x: observe(x if BETA > 0 else -x)), torch.randn(5)
+    guide(x)
+    BETA = 0.5
+    guide(x)
+    assert pickle.loads(pickle.dumps(guide)).median(x)["z"].shape == (5,)
+
+
+def test_model_that_holds_its_own_guide() -> None:
+    """As a class with both does; what the guide keeps changes in every call and is not watched."""
+
+    class Vae(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.runs = 0
+            self.guide = AmortizedGuide(self.model)
+
+        def model(self, x: Tensor) -> None:
+            self.runs += 1
+            observe(x)
+
+    vae = Vae()
+    for _ in range(3):
+        Trace_ELBO().loss(vae.model, vae.guide, torch.randn(5))
+    before = vae.runs
+    for _ in range(20):
+        Trace_ELBO().loss(vae.model, vae.guide, torch.randn(5))
+    assert vae.runs == before + 20
 
 
 def test_arguments_that_the_model_changes_in_place_are_refused() -> None:

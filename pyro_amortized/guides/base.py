@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import pyro
 import pyro.distributions as dist
@@ -65,6 +65,8 @@ class LocalGuide(AutoGuide):
     family: VariationalFamily
     inference: InferenceStrategy
     global_guide: AutoGuide
+    _unwatched: ClassVar[bool] = True
+    """What a guide keeps changes in every call and decides nothing in a model that can reach it."""
 
     def __init__(
         self,

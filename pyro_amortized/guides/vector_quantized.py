@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -91,8 +91,6 @@ class VectorQuantizedGuide(AmortizedGuide):
     """
 
     codebook: Codebook
-    _unwatched: ClassVar[tuple[str, ...]] = ("_step_parameters",)
-    """Attributes that change in every step, and tell nothing of the model."""
 
     def __init__(
         self,
