@@ -42,7 +42,7 @@ from pyro_amortized.guides import (
     VectorQuantizedGuide,
 )
 from pyro_amortized.quantization import Codebook
-from pyro_amortized.updates import Adam, GradientAscent, LearnedUpdate, NaturalGradient, UpdateRule
+from pyro_amortized.updates import Adam, GradientAscent, LearnedUpdate, NaturalGradient, Newton, UpdateRule
 
 __version__ = "0.1.0"
 
@@ -66,6 +66,7 @@ __all__ = [
     "Mixture",
     "MultivariateNormal",
     "NaturalGradient",
+    "Newton",
     "Normal",
     "PerDatapointGuide",
     "SemiAmortizedGuide",

@@ -371,13 +371,18 @@ class _Compiled:
         return compiled(*tensors)
 
     def _compile(self, tensors: Sequence[Tensor]) -> Function:
+        import torch._functorch.config
         import torch._inductor
 
         module, number = _lifted(self.graph), len(tensors) - len(self.captured)
         # random operators, such as dropout's, must draw what they draw uncompiled
         options = {"fallback_random": True} if any(map(_is_random, module.graph.nodes)) else None
+        # Elementwise results are computed again in the backward pass: storing the masks of ReLUs, as by default, takes
+        # several times as long on CPUs.
+        recomputing = torch._functorch.config.patch(aggressive_recomputation=True)
         try:
-            return torch._inductor.compile(module, list(tensors), options=options)
+            with recomputing:
+                return torch._inductor.compile(module, list(tensors), options=options)
         except Exception as error:  # a missing C++ compiler, or an operator that it cannot handle
             self.warn(_reason(error))
             return lambda *tensors: self.graph(*tensors[:number])

@@ -21,7 +21,7 @@ from torch.distributions import kl_divergence
 from torch.utils.checkpoint import checkpoint
 
 from pyro_amortized.families import VariationalFamily
-from pyro_amortized.updates import UpdateRule
+from pyro_amortized.updates import Curvature, UpdateRule
 
 __all__ = [
     "ENCODER_GRADIENTS",
@@ -49,8 +49,15 @@ class Objective(Protocol):
     def gradient(self, phi: Tensor, noise: Any) -> Tensor:
         """Its gradient ``(N, P)``, differentiable where gradients are enabled."""
 
-    def prepare(self, phi: Tensor, noise: Any) -> None:
-        """Does what the first call of :meth:`gradient` with such arguments needs beforehand."""
+    @property
+    def has_curvature(self) -> bool:
+        """Whether :meth:`curvature` can be had."""
+
+    def curvature(self, phi: Tensor, noise: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient ``(N, P)``, with slope ``(N, D)`` and curvature ``(N, D, D)`` in units of q."""
+
+    def prepare(self, phi: Tensor, noise: Any, curvature: bool) -> None:
+        """Does what the first call of :meth:`gradient` or :meth:`curvature` with such arguments needs beforehand."""
 
     def prior(self) -> Tensor:
         """phi close to the prior, ``(N, P)``."""
@@ -297,22 +304,23 @@ class Refined(InferenceStrategy):
         phi = start if self.encoder_gradient == "unrolled" or learned else start.detach()
         best = self._start_comparison(objective, phi) if keep_best else None
         state, nats = self.update.init(phi, features), None
+        curved = self.update.uses_curvature and objective.has_curvature and self.num_particles > 1
         for step in range(self.num_steps):
             noise = self._noise(objective, phi, step, self.num_particles)
             if learned or (step == 0 and self.encoder_gradient == "initial"):
                 with torch.no_grad(), self._seeding(noise, step):
-                    grad = objective.gradient(phi.detach(), noise)
+                    grad, *curvature = _slopes(objective, phi.detach(), noise, curved)
                 with torch.enable_grad():
                     own = (grad * (start if step == 0 else phi)).sum(-1)  # the gradient of the ELBO at this phi
                 nats = own if nats is None else nats + own
-                phi, state = self.update.update(phi.detach(), grad, state)
+                phi, state = self._move(phi.detach(), grad, state, curvature, objective)
             else:
                 run = self._step
                 if self.checkpoint and training:
-                    objective.prepare(phi, noise)
+                    objective.prepare(phi, noise, curved)
                     run = partial(checkpoint, self._step, use_reentrant=False)
                 with self._seeding(noise, step):
-                    phi, *rest = run(phi, noise, objective, *state)
+                    phi, *rest = run(phi, noise, objective, curved, *state)
                 state = tuple(rest)
             if best is not None:
                 if training and self.training and not bool(phi.isfinite().all()):
@@ -320,9 +328,18 @@ class Refined(InferenceStrategy):
                 best.offer(phi)
         return (phi if best is None else best.phi), nats
 
-    def _step(self, phi: Tensor, noise: Any, objective: Objective, *state: Tensor) -> tuple[Tensor, ...]:
-        phi, state = self.update.update(phi, objective.gradient(phi, noise), state)
+    def _step(self, phi: Tensor, noise: Any, objective: Objective, curved: bool, *state: Tensor) -> tuple[Tensor, ...]:
+        grad, *curvature = _slopes(objective, phi, noise, curved)
+        phi, state = self._move(phi, grad, state, curvature, objective)
         return (phi, *state)
+
+    def _move(
+        self, phi: Tensor, grad: Tensor, state: tuple[Tensor, ...], curvature: list[Tensor], objective: Objective
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if not curvature:
+            return self.update.update(phi, grad, state)
+        slope, precision = curvature
+        return self.update.update_with_curvature(phi, grad, state, Curvature(slope, precision, objective.family))
 
     def _keeps_best(self, has_gradients: bool) -> bool:
         if self.keep_best is None or (self.update.is_learned and has_gradients):  # which trains every step
@@ -409,6 +426,11 @@ class _Best:
         better = value > self.value
         self.phi = torch.where(better.unsqueeze(-1), phi, self.phi)
         self.value = torch.where(better, value, self.value)
+
+
+def _slopes(objective: Objective, phi: Tensor, noise: Any, curved: bool) -> tuple[Tensor, ...]:
+    """The gradient, and the slope and curvature if they are asked for."""
+    return objective.curvature(phi, noise) if curved else (objective.gradient(phi, noise),)
 
 
 def _zero(nats: Tensor | None) -> Tensor | None:

@@ -17,7 +17,7 @@ import torch
 from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
-from pyro_amortized.families import Normal, VariationalFamily
+from pyro_amortized.families import MultivariateNormal, Normal, VariationalFamily
 from pyro_amortized.graphs import Function, GraphCache
 from pyro_amortized.layout import LocalSite
 from pyro_amortized.log_joint import LocalLogJoint
@@ -153,52 +153,91 @@ class LocalObjective:
     # For refinement
 
     def noise(self, phi: Tensor, num_particles: int) -> Tensor | int:
-        """Fresh noise for K draws, from torch's generator: in antithetic pairs if K is even.
+        """Fresh noise for K draws, from torch's generator: if K is even in antithetic pairs, orthogonal to each other.
+
+        Every draw for itself is standard normal; pairs are orthogonal in blocks of as many as there are dimensions.
 
         Returns:
             Noise of shape ``(K, N, noise_dim)``, or K for families that draw their own.
+
+        References:
+            Orthogonal Random Features, Felix X. Yu, Ananda Theertha Suresh, Krzysztof Choromanski, Daniel
+            Holtmann-Rice, Sanjiv Kumar (2016), https://arxiv.org/abs/1610.09072
         """
         if self.family.noise_dim is None:
             return num_particles
         pairs, odd = divmod(num_particles, 2)
+        count = num_particles if odd else pairs
+        noise = torch.randn(count, len(phi), self.family.noise_dim, dtype=phi.dtype, device=phi.device)
         if odd:
-            return torch.randn(num_particles, len(phi), self.family.noise_dim, dtype=phi.dtype, device=phi.device)
-        half = torch.randn(pairs, len(phi), self.family.noise_dim, dtype=phi.dtype, device=phi.device)
-        return torch.cat([half, -half])
+            return noise
+        if pairs > 1 and 1 < self.family.noise_dim <= _MOST_ORTHOGONAL:
+            noise = torch.cat([_orthogonal(block) for block in noise.split(self.family.noise_dim)])
+        return torch.cat([noise, -noise])
 
     def value(self, phi: Tensor, noise: Tensor | int) -> Tensor:
         """The ELBO ``(N,)`` on given noise."""
-        return self._run(_value, phi, noise)
+        return self._run(_value, phi, noise)[0]
 
     def gradient(self, phi: Tensor, noise: Tensor | int) -> Tensor:
         """The gradient of the ELBO ``(N, P)`` on given noise; itself differentiable where gradients are enabled."""
-        return self._run(_gradient, phi, noise)
+        return self._run(_gradient, phi, noise)[0]
 
-    def prepare(self, phi: Tensor, noise: Tensor | int) -> None:
+    @property
+    def has_curvature(self) -> bool:
+        """Whether :meth:`curvature` can be had: for a normal with the reparameterised gradient."""
+        return isinstance(self.family, (Normal, MultivariateNormal)) and self.estimator != "analytic_kl"
+
+    def curvature(self, phi: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        r"""The gradient of the ELBO with its curvature in the location, from the same K evaluations of the model.
+
+        In the coordinates :math:`\epsilon = L^{-1}(z - \mu)` of the draws, for a covariance :math:`L L^T`, the
+        gradients :math:`r_k` of :math:`\log p(x, z) - \log q(z)` at the K draws are regressed on the draws,
+        :math:`r_k \approx r - B \epsilon_k`, by ridge regression towards B = 0, which holds where q is the
+        posterior. Where the posterior is normal they are linear in the draws, and the regression is exact but for the
+        ridge.
+
+        Args:
+            phi: Variational parameters of shape ``(N, P)``.
+            noise: Standard normal noise of shape ``(K, N, D)``, K at least 2.
+
+        Returns:
+            The gradient ``(N, P)``, as :meth:`gradient`; r, of shape ``(N, D)``; and the curvature
+            :math:`H = I + B`, of shape ``(N, D, D)``, symmetric: the negative Hessian of the ELBO by :math:`\mu`, and
+            with it the precision that the posterior seems to have, both in units of the precision of q.
+
+        References:
+            Fixed-Form Variational Posterior Approximation through Stochastic Linear Regression, Tim Salimans, David A.
+            Knowles (2013), https://arxiv.org/abs/1206.6679
+        """
+        grad, slope, curvature = self._run(_curvature, phi, noise)
+        return grad, slope, curvature
+
+    def prepare(self, phi: Tensor, noise: Tensor | int, curvature: bool = False) -> None:
         """Traces the gradient, if it is to be traced, before it is first run."""
-        self._program(_gradient, phi, noise)
+        self._program(_curvature if curvature else _gradient, phi, noise)
 
     def _program(
-        self, program: Callable[..., Tensor], phi: Tensor, noise: Tensor | int
+        self, program: Callable[..., tuple[Tensor, ...]], phi: Tensor, noise: Tensor | int
     ) -> tuple[Function, list[Tensor]]:
         key = (program, noise if isinstance(noise, int) else noise.shape)
         if key not in self._programs:
             self._programs[key] = self._find_program(program, phi, noise)
         return self._programs[key]
 
-    def _run(self, program: Callable[..., Tensor], phi: Tensor, noise: Tensor | int) -> Tensor:
+    def _run(self, program: Callable[..., tuple[Tensor, ...]], phi: Tensor, noise: Tensor | int) -> tuple[Tensor, ...]:
         function, tensors = self._program(program, phi, noise)
-        return function(phi, *tensors)[0] if isinstance(noise, int) else function(phi, noise, *tensors)[0]
+        return function(phi, *tensors) if isinstance(noise, int) else function(phi, noise, *tensors)
 
     def _find_program(
-        self, program: Callable[..., Tensor], phi: Tensor, noise: Tensor | int
+        self, program: Callable[..., tuple[Tensor, ...]], phi: Tensor, noise: Tensor | int
     ) -> tuple[Function, list[Tensor]]:
         """A function of phi, noise and the tensors of this call: traced if that can be done."""
         family, estimator = self.family, self.estimator
 
         def run(log_joint: LocalLogJoint, phi: Tensor, *noise_tensor: Tensor) -> tuple[Tensor, ...]:
             objective = LocalObjective(log_joint, family, estimator)
-            return (program(objective, phi, noise_tensor[0] if noise_tensor else noise),)
+            return program(objective, phi, noise_tensor[0] if noise_tensor else noise)
 
         inputs, count = ([phi], noise) if isinstance(noise, int) else ([phi, noise], None)
         owner = (self.log_joint.model, family)
@@ -232,11 +271,21 @@ class LocalObjective:
         return self.family.initial(loc, 1.0) if phi is None else phi
 
 
-def _value(objective: LocalObjective, phi: Tensor, noise: Tensor | int) -> Tensor:
-    return objective.elbo(phi, noise)
+_MOST_ORTHOGONAL = 128
+"""Dimensions up to which draws are made orthogonal, at a cost that grows with their cube."""
 
 
-def _gradient(objective: LocalObjective, phi: Tensor, noise: Tensor | int) -> Tensor:
+def _orthogonal(noise: Tensor) -> Tensor:
+    """Standard normal vectors ``(K, N, D)``, K at most D, turned to be orthogonal for each of N; lengths are kept."""
+    directions = torch.linalg.qr(noise.permute(1, 2, 0))[0].permute(2, 0, 1)
+    return directions * noise.norm(dim=-1, keepdim=True)
+
+
+def _value(objective: LocalObjective, phi: Tensor, noise: Tensor | int) -> tuple[Tensor, ...]:
+    return (objective.elbo(phi, noise),)
+
+
+def _gradient(objective: LocalObjective, phi: Tensor, noise: Tensor | int) -> tuple[Tensor, ...]:
     """The gradient ``(N, P)``, with a graph of its own where gradients are enabled."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -249,7 +298,49 @@ def _gradient(objective: LocalObjective, phi: Tensor, noise: Tensor | int) -> Te
             stl = objective.estimator == "stl"
             elbo = objective.elbo(phi, noise, path) if stl else objective.elbo(path, noise)
         (grad,) = torch.autograd.grad(elbo.sum(), path, create_graph=create_graph)
-    return grad
+    return (grad,)
+
+
+_PRIOR_DRAWS = 3.0
+"""What the ridge counts for, in draws, where the draws tell nothing of each other; it is less where they do."""
+
+
+def _ridge(x: Tensor, y: Tensor) -> Tensor:
+    """Coefficients ``(N, D, D)`` of a regression of y on x, both ``(N, K, D)`` and centred, shrunk towards zero.
+
+    They are shrunk in proportion to the share of the variance of y that each draw's own prediction, without it, leaves
+    unexplained.
+    """
+    gram, cross, eye = x.mT @ x, x.mT @ y, torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    factor = torch.linalg.cholesky_ex(gram + _PRIOR_DRAWS * eye)[0]
+    leverage = (x * torch.cholesky_solve(x.mT, factor).mT).sum(-1, keepdim=True) + 1.0 / x.shape[1]
+    left_out = (y - x @ torch.cholesky_solve(cross, factor)) / (1.0 - leverage).clamp(min=0.05)
+    unexplained = left_out.square().sum((-2, -1)) / y.square().sum((-2, -1)).clamp(min=1e-30)
+    draws = _PRIOR_DRAWS * unexplained.clamp(0.01, 1.0)
+    return torch.cholesky_solve(cross, torch.linalg.cholesky_ex(gram + draws[:, None, None] * eye)[0])
+
+
+def _curvature(objective: LocalObjective, phi: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+    """The gradient, and the linear regression of the draws' gradients on the draws."""
+    create_graph, family = torch.is_grad_enabled(), objective.family
+    with torch.enable_grad():
+        path = phi.view_as(phi) if create_graph and phi.requires_grad else phi.detach().requires_grad_()
+        stl = objective.estimator == "stl"
+        z, log_q = family.sample_and_log_prob(phi if stl else path, noise, path)
+        (slope,) = torch.autograd.grad(objective.log_joint(z).sum(), z, create_graph=create_graph)
+        log_q = objective._as_scaled(log_q)
+        cotangents = [slope / len(noise), torch.full_like(log_q, -1.0 / len(noise))]
+        (grad,) = torch.autograd.grad([z, log_q], path, cotangents, create_graph=create_graph)
+    slope = family.in_units(phi, slope)  # type: ignore[operator]
+    if objective.log_joint.layout.is_scaled:
+        slope = slope / torch.as_tensor(objective.log_joint.layout.scale).to(slope).unsqueeze(-1)
+    slope, noise = (slope + noise).transpose(0, 1), noise.transpose(0, 1)  # (N, K, D)
+    mean, centre = slope.mean(1), noise.mean(1)
+    slope, noise = slope - mean.unsqueeze(1), noise - centre.unsqueeze(1)
+    eye = torch.eye(noise.shape[-1], dtype=noise.dtype, device=noise.device)
+    excess = -_ridge(noise, slope)
+    excess = 0.5 * (excess + excess.mT)
+    return grad, mean + (excess @ centre.unsqueeze(-1)).squeeze(-1), eye + excess
 
 
 def _unconstrained_moments(prior: dist.TorchDistribution, site: LocalSite) -> tuple[Tensor, Tensor]:

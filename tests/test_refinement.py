@@ -36,6 +36,7 @@ from pyro_amortized import (
     IterativeAmortizedGuide,
     LearnedUpdate,
     NaturalGradient,
+    Newton,
     Normal,
     PerDatapointGuide,
     SemiAmortizedGuide,
@@ -49,6 +50,7 @@ from pyro_amortized.inference import InferenceStrategy, Refined
 from pyro_amortized.log_joint import LocalLogJoint
 from pyro_amortized.objective import LocalObjective
 from pyro_amortized.structure import StructureCache
+from pyro_amortized.updates import Curvature
 
 FAMILIES = ["normal", "multivariate_normal", "low_rank_multivariate_normal"]
 GRADIENTS = ["unrolled", "first_order", "initial", "distill"]
@@ -137,6 +139,45 @@ def gradient_by_hand(vae: VAE, x: Tensor, phi: Tensor, noise: Tensor, estimator:
     return torch.cat([loc_grad, scale_grad], -1)
 
 
+def curvature_by_hand(vae: VAE, x: Tensor, phi: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Slope and curvature in units of q, by least squares on the draws and as many times zero as the ridge counts."""
+    loc, log_scale = phi.chunk(2, -1)
+    z = loc + log_scale.exp() * noise
+    z = z if z.requires_grad else z.requires_grad_()
+    with torch.enable_grad():
+        (score,) = torch.autograd.grad(
+            (vae.log_likelihood(x, z) - 0.5 * z.square().sum(-1)).sum(), z, create_graph=True
+        )
+    residual = score * log_scale.exp() + noise
+    slopes, curvatures = [], []
+    for n in range(len(x)):
+        draws, values = noise[:, n], residual[:, n]
+        draws_mean, values_mean = draws.mean(0), values.mean(0)
+        draws, values = draws - draws_mean, values - values_mean
+        hat = draws @ torch.linalg.inv(draws.T @ draws + 3.0 * torch.eye(LATENTS)) @ draws.T
+        left_out = (values - hat @ values) / (1 - hat.diagonal() - 1 / len(draws)).clamp(min=0.05).unsqueeze(-1)
+        count = 3.0 * (left_out.square().sum() / values.square().sum()).clamp(0.01, 1.0)
+        design = torch.cat([draws, count.sqrt() * torch.eye(LATENTS)])
+        target = torch.cat([values, torch.zeros(LATENTS, LATENTS)])
+        excess = -torch.linalg.lstsq(design, target).solution
+        excess = (excess + excess.T) / 2
+        slopes.append(values_mean + excess @ draws_mean)
+        curvatures.append(torch.eye(LATENTS) + excess)
+    return torch.stack(slopes), torch.stack(curvatures)
+
+
+def newton_by_hand(vae: VAE, x: Tensor, phi: Tensor, noises: list[Any], step_size: float) -> Tensor:
+    """Newton steps without limits."""
+    for noise in noises:
+        slope, curvature = curvature_by_hand(vae, x, phi, noise)
+        assert (torch.linalg.eigvalsh(curvature) > 0.05).all()  # nothing is damped
+        loc, log_scale = phi.chunk(2, -1)
+        shift = step_size * torch.linalg.solve(curvature, slope)
+        precision = 1 + step_size * (curvature.diagonal(dim1=-2, dim2=-1) - 1)
+        phi = torch.cat([loc + log_scale.exp() * shift, log_scale - 0.5 * precision.log()], -1)
+    return phi
+
+
 def climb_by_hand(vae: VAE, x: Tensor, phi: Tensor, noises: list[Any], rule: str, estimator: str = "stl") -> Tensor:
     """Steps of the rules in ``RULES``."""
     velocity, first, second = 0.0, 0.0, 0.0
@@ -222,6 +263,23 @@ def test_unrolled_gradients_equal_a_loop_by_hand(rule: str, estimator: str, nois
     actual = gradients(loss, guide, vae)
     assert len(actual) == 8  # two layers each
     assert relative_error(actual, gradients(expected, guide, vae)) < 1e-6
+
+
+@pytest.mark.usefixtures("_float64")
+@pytest.mark.parametrize(("num_particles", "checkpoint"), [(3, False), (4, False), (4, True)])
+def test_unrolled_newton_steps_equal_a_loop_by_hand(num_particles: int, checkpoint: bool, noises: list[Any]) -> None:
+    vae, x = VAE(), pixels()
+    update = Newton(0.7, max_shift=100.0, max_log_ratio=100.0)
+    guide = semi_amortized(vae, x, update=update, num_particles=num_particles, checkpoint=checkpoint)
+    noises.clear()
+    loss, z = loss_and_draw(vae, guide, x)
+    phi = newton_by_hand(vae, x, start_by_hand(guide, x), noises[:STEPS], 0.7)
+    expected = loss_by_hand(vae, x, phi, z)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    actual = gradients(loss, guide, vae)
+    assert relative_error(actual, gradients(expected, guide, vae)) < 1e-6
+    others = loss_by_hand(vae, x, newton_by_hand(vae, x, start_by_hand(guide, x), noises[:STEPS], 0.5), z)
+    assert relative_error(actual, gradients(others, guide, vae)) > 1e-3
 
 
 @pytest.mark.usefixtures("_float64")
@@ -461,10 +519,13 @@ def iterative(vae: Any, x: Tensor, **options: Any) -> Any:
 
 
 @pytest.mark.usefixtures("_float64")
+@pytest.mark.parametrize("num_particles", [1, 2])
 @pytest.mark.parametrize("initial", ["prior", "encoder"])
-def test_every_learned_step_is_trained_by_the_elbo_that_it_leads_to(initial: str, noises: list[Any]) -> None:
+def test_every_learned_step_is_trained_by_the_elbo_that_it_leads_to(
+    initial: str, num_particles: int, noises: list[Any]
+) -> None:
     vae, x = VAE(), pixels()
-    guide = iterative(vae, x, initial=initial, num_particles=2)
+    guide = iterative(vae, x, initial=initial, num_particles=num_particles)
     noises.clear()
     loss, z = loss_and_draw(vae, guide, x)
     rule, features = guide.inference.update, guide.inference.features(x)
@@ -474,7 +535,12 @@ def test_every_learned_step_is_trained_by_the_elbo_that_it_leads_to(initial: str
     for noise in noises:
         g = gradient_by_hand(vae, x, phi.detach(), noise, "stl").detach()
         encoder_loss = encoder_loss - (g * phi).sum()
-        phi = rule.update(phi.detach(), g, rule.init(phi, features))[0]
+        state, phi = rule.init(phi, features), phi.detach()
+        if num_particles == 1:
+            phi = rule.update(phi, g, state)[0]
+        else:
+            slope, curvature = (part.detach() for part in curvature_by_hand(vae, x, phi, noise))
+            phi = rule.update_with_curvature(phi, g, state, Curvature(slope, curvature, Normal(LATENTS)))[0]
     last = loss_by_hand(vae, x, phi, z)
     assert loss.item() == pytest.approx(last.item(), rel=1e-9)
     expected = gradients(encoder_loss + last, guide)

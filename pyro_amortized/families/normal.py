@@ -72,6 +72,17 @@ class Normal(_Gaussian):
         loc, scale = self.marginals(phi)
         return loc + scale * noise
 
+    def in_units(self, phi: Tensor, gradient: Tensor) -> Tensor:
+        """A gradient by z as one by the noise."""
+        return gradient * phi[..., self.latent_dim :].exp()
+
+    def moved(self, phi: Tensor, shift: Tensor, precision: Tensor) -> Tensor:
+        """phi after a move in units of the noise: the best mean-field approximation of N(shift, precision^-1) there."""
+        loc, log_scale = phi.split(self.latent_dim, -1)
+        return torch.cat(
+            [loc + log_scale.exp() * shift, log_scale - 0.5 * precision.diagonal(dim1=-2, dim2=-1).log()], -1
+        )
+
 
 @register_family("multivariate_normal")
 class MultivariateNormal(_Gaussian):
@@ -114,7 +125,10 @@ class MultivariateNormal(_Gaussian):
 
     def laplace(self, loc: Tensor, precision: Tensor) -> Tensor:
         """The posterior itself."""
-        scale_tril = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(precision)))
+        return self._of(loc, torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(precision))))
+
+    def _of(self, loc: Tensor, scale_tril: Tensor) -> Tensor:
+        """phi of a location and L."""
         scale = scale_tril.diagonal(dim1=-2, dim2=-1)
         relative = (scale_tril / scale.unsqueeze(-1)).flatten(-2)[..., self.lower]
         return torch.cat([loc, scale.log(), relative], -1)
@@ -122,6 +136,17 @@ class MultivariateNormal(_Gaussian):
     def rsample(self, phi: Tensor, noise: Tensor) -> Tensor:
         """``loc + L @ noise``."""
         return phi[..., : self.latent_dim] + (self.scale_tril(phi) @ noise.unsqueeze(-1)).squeeze(-1)
+
+    def in_units(self, phi: Tensor, gradient: Tensor) -> Tensor:
+        """A gradient by z as one by the noise."""
+        return (self.scale_tril(phi).mT @ gradient.unsqueeze(-1)).squeeze(-1)
+
+    def moved(self, phi: Tensor, shift: Tensor, precision: Tensor) -> Tensor:
+        """phi after a move in units of the noise, to N(shift, precision^-1) there."""
+        scale_tril = self.scale_tril(phi)
+        loc = phi[..., : self.latent_dim] + (scale_tril @ shift.unsqueeze(-1)).squeeze(-1)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(precision)[0])
+        return self._of(loc, scale_tril @ torch.linalg.cholesky_ex(inverse)[0])
 
 
 @register_family("low_rank_multivariate_normal")

@@ -29,7 +29,7 @@ from pyro_amortized.sampling import KeepLogDensity, add_gradient, check_scaled_o
 from pyro_amortized.simulated import simulated_call, takes_observations
 from pyro_amortized.structure import Structure, StructureCache, check_bounds, check_observed, check_weights
 from pyro_amortized.tracing import isolated, run_model
-from pyro_amortized.updates import NaturalGradient, UpdateRule
+from pyro_amortized.updates import UpdateRule, rule_for
 
 if TYPE_CHECKING:
     from pyro_amortized.guides.semi_amortized import SemiAmortizedGuide
@@ -604,8 +604,8 @@ class LocalGuide(AutoGuide):
 
         Args:
             num_steps: Number of steps.
-            update: The update rule; by default :class:`~pyro_amortized.NaturalGradient` for the normal family,
-                :class:`~pyro_amortized.Adam` for others.
+            update: The update rule; by default :class:`~pyro_amortized.Newton` for the normal and the full-rank family
+                of up to 128 latents, else :class:`~pyro_amortized.NaturalGradient` or :class:`~pyro_amortized.Adam`.
             num_particles: Number of draws for each step's gradient.
             **options: Further ones of :class:`~pyro_amortized.SemiAmortizedGuide`, such as ``compile=True``.
 
@@ -635,8 +635,8 @@ class LocalGuide(AutoGuide):
             raise ValueError(
                 "Cannot refine this guide because it was loaded without its model; try `guide.model = model`."
             )
-        if update is None and isinstance(self._family, Normal):
-            update = NaturalGradient(0.5)
+        if update is None and self._family is not None:
+            update = rule_for(self._family, num_particles, options.get("estimator"))
         options = {"name": f"{self._pyro_name}_refined", "num_particles": num_particles, **options}
         guide = SemiAmortizedGuide(self.model, num_steps=num_steps, update=update, **options)
         guide._adopt(self)

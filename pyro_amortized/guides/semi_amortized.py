@@ -34,9 +34,10 @@ class SemiAmortizedGuide(RefiningGuide):
         encoder: As in :class:`AmortizedGuide`.
         num_steps: Number of steps T; an attribute that may be changed at any time.
         update: The update rule: :class:`~pyro_amortized.NaturalGradient`, the default for the normal family,
-            :class:`~pyro_amortized.Adam`, the default for others, or :class:`~pyro_amortized.GradientAscent`. The
-            default's step size is 2 / ``num_steps``, at most 0.5: larger ones make the steps forget where they started,
-            so that nothing trains the encoder.
+            :class:`~pyro_amortized.Adam`, the default for others, :class:`~pyro_amortized.GradientAscent`, or
+            :class:`~pyro_amortized.Newton`, which goes furthest in a step, for more than one particle. The default's
+            step size is 2 / ``num_steps``, at most 0.5: larger ones make the steps forget where they started, so that
+            nothing trains the encoder.
         encoder_gradient: How the encoder learns. ``"unrolled"``: by the exact gradient of the refined ELBO through all
             steps, as in the SA-VAE; ``"first_order"``: the same with the Jacobian of the steps taken for the identity,
             which is cheaper; ``"initial"``: by the ELBO of its own answer, the model by that of the refined one
