@@ -460,8 +460,6 @@ class LearnedUpdate(UpdateRule):
             with torch.no_grad():  # the first answers: half of phi, half of the network, a small natural step
                 output.weight.mul_(0.1)
                 output.bias.zero_()
-                if self.newton is not None and __import__("os").environ.get("NB"):
-                    output.bias[2 * family.num_params :] = float(__import__("os").environ["NB"])
             self.network = nn.Sequential(*layers, output)
         built = self.network[0].in_features, self.network[-1].out_features
         if built != sizes:  # type: ignore[comparison-overlap]
