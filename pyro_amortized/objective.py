@@ -277,8 +277,14 @@ _MOST_ORTHOGONAL = 128
 
 def _orthogonal(noise: Tensor) -> Tensor:
     """Standard normal vectors ``(K, N, D)``, K at most D, turned to be orthogonal for each of N; lengths are kept."""
-    directions = torch.linalg.qr(noise.permute(1, 2, 0))[0].permute(2, 0, 1)
-    return directions * noise.norm(dim=-1, keepdim=True)
+    q, r = torch.linalg.qr(_widened(noise).permute(1, 2, 0))
+    directions = (q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)).permute(2, 0, 1)
+    return (directions * noise.norm(dim=-1, keepdim=True)).to(noise)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """A tensor of a precision that linear algebra exists in."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _value(objective: LocalObjective, phi: Tensor, noise: Tensor | int) -> tuple[Tensor, ...]:
@@ -334,7 +340,7 @@ def _curvature(objective: LocalObjective, phi: Tensor, noise: Tensor) -> tuple[T
     slope = family.in_units(phi, slope)  # type: ignore[operator]
     if objective.log_joint.layout.is_scaled:
         slope = slope / torch.as_tensor(objective.log_joint.layout.scale).to(slope).unsqueeze(-1)
-    slope, noise = (slope + noise).transpose(0, 1), noise.transpose(0, 1)  # (N, K, D)
+    slope, noise = _widened(slope + noise).transpose(0, 1), _widened(noise).transpose(0, 1)  # (N, K, D)
     mean, centre = slope.mean(1), noise.mean(1)
     slope, noise = slope - mean.unsqueeze(1), noise - centre.unsqueeze(1)
     eye = torch.eye(noise.shape[-1], dtype=noise.dtype, device=noise.device)

@@ -361,7 +361,7 @@ class Newton(_SteppedRule):
     ) -> tuple[Tensor, State]:
         """One step."""
         slope, precision, family = curvature
-        eye = torch.eye(slope.shape[-1], dtype=phi.dtype, device=phi.device)
+        eye = torch.eye(slope.shape[-1], dtype=slope.dtype, device=slope.device)
         precision = precision + _damping(precision.detach())[:, None, None] * eye
         step_size = self.step_size if self.log_step_size is None else self.step_size.clamp(max=1.0)  # type: ignore[union-attr]
         factor = torch.linalg.cholesky_ex(precision)[0]
@@ -371,7 +371,8 @@ class Newton(_SteppedRule):
         size = precision.diagonal(dim1=-2, dim2=-1)
         limit = math.exp(2.0 * self.max_log_ratio)
         ratio = (size.clamp(1.0 / limit, limit) / size).sqrt()
-        return family.moved(phi, shift, ratio.unsqueeze(-1) * precision * ratio.unsqueeze(-2)), ()  # type: ignore[operator]
+        precision = ratio.unsqueeze(-1) * precision * ratio.unsqueeze(-2)
+        return family.moved(phi.to(slope), shift, precision).to(phi), ()  # type: ignore[operator]
 
 
 _MOST_LATENTS = 128
@@ -457,9 +458,11 @@ class LearnedUpdate(UpdateRule):
             for first, second in zip(dims, dims[1:], strict=False):
                 layers += [nn.Linear(first, second), self.activation()]
             output = nn.Linear(dims[-1], sizes[1])
-            with torch.no_grad():  # the first answers: half of phi, half of the network, a small natural step
+            with torch.no_grad():  # the first answers: half of phi, half of the network, and most of a Newton step
                 output.weight.mul_(0.1)
                 output.bias.zero_()
+                if self.newton is not None:
+                    output.bias[2 * family.num_params :] = _FIRST_SHARE
             self.network = nn.Sequential(*layers, output)
         built = self.network[0].in_features, self.network[-1].out_features
         if built != sizes:  # type: ignore[comparison-overlap]
@@ -504,6 +507,9 @@ class LearnedUpdate(UpdateRule):
             new = new + parts[2].sigmoid() * (direct - phi)
         return new, state
 
+
+_FIRST_SHARE = 2.0
+"""Logit of the share of a Newton step that a learned rule starts with."""
 
 _SMALLEST = math.exp(-8.0)
 """Gradients below this, in nats, look like it to a learned rule."""

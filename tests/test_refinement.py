@@ -632,7 +632,7 @@ KINDS = ["amortized", "per_datapoint", "semi_amortized", "iterative"]
     some_slow([("iterative", "normal"), ("per_datapoint", "multivariate_normal")], KINDS, FAMILIES),
 )
 def test_every_guide_can_be_refined_to_its_familys_optimum(kind: str, family: str) -> None:
-    """Tolerance: a tenth of a nat, about which the last steps wander on 128 draws; the start is far from that."""
+    """Tolerance: what the last steps wander by on 128 draws; Newton's, less. The start is far from that."""
     linear = LinearGaussian.random_weights()
     x = linear.simulate(5)
     guide = guide_of_kind(kind, linear.full, family)
@@ -643,9 +643,10 @@ def test_every_guide_can_be_refined_to_its_familys_optimum(kind: str, family: st
     with torch.no_grad():
         optimum = mean_field_gap(linear) if family == "normal" else 0.0
         before, after = (kl_from_posterior(linear, x, g, g.variational_parameters(x)) for g in (guide, refined))
-    assert (after - optimum).max() < 0.1
+    tolerance = 0.03 if family == "normal" else 0.1
+    assert (after - optimum).max() < tolerance
     assert (after - optimum).min() > -1e-6
-    assert (before - optimum).min() > 0.3
+    assert (before - optimum).min() > 3 * tolerance
 
 
 @pytest.mark.parametrize("kind", KINDS)
