@@ -362,17 +362,21 @@ class Newton(_SteppedRule):
         """One step."""
         slope, precision, family = curvature
         eye = torch.eye(slope.shape[-1], dtype=slope.dtype, device=slope.device)
-        precision = precision + _damping(precision.detach())[:, None, None] * eye
         step_size = self.step_size if self.log_step_size is None else self.step_size.clamp(max=1.0)  # type: ignore[union-attr]
-        factor = torch.linalg.cholesky_ex(precision)[0]
+        damped = precision + _damping(precision.detach())[:, None, None] * eye
+        factor = torch.linalg.cholesky_ex(damped)[0]
         shift = step_size * torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)
-        shift = shift * (self.max_shift / shift.abs().amax(-1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0)
-        precision = eye + step_size * (precision - eye)
-        size = precision.diagonal(dim1=-2, dim2=-1)
-        limit = math.exp(2.0 * self.max_log_ratio)
-        ratio = (size.clamp(1.0 / limit, limit) / size).sqrt()
-        precision = ratio.unsqueeze(-1) * precision * ratio.unsqueeze(-2)
-        return family.moved(phi.to(slope), shift, precision).to(phi), ()  # type: ignore[operator]
+        kept = self.max_shift / shift.abs().amax(-1, keepdim=True).clamp(min=self.max_shift)
+        limit = (2.0 * self.max_log_ratio * kept).exp()  # q keeps its width as long as it has far to go
+        if isinstance(family, Normal):
+            size = precision.diagonal(dim1=-2, dim2=-1).clamp(min=_LEAST_CURVATURE)
+            size = (1.0 + step_size * (size - 1.0)).clamp(1.0 / limit, limit)
+            precision = torch.diag_embed(size)
+        else:
+            change = damped - eye
+            most = (limit - 1.0) / torch.linalg.matrix_norm(change).clamp(min=1e-6).unsqueeze(-1)
+            precision = eye + torch.as_tensor(step_size).to(most).clamp(max=most).unsqueeze(-1) * change
+        return family.moved(phi.to(slope), kept * shift, precision).to(phi), ()  # type: ignore[operator]
 
 
 _MOST_LATENTS = 128
@@ -400,10 +404,12 @@ _LEAST_CURVATURE = 0.05
 @torch.no_grad()
 def _damping(curvature: Tensor) -> Tensor:
     """What has to be added to the diagonal of each curvature ``(N, D, D)`` to make it safely positive, ``(N,)``."""
-    lowered = curvature - _LEAST_CURVATURE * torch.eye(curvature.shape[-1]).to(curvature)
-    rows = (torch.linalg.cholesky_ex(lowered)[1] > 0) & lowered.isfinite().all(-1).all(-1)
-    damping = curvature.new_zeros(len(curvature))
-    damping[rows] = -torch.linalg.eigvalsh(lowered[rows])[:, 0]
+    norm = torch.linalg.matrix_norm(curvature)
+    least = (100.0 * torch.finfo(curvature.dtype).eps * norm).clamp(min=_LEAST_CURVATURE)  # beyond rounding errors
+    lowered = curvature - least[:, None, None] * torch.eye(curvature.shape[-1]).to(curvature)
+    rows = (torch.linalg.cholesky_ex(lowered)[1] > 0) & norm.isfinite()
+    damping = torch.zeros_like(norm)
+    damping[rows] = (-torch.linalg.eigvalsh(lowered[rows])[:, 0]).clamp(min=0.0)
     return damping
 
 
@@ -458,11 +464,9 @@ class LearnedUpdate(UpdateRule):
             for first, second in zip(dims, dims[1:], strict=False):
                 layers += [nn.Linear(first, second), self.activation()]
             output = nn.Linear(dims[-1], sizes[1])
-            with torch.no_grad():  # the first answers: half of phi, half of the network, and most of a Newton step
+            with torch.no_grad():  # the first answers: half of phi, half of the network, and a share of the direct step
                 output.weight.mul_(0.1)
                 output.bias.zero_()
-                if self.newton is not None:
-                    output.bias[2 * family.num_params :] = _FIRST_SHARE
             self.network = nn.Sequential(*layers, output)
         built = self.network[0].in_features, self.network[-1].out_features
         if built != sizes:  # type: ignore[comparison-overlap]
@@ -479,7 +483,7 @@ class LearnedUpdate(UpdateRule):
     def update(self, phi: Tensor, grad: Tensor, state: State) -> tuple[Tensor, State]:
         """One step."""
         natural = None if self.natural is None else self.natural.update(phi.detach(), grad.detach(), ())[0]
-        return self._update(phi, grad, state, natural)
+        return self._update(phi, grad, state, natural, 0.0)
 
     def update_with_curvature(
         self, phi: Tensor, grad: Tensor, state: State, curvature: Curvature
@@ -488,11 +492,12 @@ class LearnedUpdate(UpdateRule):
         if self.newton is None:
             return self.update(phi, grad, state)
         seen = Curvature(curvature.slope.detach(), curvature.precision.detach(), curvature.family)
-        return self._update(
-            phi, grad, state, self.newton.update_with_curvature(phi.detach(), grad.detach(), (), seen)[0]
-        )
+        newton = self.newton.update_with_curvature(phi.detach(), grad.detach(), (), seen)[0]
+        return self._update(phi, grad, state, newton, _NEWTON_SHARE)
 
-    def _update(self, phi: Tensor, grad: Tensor, state: State, direct: Tensor | None) -> tuple[Tensor, State]:
+    def _update(
+        self, phi: Tensor, grad: Tensor, state: State, direct: Tensor | None, share: float
+    ) -> tuple[Tensor, State]:
         phi, grad = phi.detach(), grad.detach()
         size = grad.abs().clamp(min=_SMALLEST).log() / -math.log(_SMALLEST)
         if self.network is None:
@@ -504,11 +509,11 @@ class LearnedUpdate(UpdateRule):
         keep = parts[0].sigmoid()
         new = keep * phi + (1 - keep) * parts[1]
         if direct is not None:
-            new = new + parts[2].sigmoid() * (direct - phi)
+            new = new + (parts[2] + share).sigmoid() * (direct - phi)
         return new, state
 
 
-_FIRST_SHARE = 2.0
+_NEWTON_SHARE = 2.0
 """Logit of the share of a Newton step that a learned rule starts with."""
 
 _SMALLEST = math.exp(-8.0)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import LinearGaussian
 from pyro import poutine
+from pyro.infer import Trace_ELBO
 from torch import Tensor
 from torch.distributions import kl_divergence
 
@@ -219,19 +220,61 @@ def test_steps_from_between_modes_climb() -> None:
 
 
 @pytest.mark.parametrize("Family", FAMILIES)
-def test_steps_are_limited(Family: Any) -> None:
+def test_steps_are_limited_and_far_from_the_optimum_keep_their_width(Family: Any) -> None:
     family = Family(LATENTS)
     phi, slope = phi_of(family, 3), 100.0 * torch.ones(3, LATENTS)
     slope[:, 1:] = torch.linspace(-50.0, 50.0, LATENTS - 1)
+    rule = Newton(1.0, max_shift=2.0, max_log_ratio=0.3)
     for size in (1e4, 0.06):
-        curvature = Curvature(slope * size, size * torch.eye(LATENTS).expand(3, -1, -1), family)
-        moved = Newton(1.0, max_shift=2.0, max_log_ratio=0.3).update_with_curvature(phi, phi, (), curvature)[0]
-        factor = scale_tril(family, phi)
-        shift = torch.linalg.solve(factor, (moved - phi)[:, :LATENTS].unsqueeze(-1)).squeeze(-1)
+        precision = size * torch.eye(LATENTS).expand(3, -1, -1)
+        moved = rule.update_with_curvature(phi, phi, (), Curvature(slope * size, precision, family))[0] - phi
+        shift = torch.linalg.solve(scale_tril(family, phi), moved[:, :LATENTS].unsqueeze(-1)).squeeze(-1)
         torch.testing.assert_close(shift.abs().amax(-1), torch.full((3,), 2.0))
         torch.testing.assert_close(shift / shift[:, :1], slope / slope[:, :1])  # the direction is kept
-        ratio = (moved - phi)[:, LATENTS : 2 * LATENTS]
-        torch.testing.assert_close(ratio, torch.full_like(ratio, -0.3 if size > 1 else 0.3))
+        assert moved[:, LATENTS : 2 * LATENTS].abs().max() < 0.02 * 0.3 + 1e-6
+        near = rule.update_with_curvature(phi, phi, (), Curvature(torch.zeros_like(slope), precision, family))[0] - phi
+        ratio = near[:, LATENTS : 2 * LATENTS] * (-1 if size > 1 else 1)
+        assert near[:, :LATENTS].abs().max() == 0
+        if Family is Normal:
+            torch.testing.assert_close(ratio, torch.full_like(ratio, 0.3))
+        else:
+            assert ratio.min() > 0.05
+            assert ratio.max() < 0.3 + 1e-9
+
+
+@pytest.mark.parametrize("Family", FAMILIES)
+@pytest.mark.parametrize("seed", range(5))
+def test_indefinite_curvatures_of_any_size_give_limited_steps(Family: Any, seed: int) -> None:
+    """In single precision, where the eigenvalues of such matrices are known to within one or so."""
+    family, generator = Family(5), torch.Generator().manual_seed(seed)
+    curvature = 1e7 * torch.randn(20, 5, 5, generator=generator, dtype=torch.float32)
+    phi = torch.zeros(20, family.num_params, dtype=torch.float32)
+    slope = torch.zeros(20, 5, dtype=torch.float32)
+    moved = Newton().update_with_curvature(phi, phi, (), Curvature(slope, curvature + curvature.mT, family))[0]
+    assert moved.isfinite().all()
+    assert moved[:, 5:10].abs().max() < 0.7 + 1e-5
+
+
+def test_narrow_likelihoods_are_reached_from_afar() -> None:
+    """From the prior, in single precision, 100 posterior standard deviations away."""
+    torch.manual_seed(0)
+    weights = torch.randn(3, 5, dtype=torch.float32) / 5**0.5
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(5, dtype=torch.float32), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ weights.T, 0.01).to_event(1), obs=x)
+
+    x = torch.randn(16, 5, dtype=torch.float32) @ weights.T + 0.01 * torch.randn(16, 3, dtype=torch.float32)
+    for family in ("normal", "multivariate_normal"):
+        guide = AmortizedGuide(model, family=family, name=family).to(torch.float32)
+        guide.setup(x)
+        losses = {}
+        for name, update in (("newton", None), ("adam", Adam(0.05))):
+            refined = guide.refined(20, update)
+            with torch.no_grad():
+                losses[name] = Trace_ELBO(num_particles=20).loss(model, refined, x) / len(x)
+        assert losses["newton"] < 0.2 * losses["adam"]
 
 
 @pytest.mark.parametrize("Family", FAMILIES)

@@ -145,8 +145,9 @@ class MultivariateNormal(_Gaussian):
         """phi after a move in units of the noise, to N(shift, precision^-1) there."""
         scale_tril = self.scale_tril(phi)
         loc = phi[..., : self.latent_dim] + (scale_tril @ shift.unsqueeze(-1)).squeeze(-1)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(precision)[0])
-        return self._of(loc, scale_tril @ torch.linalg.cholesky_ex(inverse)[0])
+        upper = torch.linalg.cholesky_ex(precision.flip(-2, -1))[0].flip(-2, -1)  # precision = upper @ upper.mT
+        eye = torch.eye(precision.shape[-1], dtype=precision.dtype, device=precision.device)
+        return self._of(loc, scale_tril @ torch.linalg.solve_triangular(upper.mT, eye, upper=False))
 
 
 @register_family("low_rank_multivariate_normal")
