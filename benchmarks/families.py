@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         milliseconds = train(model, guide, training, args.num_steps)
         gaps = estimate_gaps(model, guide, (held_out,)).dataset
-        update = None if name == "normal" else Adam(0.1)
+        update = None if name in ("normal", "full rank") else Adam(0.1)
         refined = estimate_gaps(model, guide.refined(REFINEMENT, update), (held_out,)).dataset
         optimum = np.maximum(gaps["elbo_optimal"], refined["elbo_optimal"].values)
         print(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ State = tuple[Tensor, ...]
 """What a rule remembers from step to step: tensors only, so that steps can be recomputed and compiled."""
 
 
-class Curvature(NamedTuple):
+@dataclass(frozen=True)
+class Curvature:
     """What the draws of a step say about the ELBO around the location of q, in the units of q.
 
     Attributes:
@@ -360,7 +361,7 @@ class Newton(_SteppedRule):
         self, phi: Tensor, grad: Tensor, state: State, curvature: Curvature
     ) -> tuple[Tensor, State]:
         """One step."""
-        slope, precision, family = curvature
+        slope, precision, family = curvature.slope, curvature.precision, curvature.family
         eye = torch.eye(slope.shape[-1], dtype=slope.dtype, device=slope.device)
         step_size = self.step_size if self.log_step_size is None else self.step_size.clamp(max=1.0)  # type: ignore[union-attr]
         damped = precision + _damping(precision.detach())[:, None, None] * eye
