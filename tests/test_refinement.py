@@ -1216,7 +1216,7 @@ def test_refinement_narrows_the_amortization_gap(kind: str) -> None:
     x = linear.simulate(12)
     guide = refining_guide(kind, linear.full, initial="encoder", num_steps=6, num_particles=16)
     steps = svi(linear.full, guide, lr=0.01)
-    for _ in range(100 if kind == "iterative" else 5):
+    for _ in range(20 if kind == "iterative" else 5):
         steps.step(x)
     gaps = {}
     for count in (0, 6):
