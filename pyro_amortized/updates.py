@@ -37,8 +37,9 @@ class Curvature:
     """What the draws of a step say about the ELBO around the location of q, in the units of q.
 
     Attributes:
-        slope: The gradient by the location, ``(N, D)``.
-        precision: The negative second derivative, ``(N, D, D)``: one where q is as wide as the posterior.
+        slope: The gradient by the location, ``(N, D)``, in nats per standard deviation of q.
+        precision: The negative second derivative, ``(N, D, D)``, in nats per squared standard deviation of q: the
+            identity where q is the posterior.
         family: The family of q, which knows how phi moves in these units.
     """
 
@@ -53,7 +54,8 @@ class UpdateRule(nn.Module, ABC):
     Attributes:
         is_learned: Whether the rule is a network that is trained by the gradient at each of its steps, rather than a
             formula that gradients pass through.
-        uses_curvature: Whether :meth:`update` takes a fourth argument, the curvature of the ELBO or None.
+        uses_curvature: Whether :meth:`update_with_curvature` is called instead of :meth:`update` where the curvature is
+            known: for the normal and the full-rank family, with more than one particle and a reparameterised gradient.
     """
 
     is_learned: bool = False

@@ -1,3 +1,4 @@
+import warnings
 from collections.abc import Iterator
 
 import pyro
@@ -22,3 +23,12 @@ def _fresh_pyro() -> Iterator[None]:
 @pytest.fixture
 def _float64(_fresh_pyro: None) -> None:
     torch.set_default_dtype(torch.float64)
+
+
+@pytest.fixture
+def _compiler() -> Iterator[None]:
+    """TorchInductor warns of deprecations of its own making."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message="compile=True has no effect")
+        yield

@@ -2,8 +2,7 @@
 
 import math
 import random
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,15 +78,6 @@ def graph_of(cache: GraphCache) -> Any:
     """The only graph in a cache."""
     (entries,) = cache._entries.values()
     return entries[0].graph
-
-
-@pytest.fixture
-def _compiler() -> Iterator[None]:
-    """TorchInductor warns of deprecations of its own making."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("error", message="compile=True has no effect")
-        yield
 
 
 @pytest.mark.usefixtures("_float64", "_compiler")

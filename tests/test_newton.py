@@ -1,7 +1,5 @@
 """Newton steps: the regression against the model's own derivatives, optima in closed form, what cannot be done."""
 
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pyro
@@ -290,15 +288,6 @@ def test_a_datapoint_without_a_curvature_harms_no_other(Family: Any) -> None:
     assert expected.isfinite().all()
     torch.testing.assert_close(moved[[0, 3]], expected[[0, 3]])
     assert not moved[1:3].isfinite().all(-1).any()
-
-
-@pytest.fixture
-def _compiler() -> Iterator[None]:
-    """TorchInductor warns of deprecations of its own making."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("error", message="compile=True has no effect")
-        yield
 
 
 @pytest.mark.usefixtures("_compiler")

@@ -73,11 +73,17 @@ class Normal(_Gaussian):
         return loc + scale * noise
 
     def in_units(self, phi: Tensor, gradient: Tensor) -> Tensor:
-        """A gradient by z as one by the noise."""
+        """A gradient by z ``(K, *, D)`` as one by the noise, of the same shape."""
         return gradient * phi[..., self.latent_dim :].exp()
 
     def moved(self, phi: Tensor, shift: Tensor, precision: Tensor) -> Tensor:
-        """phi after a move in units of the noise: the best mean-field approximation of N(shift, precision^-1) there."""
+        """phi after a step in units of the noise: the best mean-field approximation of N(shift, precision^-1) there.
+
+        Args:
+            phi: Variational parameters of shape ``(*, P)``.
+            shift: The step of the location, ``(*, D)``.
+            precision: The new precision, ``(*, D, D)``.
+        """
         loc, log_scale = phi.split(self.latent_dim, -1)
         return torch.cat(
             [loc + log_scale.exp() * shift, log_scale - 0.5 * precision.diagonal(dim1=-2, dim2=-1).log()], -1
@@ -138,11 +144,11 @@ class MultivariateNormal(_Gaussian):
         return phi[..., : self.latent_dim] + (self.scale_tril(phi) @ noise.unsqueeze(-1)).squeeze(-1)
 
     def in_units(self, phi: Tensor, gradient: Tensor) -> Tensor:
-        """A gradient by z as one by the noise."""
+        """A gradient by z ``(K, *, D)`` as one by the noise, of the same shape."""
         return (self.scale_tril(phi).mT @ gradient.unsqueeze(-1)).squeeze(-1)
 
     def moved(self, phi: Tensor, shift: Tensor, precision: Tensor) -> Tensor:
-        """phi after a move in units of the noise, to N(shift, precision^-1) there."""
+        """phi after a step in units of the noise, to N(shift, precision^-1) there; shapes as for :class:`Normal`."""
         scale_tril = self.scale_tril(phi)
         loc = phi[..., : self.latent_dim] + (scale_tril @ shift.unsqueeze(-1)).squeeze(-1)
         upper = torch.linalg.cholesky_ex(precision.flip(-2, -1))[0].flip(-2, -1)  # precision = upper @ upper.mT
