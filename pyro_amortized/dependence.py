@@ -18,7 +18,7 @@ from pyro.infer.inspect import get_dependencies
 from torch import Tensor
 
 from pyro_amortized.layout import SiteLayout
-from pyro_amortized.tracing import isolated, sample_sites
+from pyro_amortized.tracing import isolated, sample_sites, untouched
 
 __all__ = ["posterior_parents"]
 
@@ -86,7 +86,7 @@ def posterior_parents(
         ...         z_2 = pyro.sample("z_2", dist.Normal(z_1, 1.0))
         ...         z_3 = pyro.sample("z_3", dist.Normal(z_2, 1.0))
         ...         pyro.sample("x", dist.Normal(z_3, 1.0), obs=x)
-        >>> trace, frames, _ = probe(model, (torch.ones(5),), {})
+        >>> trace, frames = probe(model, (torch.ones(5),), {})
         >>> layout = SiteLayout.from_trace(trace, frames, "data")
         >>> posterior_parents(model, (torch.ones(5),), {}, layout).int()
         tensor([[0, 0, 0],
@@ -98,7 +98,7 @@ def posterior_parents(
         Zinkov, N. Siddharth, Tom Rainforth, Yee Whye Teh, Frank Wood (2018), https://arxiv.org/abs/1712.00287
     """
     tracer = poutine.trace(model)
-    with isolated():
+    with isolated(), untouched():
         try:
             found: Any = get_dependencies(tracer, args, dict(kwargs))["posterior_dependencies"]
         except Exception as error:

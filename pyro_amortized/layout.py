@@ -280,7 +280,7 @@ class SiteLayout:
         ...         weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
         ...         pyro.sample("x", dist.Poisson(rate * weights[..., 0]), obs=x)
         >>> from pyro_amortized.tracing import probe
-        >>> trace, frames, _ = probe(model, (torch.ones(5),), {})
+        >>> trace, frames = probe(model, (torch.ones(5),), {})
         >>> layout = SiteLayout.from_trace(trace, frames, "data")
         >>> layout.latent_dim
         3
@@ -415,6 +415,11 @@ class SiteLayout:
         found = [tuple(step) for step in steps.values()]
         in_order = [site.name for site in self.sites] == [f"{part[0]}{n}" for n, step in steps.items() for part in step]
         return found if in_order and "" not in steps and all(step == found[0] for step in found) else None
+
+    @property
+    def description(self) -> list[tuple[Any, ...]]:
+        """What tells layouts apart: name, unconstrained shape, inner plates, event dimensions, support of each site."""
+        return [(s.name, tuple(s.shape), s.inner, s.event_dim, _kind(s.transform)) for s in self.sites]
 
     def check_same(self, other: SiteLayout, *, per_step: bool = False) -> None:
         """Raises a ValueError naming what changed if ``other``, found in a later call, is laid out differently.

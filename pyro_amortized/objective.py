@@ -22,7 +22,7 @@ from pyro_amortized.graphs import Function, GraphCache
 from pyro_amortized.layout import LocalSite
 from pyro_amortized.log_joint import LocalLogJoint
 from pyro_amortized.programs import traced
-from pyro_amortized.tracing import Site, run_model
+from pyro_amortized.tracing import Site, run_model, untouched
 
 __all__ = ["ESTIMATORS", "LocalObjective"]
 
@@ -52,13 +52,13 @@ class LocalObjective:
     Example:
         >>> import pyro, pyro.distributions as dist
         >>> from pyro_amortized.families import Normal
-        >>> from pyro_amortized.structure import StructureCache
+        >>> from pyro_amortized.structure import StructureReader
         >>> def model(x):
         ...     with pyro.plate("data", len(x)):
         ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
         >>> x = torch.tensor([0.0, 2.0])
-        >>> structure = StructureCache().find(model, (x,), {}, observed=False)
+        >>> structure = StructureReader().read(model, (x,), {})
         >>> objective = LocalObjective(LocalLogJoint(model, (x,), {}, structure, {}), Normal(1))
         >>> exact_posterior = torch.stack([x / 2, torch.full((2,), 0.5).sqrt().log()], -1)
         >>> objective(exact_posterior)  # the log evidence, without noise
@@ -263,7 +263,7 @@ class LocalObjective:
                 locs[local.name], scales[local.name] = _unconstrained_moments(site["fn"], local)
                 return local.transform(locs[local.name])
 
-        with pyro.validation_enabled(False), torch.random.fork_rng():
+        with pyro.validation_enabled(False), untouched():
             run_model(self.log_joint.model, self.log_joint.args, self.log_joint.kwargs, values, (InitMessenger(start),))
         dim = self.log_joint.layout.dim
         loc, scale = (torch.cat([s.flatten(part[s.name], dim) for s in sites.values()], -1) for part in (locs, scales))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -156,8 +156,6 @@ class Codebook(nn.Module):
     counts: Tensor
     sums: Tensor
     initialized: Tensor
-    _unwatched: ClassVar[tuple[str, ...]] = ("_quantized", "_collected")
-    """Attributes that change in every call, and tell nothing of the model."""
 
     def __init__(self, num_codes: int, dim: int, *, decay: float = 0.99, revive_below: float = 0.02) -> None:
         super().__init__()

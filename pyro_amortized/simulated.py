@@ -63,7 +63,7 @@ def simulated_call(
         if source is None:
             complete = False
         else:
-            arguments = _replaced(arguments, source.path, value)
+            arguments = _replaced(arguments, source, value)
     model = poutine.condition(model, data=dict(observations))
     return model, arguments[0], arguments[1], complete
 

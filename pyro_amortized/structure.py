@@ -1,43 +1,28 @@
-"""The structure of one call: its plates, their indices and the observed values, with as few model runs as possible.
+"""The structure of one call, read off a run of the model: its plates, their indices, its latents and observed values.
 
-The first call with arguments of given shapes runs the model once without log-probabilities. The result is kept for
-later calls of equal shapes unless the run read values of tensors in Python, and no further run is needed where all that
-is asked for (indices of subsampled plates, observed values) is found among the arguments.
+The model runs once in every call, without log-probabilities. Only where the user has said what the encoder sees, so
+that no observed values are asked for, is the run spared, and repeated now and then.
 """
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import pyro
 import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_amortized.discrete import DiscreteSite, discrete_sites
-from pyro_amortized.guards import Guard, guards, undisturbed
 from pyro_amortized.layout import SiteLayout, bounds, datapoint_plate, is_data, is_enumerated, latent_sites
-from pyro_amortized.tracing import (
-    PlateFrame,
-    Source,
-    ValueReads,
-    call_key,
-    find_source,
-    probe,
-    read_source,
-    sample_sites,
-    subsample_indices,
-    versions,
-    without_floats,
-)
+from pyro_amortized.tracing import PlateFrame, call_key, probe, sample_sites, subsample_indices, untouched, versions
 from pyro_amortized.weights import NEUTRAL, SiteWeight, site_weight
 
-__all__ = ["Structure", "StructureCache", "check_bounds", "check_observed", "check_weights", "observed_values"]
+__all__ = ["Structure", "StructureReader", "check_observed", "check_steady", "observed_values"]
 
 
 @dataclass(frozen=True)
@@ -51,8 +36,8 @@ class Structure:
         global_sites: Names of the global latent sites.
         global_plates: Names of the plates that hold them.
         indices: Indices of the explicitly subsampled plates.
-        observed: Observed values in the datapoint plate by site, each of shape ``(N, ...)``; None if they were not
-            asked for, or cannot be known before a random subsample is drawn.
+        observed: Observed values in the datapoint plate by site, each of shape ``(N, ...)``, for the indices at hand;
+            None if the model has not run in this call.
         enumerated: Names of the discrete latent sites that the model sums out.
         global_weights: Masks and scales of the global latent sites that have any.
         discrete: The discrete local latents that the guide draws itself.
@@ -105,6 +90,33 @@ class Structure:
                 f"was set up; {remedy}"
             )
 
+    def difference(self, other: Structure, *, weights: bool = True) -> str | None:
+        """What of a later call's structure is another, in words, with masks and scales or without; None if nothing."""
+        for (what, before), (_, after) in zip(self._description, other._description, strict=True):
+            if before != after and (weights or not what.startswith("masks")):
+                return f"{what} {before} have become {after}"
+        return None
+
+    @cached_property
+    def _description(self) -> list[tuple[str, Any]]:
+        """What a guide depends on, in words that can be compared."""
+        weights = {n: "masked" if weight.is_masked else f"scale {weight.scale}" for n, weight in self.weights.items()}
+        return [
+            ("plates", [(f.name, f"dim {f.dim}", f"{f.size} of {f.full_size}", f.kind) for f in self.frames.values()]),
+            ("datapoints", self.plate),
+            ("local latents", None if self.layout is None else self.layout.description),
+            ("global latents", [*self.global_sites]),
+            ("enumerated latents", [*self.enumerated]),
+            ("discrete latents", [(site.name, site.kind, site.num_categories) for site in self.discrete]),
+            ("masks and scales of latents", weights),
+        ]
+
+    @cached_property
+    def is_fixed(self) -> bool:
+        """Whether nothing but the shapes of the arguments may decide it: no subsample, mask, scale or bounds."""
+        subsampled = any(frame.subsampled for frame in self.frames.values())
+        return self.is_static and not self.is_weighted and not subsampled
+
     @cached_property
     def latent_plates(self) -> tuple[str, ...]:
         """Names of the plates that hold latent sites, or say which data there are; a guide opens no others."""
@@ -137,7 +149,7 @@ class Structure:
         return [name for name, frame in self.frames.items() if frame.kind == "random"]
 
 
-def check_bounds(first: Structure, second: Structure) -> None:
+def _check_bounds(first: Structure, second: Structure) -> None:
     """Raises a ValueError if the support of a local latent differs between two runs with the same arguments."""
     for site, again in zip(first.layout.sites, second.layout.sites, strict=True) if first.layout else ():  # type: ignore[union-attr]
         pairs = zip(bounds(site.transform), bounds(again.transform), strict=True)
@@ -148,7 +160,7 @@ def check_bounds(first: Structure, second: Structure) -> None:
             )
 
 
-def check_weights(first: Structure, second: Structure) -> None:
+def _check_weights(first: Structure, second: Structure) -> None:
     """Raises a ValueError if the mask or the scale of a latent differs between two runs with the same arguments."""
     for name in first.weights.keys() | second.weights.keys():
         before, after = (structure.weights.get(name, NEUTRAL) for structure in (first, second))
@@ -158,6 +170,55 @@ def check_weights(first: Structure, second: Structure) -> None:
                 "random; try a mask that is an argument of the model, or sampling the latent everywhere and using it "
                 "where it is wanted."
             )
+
+
+def _check_observed_again(first: Structure, second: Structure) -> None:
+    """Raises a ValueError if observed values differ between two runs with the same arguments and random numbers."""
+    for name, value in (first.observed or {}).items():
+        again = (second.observed or {}).get(name)
+        if again is None or value.shape != again.shape or not torch.allclose(value, again, 0.0, 0.0, equal_nan=True):
+            raise ValueError(
+                f"Cannot guide this model because it observes other values of site {name!r} each time that it runs, so "
+                "that a guide would see other data than the model; try data that are an argument of the model instead "
+                "of the next ones of an iterator."
+            )
+
+
+_NUM_LOOKS = 3
+"""Further runs of a model, with other random numbers, to see whether it looks the same in every run."""
+
+
+def check_steady(
+    reader: StructureReader, first: Structure, model: Callable[..., Any], args: Any, kwargs: Any, *, observed: bool
+) -> None:
+    """Looks at a model some times more, with the same and with other random numbers.
+
+    Args:
+        reader: What looks.
+        first: What was seen with the generators as they are.
+        model: The model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        observed: Whether the observed values matter.
+
+    Raises:
+        ValueError: If the model has another structure then, or observes other values with the same random numbers.
+    """
+    again = reader.look(model, args, kwargs, first.indices)
+    if observed:
+        _check_observed_again(first, again)
+    for seed in range(_NUM_LOOKS):
+        changed = first.difference(again, weights=False)
+        if changed is not None:
+            raise ValueError(
+                f"Cannot guide this model because {changed} when it runs again with the same arguments, at other "
+                "values of its latents or other random numbers; try a structure that its arguments decide."
+            )
+        _check_bounds(first, again)
+        _check_weights(first, again)
+        with untouched():
+            pyro.set_rng_seed(seed)
+            again = reader.look(model, args, kwargs, first.indices)
 
 
 def observed_values(trace: Trace, frame: PlateFrame) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -209,140 +270,106 @@ def check_observed(trace: Trace) -> None:
             )
 
 
-@dataclass(frozen=True)
-class _Template:
-    """A structure without its tensors, and where in the arguments to find them.
+@dataclass
+class _Known:
+    """What the calls with arguments of equal shapes have looked like.
 
     Attributes:
-        structure: The structure.
-        indices: Where the indices of explicitly subsampled plates lie.
-        observed: Where the observed values lie, and their number of event dimensions.
-        guards: What the model could reach; None in a guide that was loaded, or copied.
-        is_unique: Whether arguments like these have had no other structure before.
+        structure: Their structure, without tensors.
+        calls: Their number.
+        agreed: The last of them in which the model was looked at.
     """
 
     structure: Structure
-    indices: Mapping[str, Source | None]
-    observed: Mapping[str, tuple[Source, int] | None]
-    guards: list[Guard] | None
-    is_unique: bool = True
+    calls: int = 1
+    agreed: int = 1
 
-    def is_like(self, other: _Template) -> bool:
-        """Whether another one, of the same arguments, describes the same."""
-        same = self.structure.frames == other.structure.frames and self.indices == other.indices
-        return self.is_unique and same and self.observed == other.observed
-
-    def holds(self) -> bool:
-        """Whether the model's Python state is what it was."""
-        return self.guards is not None and all(guard.holds() for guard in self.guards)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "guards": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+    @property
+    def is_due(self) -> bool:
+        """Whether the next call is the second, third, fifth, ninth, ..., and then every 64th."""
+        return self.calls & (self.calls - 1) == 0 if self.calls <= _MAX_SPARED else self.calls % _MAX_SPARED == 0
 
 
-_MAX_WATCHED = 8
-"""Watched runs in a row that showed nothing for the next call, after which runs are no longer watched."""
+_MAX_SPARED = 64
+"""Calls from one look at the model to the next, at most."""
 
 
-class StructureCache:
-    """Finds the structure of a call, from what earlier calls showed where that is certain.
+class StructureReader:
+    """Reads the structure of a call off a run of the model.
 
-    That is the case where arguments have equal shapes, the model let no values of tensors decide anything, masks and
-    scales no latents, and can reach no other Python objects than it could then.
+    Where the user has promised that arguments of equal shapes have equal structure, the run is spared after the first
+    such call, and repeated in the second, third, fifth, ninth, ... and then in every 64th to check the promise. Masked,
+    scaled and subsampled models, and those whose latents have bounds of their own, run in every call.
 
     Args:
         plate: The datapoint plate that the user asked for, or None.
         discrete: Whether the guide draws discrete local latents itself.
+        promised: Whether the structure depends on the shapes of the arguments, and values that are no tensors, alone.
         max_size: Number of structures kept.
     """
 
-    def __init__(self, plate: str | None = None, *, discrete: bool = False, max_size: int = 128) -> None:
+    def __init__(
+        self, plate: str | None = None, *, discrete: bool = False, promised: bool = False, max_size: int = 128
+    ) -> None:
         self.requested_plate = plate
         self.discrete = discrete
+        self.promised = promised
         self.max_size = max_size
-        self._templates: OrderedDict[Any, _Template] = OrderedDict()
-        self._watched: OrderedDict[Any, tuple[float, int]] = OrderedDict()
-        self._calls = 0
+        self._known: OrderedDict[Any, _Known] = OrderedDict()
 
     def clear(self) -> None:
         """Forgets all structures: the model is another one."""
-        self._templates.clear()
-        self._watched.clear()
+        self._known.clear()
 
-    def find(
-        self,
-        model: Callable[..., Any] | None,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        *,
-        observed: bool,
-        indices: Mapping[str, Tensor] | None = None,
-    ) -> Structure:
-        """The structure of a call.
+    def read(self, model: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Structure:
+        """The structure of a call; without observed values where the run is spared.
 
         Args:
             model: The model, or None if it is not at hand (a guide loaded from a file).
             args: Its positional arguments.
             kwargs: Its keyword arguments.
-            observed: Whether the observed values are asked for.
-            indices: Indices of plates that the model draws at random, once they are known.
 
         Raises:
-            ValueError: If the structure cannot be known, or is one that no guide can serve.
+            ValueError: If the structure cannot be known, is one that no guide can serve, or is another than that of an
+                earlier call where it was promised to be the same.
         """
-        self._calls += 1
-        key = call_key((args, dict(kwargs))) if args or kwargs else None  # without arguments all data are elsewhere
-        template = self._templates.get(key)
-        if template is not None and not (template.is_unique if model is None else template.holds()):
-            template = None
-        if template is not None:
-            self._templates.move_to_end(key)
-            local = template.structure.layout is not None or self.discrete
-            structure = _fill(template, (args, kwargs), observed and local, indices or {})
-            if structure is not None:
-                return structure
+        key = call_key((args, dict(kwargs))) if self.promised and (args or kwargs) else None
+        known = None if key is None else self._known.get(key)
+        if known is not None and not (known.is_due and model is not None):
+            known.calls += 1
+            return known.structure
         if model is None:
             raise ValueError(
-                "Cannot run a guide that was loaded without its model on arguments of new shapes, or of shapes with "
-                "which the model's structure has varied, because guides are saved without their model; try "
+                "Cannot run a guide that was loaded without its model, but for one with an encoder_input=... on "
+                "arguments of shapes that it has seen, because the model shows what a call looks like; try "
                 "`guide.model = model`."
             )
-        watch = key is not None and template is None and self._worth_watching(key)
-        before = _state(model) if watch else None
-        structure, trace, reads = self.look(model, args, kwargs, indices, watch=before is not None)
-        after = None if before is None else _state(model)
-        if before is not None and after is not None:
-            self._keep(key, structure, trace, reads, undisturbed(before, after), (args, kwargs))
-        drawn = indices is None and structure.random_plates
-        return replace(structure, observed=None) if drawn else structure
+        structure = self.look(model, args, kwargs)
+        if known is not None:
+            self._check_promise(key, known, structure)
+        elif key is not None and structure.is_fixed:
+            self._known[key] = _Known(structure.without_tensors())
+            if len(self._known) > self.max_size:
+                self._known.popitem(last=False)
+        return structure
 
-    def _worth_watching(self, key: Any) -> bool:
-        """Whether a run may show something that holds for further calls; not if that has failed many times in a row."""
-        key = without_floats(key)
-        count, last = self._watched.get(key, (0, 0))
-        count = count + 1 if self._calls - last <= 2 or count == math.inf else 1
-        self._watched[key] = (count, self._calls)
-        if len(self._watched) > self.max_size:
-            self._watched.popitem(last=False)
-        return count <= _MAX_WATCHED
-
-    def _keep(
-        self, key: Any, structure: Structure, trace: Trace, reads: ValueReads, state: list[Guard], arguments: Any
-    ) -> None:
-        """Keeps what a run showed, if it will hold for calls with the same key."""
-        before = self._templates.pop(key, None)
-        if reads.seen or not structure.is_static or structure.is_weighted:
-            self._watched[without_floats(key)] = (math.inf, self._calls)
+    def _check_promise(self, key: Any, known: _Known, structure: Structure) -> None:
+        """Goes on trusting what is known of calls with a key, or trusts no promise any more and says so."""
+        known.calls += 1
+        changed = known.structure.difference(structure)
+        if changed is None:
+            known.agreed = known.calls
+            self._known.move_to_end(key)
             return
-        template = _template(structure, trace, arguments, reads, state)
-        self._templates[key] = (
-            template if before is None or before.is_like(template) else replace(template, is_unique=False)
+        self.promised = False
+        self.clear()
+        raise ValueError(
+            f"Cannot use what earlier calls have shown of the model because {changed} for arguments of the same "
+            "shapes, and encoder_input=... promises that the structure depends on these alone. Of the calls with such "
+            f"arguments those since number {known.agreed + 1} may have given wrong results; in number {known.agreed} "
+            "the model was last looked at. Try again: from now on this guide looks at the model in every call, as with "
+            "encoder_input=None; or make what changes an argument of the model."
         )
-        if len(self._templates) > self.max_size:
-            self._templates.popitem(last=False)
 
     def look(
         self,
@@ -350,16 +377,14 @@ class StructureCache:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         values: Mapping[str, Tensor] | None = None,
-        *,
-        watch: bool = False,
-    ) -> tuple[Structure, Trace, ValueReads]:
-        """Runs the model once and reads the structure off the run; arguments and results as for :func:`probe`.
+    ) -> Structure:
+        """Runs the model once and reads the structure off the run; arguments as for :func:`probe`.
 
         Raises:
             ValueError: If the structure is one that no guide can serve, or the model changes its arguments.
         """
         before = versions((args, kwargs))
-        trace, frames, reads = probe(model, args, kwargs, values, watch=watch)
+        trace, frames = probe(model, args, kwargs, values)
         if versions((args, kwargs)) != before:
             raise ValueError(
                 "Cannot guide a model that changes its arguments in place because guide and model would see different "
@@ -375,7 +400,7 @@ class StructureCache:
         global_sites = {name: site for name, site in latent_sites(trace).items() if name not in local}
         observed, present = ({}, {}) if plate is None else observed_values(trace, frames[plate])
         weights = {name: site_weight(site) for name, site in global_sites.items()}
-        structure = Structure(
+        return Structure(
             frames=frames,
             plate=plate,
             layout=layout,
@@ -391,62 +416,9 @@ class StructureCache:
                 name for name, site in sample_sites(trace).items() if not site["is_observed"] and is_enumerated(site)
             ),
         )
-        return structure, trace, reads
-
-
-def _state(model: Callable[..., Any]) -> list[Guard] | None:
-    """What the model can reach; None if that cannot be watched."""
-    with suppress(ValueError):
-        return list(guards(model))
-    return None
 
 
 def _random_data_plates(trace: Trace, frames: Mapping[str, PlateFrame], plate: str | None) -> tuple[str, ...]:
     stacks = [[f.name for f in site["cond_indep_stack"]] for site in sample_sites(trace).values() if is_data(site)]
     names = [name for stack in stacks if plate in stack for name in stack if frames[name].kind == "random"]
     return tuple(dict.fromkeys(name for name in names if name != plate))
-
-
-def _template(structure: Structure, trace: Trace, arguments: Any, reads: ValueReads, guarded: list[Guard]) -> _Template:
-    explicit = [name for name, frame in structure.frames.items() if frame.kind == "explicit"]
-    indices = {name: find_source(structure.indices[name], arguments) for name in explicit}
-    drawn = {name: trace.nodes[name]["value"] for name in structure.frames if name in trace.nodes}
-    plates = {name: index for name, index in drawn.items() if isinstance(index, Tensor)}
-    observed = {}
-    for name in structure.observed or {}:
-        site: Any = trace.nodes[name]
-        source = None
-        if isinstance(site["value"], Tensor) and name not in structure.present:
-            source = find_source(site["value"], arguments, reads.rows, plates)
-        observed[name] = None if source is None else (source, site["fn"].event_dim)
-    return _Template(structure.without_tensors(), indices, observed, guarded)
-
-
-def _fill(template: _Template, arguments: Any, observed: bool, drawn: Mapping[str, Tensor]) -> Structure | None:
-    """The structure of a call like an earlier one, or None if the model must run again to know it."""
-    structure = template.structure
-    if not template.indices and not observed:
-        return replace(structure, indices=drawn) if drawn else structure
-    indices, values = dict(drawn), {}
-    for name, source in template.indices.items():
-        if source is None:
-            return None
-        if name not in drawn:
-            indices[name] = read_source(source, arguments)
-    if observed and not indices.keys() >= set(structure.random_plates):  # values are known once the plates are drawn
-        return replace(structure, indices=indices)
-    for name, place in template.observed.items() if observed else ():
-        if place is None:
-            return None
-        source, event_dim = place
-        value = read_source(source, arguments, _rows_of_plates(structure, indices) if source.rows else None)
-        values[name] = _datapoints_first(value, structure.datapoints, event_dim)
-    filled = object.__new__(Structure)  # keeps what has been computed of the structure already
-    filled.__dict__.update(structure.__dict__, indices=indices, observed=values if observed else None)
-    return filled
-
-
-def _rows_of_plates(structure: Structure, indices: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Indices of all plates, whole ones too."""
-    sizes = {name: frame.size for name, frame in structure.frames.items() if name not in indices}
-    return {**indices, **{name: torch.arange(size) for name, size in sizes.items()}}

@@ -7,19 +7,24 @@ subsample indices and the observed values of a call, diagnostics to evaluate log
 
 from __future__ import annotations
 
+import ctypes
+import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine
 from pyro.poutine import Trace, runtime
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,14 +33,14 @@ __all__ = [
     "call_key",
     "find_source",
     "isolated",
+    "kept_state",
     "probe",
-    "read_source",
     "run_model",
     "sample_sites",
     "size_at",
     "subsample_indices",
+    "untouched",
     "versions",
-    "without_floats",
 ]
 
 Site = dict[str, Any]
@@ -52,6 +57,88 @@ def isolated() -> Iterator[None]:
     finally:
         stack[:], dims[:] = saved[:2]
         enumeration.update(saved[2])
+
+
+class _NumpyGenerator:
+    """NumPy's global generator. To read its state takes 0.1 ms, so it is read only where its memory has changed."""
+
+    def __init__(self) -> None:
+        self._memory: bytes | None = None
+        self._state: Any = None
+
+    def read(self) -> Any:
+        """The state."""
+        memory = self._peek()
+        if memory is None or memory != self._memory:
+            self._memory, self._state = memory, np.random.get_state()
+        return self._state
+
+    def restore(self, state: Any) -> None:
+        """Puts a state back that was the last to be read."""
+        memory = self._peek()
+        if memory is None or memory != self._memory:
+            np.random.set_state(state)
+
+    @staticmethod
+    def _peek() -> bytes | None:
+        generator: Any = np.random.mtrand.get_bit_generator()
+        if not isinstance(generator, np.random.MT19937):
+            return None
+        return ctypes.string_at(generator.ctypes.state_address, 4 * 624 + ctypes.sizeof(ctypes.c_int))
+
+
+_NUMPY = _NumpyGenerator()
+
+
+@contextmanager
+def untouched() -> Iterator[None]:
+    """Leaves the generators of torch, NumPy and Python, the buffers of modules and the parameter store as they were."""
+    numpy_state, python_state, torch_state = _NUMPY.read(), random.getstate(), torch.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        with kept_state():
+            yield
+    finally:
+        torch.set_rng_state(torch_state)
+        if devices:
+            torch.cuda.set_rng_state_all(devices)
+        random.setstate(python_state)
+        _NUMPY.restore(numpy_state)
+
+
+_MAX_BUFFER = 2**20
+"""Larger buffers, such as a data set that a module holds, are not copied in every run to undo changes to them."""
+
+
+@contextmanager
+def kept_state() -> Iterator[None]:
+    """Undoes what a run of a model does to buffers of the modules that it calls, and to the parameter store.
+
+    Buffers are for example the running statistics of batch normalisation. Parameters are those that a run is the first
+    to make.
+    """
+    store, kept = pyro.get_param_store(), dict[nn.Module, list[tuple[str, Tensor, Tensor]]]()
+    known = set(store.keys())
+
+    def keep(module: nn.Module, inputs: Any) -> None:
+        if (
+            module._buffers and module not in kept and not isinstance(module, GraphModule)
+        ):  # whose buffers are constants
+            buffers = [(n, b) for n, b in module.named_buffers(recurse=False) if b.numel() <= _MAX_BUFFER]
+            kept[module] = [(n, buffer, buffer.detach().clone()) for n, buffer in buffers if 0 not in buffer.stride()]
+
+    handle = register_module_forward_pre_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for module, buffers in kept.items():
+            for name, buffer, value in buffers:
+                if getattr(module, name) is not buffer:
+                    setattr(module, name, buffer)
+                buffer.data.copy_(value)  # unseen by autograd, for which the statistics are no part of a result
+        for name in set(store.keys()) - known:
+            del store[name]
 
 
 class _Substitute(Messenger):
@@ -201,50 +288,18 @@ def _reads_values(func: Any, args: Any) -> bool:
     return not _VALUE_TAGS.isdisjoint(func.tags)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Rows that were taken from a tensor, ``result = source.index_select(dim, index)``."""
-
-    result: Tensor
-    source: Tensor
-    dim: int
-    index: Tensor
-
-    def made(self, value: Tensor) -> bool:
-        """Whether a tensor is the result, unchanged."""
-        if value.is_inference():  # which does not tell whether it was changed
-            return False
-        return (self.result is value or _same_memory(self.result, value)) and value._version == 0
-
-
-def _rows(func: Any, args: Any, result: Any) -> Rows | None:
-    """What an operator took from where, if it took rows along one dimension."""
-    if func is torch.ops.aten.index_select.default:
-        return Rows(result, args[0], args[1] % args[0].dim(), args[2])
-    if func is torch.ops.aten.index.Tensor:
-        given = [(dim, index) for dim, index in enumerate(args[1]) if index is not None]
-        if len(given) == 1 and given[0][1].dim() == 1 and given[0][1].dtype == torch.long:
-            return Rows(result, args[0], *given[0])
-    return None
-
-
 _PYTHON_READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
 
 
 class ValueReads:
     """Watches whether code lets the values of tensors decide what Python does.
 
-    If it does not, then two calls with arguments of equal shapes have equal structure, and the structure of the first
-    may be kept for the second.
-
     Attributes:
         seen: Whether a tensor's value was read.
-        rows: The rows that were taken from tensors.
     """
 
     def __init__(self) -> None:
         self.seen = False
-        self.rows: list[Rows] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> ValueReads:
@@ -273,11 +328,7 @@ class _OperatorReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.watch.seen |= _reads_values(func, args)
-        result = func(*args, **(kwargs or {}))
-        rows = _rows(func, args, result)
-        if rows is not None:
-            self.watch.rows.append(rows)
-        return result
+        return func(*args, **(kwargs or {}))
 
 
 def call_key(value: Any) -> Any:
@@ -307,28 +358,6 @@ def _known_shape(value: Tensor) -> torch.Size:
         return torch.Size([int(size) for size in value.shape])
 
 
-def without_floats(key: Any) -> Any:
-    """A key of :func:`call_key` without the values of floats, such as those of an annealing schedule."""
-    if not isinstance(key, tuple) or isinstance(key, torch.Size):
-        return key
-    return (float,) if len(key) == 2 and key[0] is float else tuple(map(without_floats, key))
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where in the arguments a tensor lies.
-
-    Attributes:
-        path: Keys that lead to the argument.
-        shape: The shape to view it in.
-        rows: For a part of it, of what, along which dimension, and the plate whose indices say which rows.
-    """
-
-    path: tuple[Any, ...]
-    shape: torch.Size
-    rows: tuple[Source, int, str] | None = None
-
-
 def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
     if isinstance(value, Tensor):
         yield path, value
@@ -342,32 +371,15 @@ def versions(arguments: Any) -> list[int]:
     return [leaf._version for _, leaf in _leaves(arguments) if not leaf.is_inference()]
 
 
-def find_source(
-    value: Tensor, arguments: Any, rows: Sequence[Rows] = (), plates: Mapping[str, Tensor] | None = None
-) -> Source | None:
-    """Finds the argument that a tensor is, or is a reshaped view of, or holds the rows of at a plate's indices.
+def find_source(value: Tensor, arguments: Any) -> tuple[Any, ...] | None:
+    """The keys that lead to the argument that a tensor is, or is a reshaped view of; None unless there is just one.
 
     Args:
         value: A tensor met in the model.
         arguments: The model's arguments, nested in lists, tuples and dicts.
-        rows: The rows that the model took from tensors.
-        plates: Indices of plates by name.
-
-    Returns:
-        What :func:`read_source` needs to find the same tensor in another call's arguments, or None.
     """
     found = [path for path, leaf in _leaves(arguments) if leaf is value or _same_memory(leaf, value)]
-    if found:
-        return Source(found[0], value.shape) if len(found) == 1 else None  # equal ones may differ in another call
-    for taken in rows:
-        if taken.made(value):
-            source = find_source(taken.source, arguments, rows, plates)
-            names = [
-                n for n, index in (plates or {}).items() if index is taken.index or _same_memory(index, taken.index)
-            ]
-            if source is not None and len(names) == 1:
-                return Source(source.path, value.shape, (source, taken.dim, names[0]))
-    return None
+    return found[0] if len(found) == 1 else None  # equal ones may differ in another call
 
 
 def _same_memory(first: Tensor, second: Tensor) -> bool:
@@ -382,47 +394,24 @@ def _same_memory(first: Tensor, second: Tensor) -> bool:
     )
 
 
-def read_source(source: Source, arguments: Any, plates: Mapping[str, Tensor] | None = None) -> Tensor:
-    """The tensor of another call that :func:`find_source` found in this one.
-
-    Args:
-        source: What was found.
-        arguments: The arguments of the other call.
-        plates: Indices of plates in the other call, by name.
-    """
-    if source.rows is not None:
-        whole, dim, name = source.rows
-        value = read_source(whole, arguments, plates)
-        value = value[(slice(None),) * dim + ((plates or {})[name].to(value.device),)]
-    else:
-        value = arguments
-        for key in source.path:
-            value = value[key]
-    return value if value.shape == source.shape else value.reshape(source.shape)
-
-
 def probe(
     model: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     values: Mapping[str, Tensor] | None = None,
-    *,
-    watch: bool = False,
-) -> tuple[Trace, dict[str, PlateFrame], ValueReads]:
-    """Runs the model without gradients, log-probabilities or validation to see its structure.
+) -> tuple[Trace, dict[str, PlateFrame]]:
+    """Runs the model without gradients, log-probabilities, validation or traces of the run to see its structure.
 
     Args:
         model: A Pyro model.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         values: Values to give to sites, such as the indices of a plate.
-        watch: Whether to look for reads of tensor values (see :class:`ValueReads`).
 
     Returns:
-        The trace, its plates by name, and what was read of tensors (anything may have been if it was not watched).
+        The trace, and its plates by name.
     """
-    kinds, reads = _PlateKinds(), ValueReads()
-    with torch.no_grad(), pyro.validation_enabled(False), reads if watch else nullcontext():
+    kinds = _PlateKinds()
+    with torch.no_grad(), pyro.validation_enabled(False), untouched():
         trace = run_model(model, args, kwargs, values, handlers=(kinds,))
-    reads.seen |= not watch
-    return trace, plate_frames(trace, kinds.kinds), reads
+    return trace, plate_frames(trace, kinds.kinds)

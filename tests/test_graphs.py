@@ -19,7 +19,7 @@ from pyro_amortized import AmortizedGuide, GradientAscent, SemiAmortizedGuide, e
 from pyro_amortized.graphs import GraphCache, trace
 from pyro_amortized.log_joint import LocalLogJoint
 from pyro_amortized.objective import LocalObjective
-from pyro_amortized.structure import StructureCache
+from pyro_amortized.structure import StructureReader
 
 
 class Slotted:
@@ -58,7 +58,7 @@ class Decoded(nn.Module):
 
 
 def objective(model: Any, *args: Any, graphs: GraphCache | None = None, estimator: str = "stl") -> LocalObjective:
-    structure = StructureCache().find(model, args, {}, observed=False)
+    structure = StructureReader().read(model, args, {})
     guide = AmortizedGuide(model)
     guide.setup(*args)
     log_joint = LocalLogJoint(model, args, {}, structure, {})
@@ -458,7 +458,7 @@ def test_diagnostics_by_blocks_give_the_figures_of_the_model_itself(monkeypatch:
 
 def test_blocks_cannot_be_differentiated_twice() -> None:
     linear, x = simulated()
-    structure = StructureCache().find(linear.full, (x,), {}, observed=False)
+    structure = StructureReader().read(linear.full, (x,), {})
     log_joint = LocalLogJoint(linear.full, (x,), {}, structure, {})
     log_joint.like, log_joint.graphs = torch.empty(0), GraphCache()
     z = torch.zeros(2, 12, 3, requires_grad=True)

@@ -25,7 +25,7 @@ from pyro_amortized.families import Flow, LowRankMultivariateNormal
 from pyro_amortized.graphs import GraphCache
 from pyro_amortized.log_joint import LocalLogJoint
 from pyro_amortized.objective import LocalObjective
-from pyro_amortized.structure import StructureCache
+from pyro_amortized.structure import StructureReader
 from pyro_amortized.updates import Adam, Curvature, rule_for
 
 pytestmark = pytest.mark.usefixtures("_float64")
@@ -41,7 +41,7 @@ def correlated() -> LinearGaussian:
 
 
 def objective_of(model: Any, x: Tensor, family: Any, **options: Any) -> LocalObjective:
-    structure = StructureCache().find(model, (x,), {}, observed=False)
+    structure = StructureReader().read(model, (x,), {})
     return LocalObjective(LocalLogJoint(model, (x,), {}, structure, {}), family, **options)
 
 

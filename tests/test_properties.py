@@ -21,7 +21,7 @@ from pyro_amortized import AmortizedGuide, IterativeAmortizedGuide, PerDatapoint
 from pyro_amortized.layout import LocalSite
 from pyro_amortized.log_joint import LocalLogJoint
 from pyro_amortized.objective import LocalObjective
-from pyro_amortized.structure import Structure, StructureCache
+from pyro_amortized.structure import Structure, StructureReader
 from pyro_amortized.tracing import PlateFrame
 
 FULL_SIZE = 5
@@ -254,7 +254,7 @@ class Draw:
 
     @property
     def structure(self) -> Structure:
-        structure = StructureCache("data").find(self.model, self.args, {}, observed=False)
+        structure = StructureReader("data").read(self.model, self.args, {})
         if self.spec.subsample == "random":
             structure = replace(structure, indices={"data": self.guide_trace.nodes["data"]["value"]})
         return structure

@@ -49,7 +49,7 @@ from pyro_amortized.graphs import GraphCache
 from pyro_amortized.inference import InferenceStrategy, Refined
 from pyro_amortized.log_joint import LocalLogJoint
 from pyro_amortized.objective import LocalObjective
-from pyro_amortized.structure import StructureCache
+from pyro_amortized.structure import StructureReader
 from pyro_amortized.updates import Curvature
 
 FAMILIES = ["normal", "multivariate_normal", "low_rank_multivariate_normal"]
@@ -319,7 +319,7 @@ class Given(InferenceStrategy):
 
 
 def objective_of(model: Any, x: Tensor, family: VariationalFamily, **options: Any) -> LocalObjective:
-    structure = StructureCache().find(model, (x,), {}, observed=False)
+    structure = StructureReader().read(model, (x,), {})
     return LocalObjective(LocalLogJoint(model, (x,), {}, structure, {}), family, **options)
 
 

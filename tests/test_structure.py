@@ -1,4 +1,5 @@
 import gc
+import random
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,8 +13,8 @@ from pyro.poutine import runtime
 from torch import Tensor
 
 from pyro_amortized import AmortizedGuide
-from pyro_amortized.structure import Structure, StructureCache
-from pyro_amortized.tracing import ValueReads, call_key, find_source, isolated, probe, read_source, run_model
+from pyro_amortized.structure import Structure, StructureReader
+from pyro_amortized.tracing import ValueReads, call_key, find_source, isolated, probe, run_model, untouched
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +97,7 @@ def test_kinds_of_plates(plate: Callable[[], pyro.plate], kind: str, size: int, 
         with plate():
             pyro.sample("z", dist.Normal(torch.zeros(size), 1.0))
 
-    trace, frames, _ = probe(model, (), {})
+    trace, frames = probe(model, (), {})
     frame = frames["data"]
     assert (frame.kind, frame.size, frame.full_size, frame.dim) == (kind, size, full_size, -1)
     assert frame.subsampled == (kind in ("explicit", "random"))
@@ -112,7 +113,7 @@ def test_kind_is_seen_though_indices_are_given() -> None:
         with pyro.plate("data", 6, subsample_size=2):
             pyro.sample("z", dist.Normal(0.0, 1.0))
 
-    trace, frames, _ = probe(model, (), {}, {"data": torch.tensor([5, 3])})
+    trace, frames = probe(model, (), {}, {"data": torch.tensor([5, 3])})
     assert frames["data"].kind == "random"
     assert trace.nodes["data"]["value"].tolist() == [5, 3]
 
@@ -192,11 +193,11 @@ UNSEEN: dict[str, Callable[[Call], Tensor]] = {
 
 @pytest.mark.parametrize("look", SEEN.values(), ids=SEEN)
 def test_source_of_an_argument_is_found(look: Callable[[Call], Tensor]) -> None:
-    call, other = arguments(), arguments(seed=1)
-    source = find_source(look(call), call)
-    assert source is not None
-    assert torch.equal(read_source(source, call), look(call))
-    assert torch.equal(read_source(source, other), look(other))
+    call = arguments()
+    found: Any = call
+    for key in find_source(look(call), call):
+        found = found[key]
+    assert torch.equal(found.flatten(), look(call).flatten())
 
 
 @pytest.mark.parametrize("look", UNSEEN.values(), ids=UNSEEN)
@@ -271,20 +272,18 @@ def test_watch_ends_with_its_block() -> None:
     assert not reads.seen
 
 
-# The cache
+# The reader
 
 
 class Counted:
     """A model that counts its runs."""
 
-    _unwatched = ("calls",)
-
     def __init__(self, model: Callable[..., None]) -> None:
         self.model = model
-        self.calls: list[None] = []
+        self.runs = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        self.calls.append(None)
+        self.runs += 1
         self.model(*args, **kwargs)
 
 
@@ -294,68 +293,9 @@ def gaussian(x: Tensor, y: Tensor | None = None) -> None:
         pyro.sample("x", dist.Normal(z, 1.0), obs=x if y is None else y)
 
 
-def subsampled(x: Tensor, index: Tensor) -> None:
+def explicit(x: Tensor, index: Tensor) -> None:
     with pyro.plate("data", 100, subsample=index):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-
-def reading(x: Tensor) -> None:
-    gaussian(x if x.sum() > 0 else x.reshape(-1, 1).squeeze(-1))
-
-
-def masking(x: Tensor) -> None:
-    gaussian(x[x > 0])
-
-
-def indexed(x: Tensor, index: Tensor) -> None:
-    subsampled(x[index], index)
-
-
-def sorted_rows(x: Tensor, index: Tensor) -> None:
-    subsampled(x[index.sort(descending=True).values], index)
-
-
-def changed_rows(x: Tensor, index: Tensor) -> None:
-    rows = x[index]
-    rows[0] += 1.0
-    subsampled(rows, index)
-
-
-def two_takes(x: Tensor) -> None:
-    """Rows at indices of no plate: other values in every call."""
-    gaussian(x[torch.arange(len(x) // 2)])
-
-
-def columns(x: Tensor) -> None:
-    """The datapoints lie on the second axis, and of both axes a part is drawn."""
-    words = pyro.plate("words", x.shape[0], dim=-2)
-    with pyro.plate("data", x.shape[1], subsample_size=2, dim=-1) as index:
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        with words as rows:
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x[rows][:, index])
-
-
-def by_pyro_subsample(x: Tensor) -> None:
-    with pyro.plate("data", len(x), subsample_size=2):
-        batch = pyro.subsample(x, event_dim=0)
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=batch)
-
-
-def whole_by_index(x: Tensor) -> None:
-    with pyro.plate("data", len(x)) as index:
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
-
-
-def computed(x: Tensor) -> None:
-    gaussian(x / 2)
-
-
-def bounded(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Uniform(0.0, x.max()))
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
 
@@ -365,178 +305,120 @@ def random_batch(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
 
 
+def bounded(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Uniform(0.0, x.max()))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def scaled(x: Tensor) -> None:
+    with pyro.poutine.scale(scale=0.5):
+        gaussian(x)
+
+
+def masked(x: Tensor) -> None:
+    with pyro.poutine.mask(mask=x > 0):
+        gaussian(x)
+
+
+def positive(x: Tensor) -> None:
+    gaussian(x[x > 0])
+
+
 def closure() -> None:
-    gaussian(CLOSED_OVER)
+    gaussian(torch.ones(5))
 
 
-CLOSED_OVER = torch.ones(5)
 INDEX = torch.tensor([3, 1, 4])
 
 
-def find(
-    model: Callable[..., None], calls: list[tuple[Any, ...]], *, observed: bool = True
-) -> tuple[list[Structure], int]:
-    """The structures of calls by one cache, and the number of model runs it took."""
-    cache, counted = StructureCache(), Counted(model)
-    structures = [cache.find(counted, call, {}, observed=observed) for call in calls]
-    return structures, len(counted.calls)
-
-
-@pytest.mark.parametrize("observed", [True, False])
-def test_equal_shapes_take_one_run(observed: bool) -> None:
-    calls = [(torch.full((5,), float(i)),) for i in range(4)]
-    structures, runs = find(gaussian, calls, observed=observed)
-    assert runs == 1
-    assert all(structure.layout is structures[0].layout for structure in structures)
-    if observed:
-        assert all(s.observed["x"] is call[0] for s, call in zip(structures, calls, strict=True))
-
-
-def test_other_shapes_take_another_run_and_come_back() -> None:
-    structures, runs = find(gaussian, [(torch.zeros(n),) for n in (5, 3, 5, 3)])
-    assert runs == 2
-    assert [s.datapoints.size for s in structures] == [5, 3, 5, 3]
-
-
-def test_given_indices_are_read_from_the_arguments() -> None:
-    calls = [(torch.full((3,), float(i)), INDEX + i) for i in range(3)]
-    structures, runs = find(subsampled, calls)
-    assert runs == 1
-    assert all(torch.equal(s.indices["data"], call[1]) for s, call in zip(structures, calls, strict=True))
-    assert all(torch.equal(s.observed["x"], call[0]) for s, call in zip(structures, calls, strict=True))
-
-
-def test_rows_at_a_plates_indices_are_read_from_the_arguments() -> None:
-    calls = [(torch.arange(100.0) * i, INDEX + i) for i in range(3)]
-    structures, runs = find(indexed, calls)
-    assert runs == 1
-    assert all(torch.equal(s.observed["x"], x[index]) for s, (x, index) in zip(structures, calls, strict=True))
-    structures, runs = find(whole_by_index, [(torch.arange(5.0) + i,) for i in range(3)])
-    assert runs == 1
-    assert all(torch.equal(s.observed["x"], torch.arange(5.0) + i) for i, s in enumerate(structures))
-
-
-@pytest.mark.parametrize("model", [random_batch, by_pyro_subsample, columns])
-def test_guide_takes_a_random_subsample_from_the_arguments(model: Callable[[Tensor], None]) -> None:
-    counted = Counted(model)
-    shape = (3, 7) if model is columns else (50,)
-    guide = AmortizedGuide(counted, plate="data")
-    seen: list[Tensor] = []
-    guide.setup(torch.randn(shape))
-    guide.inference.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    counted.calls.clear()
-    for _ in range(3):
-        x = torch.randn(shape)
-        with pyro.poutine.trace() as tracer:
-            guide(x)
-        index = tracer.trace.nodes["data"]["value"]
-        expected = x[:, index].T if model is columns else x[index]
-        assert torch.equal(seen.pop().reshape(expected.shape), expected)
-    assert not counted.calls
+def read(model: Callable[..., None], calls: list[tuple[Any, ...]], *, promised: bool) -> tuple[list[Structure], int]:
+    """The structures of calls by one reader, and the number of model runs it took."""
+    reader, counted = StructureReader(promised=promised), Counted(model)
+    return [reader.read(counted, call, {}) for call in calls], counted.runs
 
 
 @pytest.mark.parametrize(
     ("model", "calls"),
     [
-        (reading, [(torch.ones(4),), (-torch.ones(4),), (torch.ones(4),)]),
-        (bounded, [(torch.ones(4),), (2 * torch.ones(4),), (3 * torch.ones(4),)]),
-        (computed, [(torch.ones(4),), (torch.zeros(4),), (torch.ones(4),)]),
-        (sorted_rows, [(torch.arange(100.0) * i, INDEX + i) for i in range(3)]),
-        (changed_rows, [(torch.arange(100.0) * i, INDEX + i) for i in range(3)]),
-        (two_takes, [(torch.arange(100.0) + i,) for i in range(3)]),
-        (closure, [(), (), ()]),
+        (gaussian, [(torch.full((5,), float(i)),) for i in range(3)]),
+        (explicit, [(torch.full((3,), float(i)), INDEX + i) for i in range(3)]),
+        (positive, [(torch.tensor([1.0, 1.0, -1.0]),), (torch.ones(3),)]),
+        (closure, [(), ()]),
     ],
 )
-def test_models_that_must_run_in_every_call(model: Callable[..., None], calls: list[tuple[Any, ...]]) -> None:
-    structures, runs = find(model, calls)
+def test_model_runs_in_every_call_without_a_promise(model: Callable[..., None], calls: list[tuple[Any, ...]]) -> None:
+    structures, runs = read(model, calls, promised=False)
     assert runs == len(calls)
-    expected = [pyro.poutine.trace(model).get_trace(*call).nodes["x"]["value"] for call in calls]
-    assert all(torch.equal(s.observed["x"], e) for s, e in zip(structures, expected, strict=True))
+    for structure, call in zip(structures, calls, strict=True):
+        assert torch.equal(structure.observed["x"], pyro.poutine.trace(model).get_trace(*call).nodes["x"]["value"])
+        assert torch.equal(structure.indices.get("data", INDEX), call[1] if model is explicit else INDEX)
 
 
-@pytest.mark.parametrize(("model", "expected"), [(computed, 1), (indexed, 1), (closure, 3)])
-def test_structure_alone_takes_one_run(model: Callable[..., None], expected: int) -> None:
-    """But where no argument says what the data are, they may have changed."""
-    calls = {"computed": (torch.ones(4),), "indexed": (torch.ones(100), INDEX), "closure": ()}
-    structures, runs = find(model, [calls[model.__name__]] * 3, observed=False)
-    assert runs == expected
-    assert {s.datapoints.size for s in structures} == {structures[0].datapoints.size}
+def test_promised_structure_is_looked_at_now_and_then() -> None:
+    reader, counted = StructureReader(promised=True), Counted(gaussian)
+    looked = []
+    for call in range(1, 300):
+        before = counted.runs
+        reader.read(counted, (torch.randn(5),), {})
+        looked += [call] * (counted.runs - before)
+    assert looked == [1, 2, 3, 5, 9, 17, 33, 65, 129, 193, 257]
 
 
-@pytest.mark.parametrize("observed", [True, False])
-def test_sizes_that_depend_on_values_are_found_in_every_call(observed: bool) -> None:
-    structures, _ = find(masking, [(torch.tensor([1.0, 1.0, -1.0, -1.0]),), (torch.ones(4),)], observed=observed)
-    assert [s.datapoints.size for s in structures] == [2, 4]
+def test_other_shapes_are_another_promise() -> None:
+    structures, runs = read(gaussian, [(torch.zeros(n),) for n in (5, 3, 5, 3, 5, 3, 5, 3)], promised=True)
+    assert runs == 6
+    assert [s.datapoints.size for s in structures] == [5, 3, 5, 3, 5, 3, 5, 3]
 
 
-def test_unknown_arguments_take_a_run_each() -> None:
-    def model(x: Tensor, options: object) -> None:
-        gaussian(x)
-
-    assert find(model, [(torch.ones(4), object())] * 3)[1] == 3
-
-
-@pytest.mark.parametrize("observed", [True, False])
-def test_random_subsample_has_no_observed_values_before_it_is_drawn(observed: bool) -> None:
-    structures, runs = find(random_batch, [(torch.arange(9.0),)] * 3, observed=observed)
-    assert runs == 1
-    assert all(structure.random_plates == ["data"] and structure.observed is None for structure in structures)
-
-
-def test_guide_looks_at_a_random_subsample_that_the_model_computes() -> None:
-    def halves(x: Tensor) -> None:
-        with pyro.plate("data", len(x), subsample_size=2) as index:
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index] / 2)
-
-    model = Counted(halves)
-    x = torch.arange(50.0)
-    guide = AmortizedGuide(model)
-    guide(x)
-    seen: list[Tensor] = []
-    guide.inference.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    model.calls.clear()
-    with pyro.poutine.trace() as tracer:
-        guide(x)
-    assert len(model.calls) == 1
-    assert torch.equal(seen[0].flatten(), x[tracer.trace.nodes["data"]["value"]] / 2)
+@pytest.mark.parametrize(
+    ("model", "args"),
+    [
+        (explicit, (torch.ones(3), INDEX)),
+        (random_batch, (torch.ones(9),)),
+        (bounded, (torch.ones(4),)),
+        (scaled, (torch.ones(4),)),
+        (masked, (torch.ones(4),)),
+        (closure, ()),
+        (lambda x, options: gaussian(x), (torch.ones(4), object())),
+    ],
+)
+def test_models_that_run_in_every_call_all_the_same(model: Callable[..., None], args: tuple[Any, ...]) -> None:
+    assert read(model, [args] * 4, promised=True)[1] == 4
 
 
-def test_same_tensor_twice_is_not_taken_for_one_argument() -> None:
-    x, y = torch.zeros(3), torch.ones(3)
-    structures, _ = find(gaussian, [(x, x), (x, y)])
-    assert torch.equal(structures[1].observed["x"], y)
+def test_broken_promise_names_what_has_changed_and_since_when_and_can_be_repeated() -> None:
+    x = torch.tensor([1.0, 1.0, -1.0])
+    reader = StructureReader(promised=True)
+    for value in (x, x, x, x.abs()):
+        reader.read(positive, (value,), {})
+    with pytest.raises(
+        ValueError, match=r"plates .*2 of 2.* have become .*3 of 3.* since number 4 .* number 3 the model"
+    ):
+        reader.read(positive, (x.abs(),), {})
+    assert [reader.read(positive, (value,), {}).datapoints.size for value in (x, x.abs(), x)] == [2, 3, 2]
 
 
-def test_training_mode_is_part_of_the_key() -> None:
-    class Model(torch.nn.Module):
-        def forward(self, x: Tensor) -> None:
-            gaussian(x[:2] if self.training else x)
-
-    model, cache, x = Model(), StructureCache(), torch.ones(5)
-    sizes = [cache.find(model.train(mode), (x,), {}, observed=True).datapoints.size for mode in (True, False, True)]
-    assert sizes == [2, 5, 2]
+def test_reader_forgets_the_oldest() -> None:
+    reader, model = StructureReader(promised=True, max_size=2), Counted(gaussian)
+    for size in (3, 4, 4, 4, 4, 5, 3):
+        reader.read(model, (torch.zeros(size),), {})
+    assert model.runs == 6
 
 
-def test_cache_forgets_the_oldest() -> None:
-    cache, model = StructureCache(max_size=2), Counted(gaussian)
-    for size in (3, 4, 5, 5, 3):
-        cache.find(model, (torch.zeros(size),), {}, observed=True)
-    assert len(model.calls) == 4
+def test_reader_without_a_model() -> None:
+    reader, x = StructureReader(promised=True), torch.zeros(3)
+    reader.read(gaussian, (x,), {})
+    assert reader.read(None, (x + 1,), {}).datapoints.size == 3
+    for other in (StructureReader(), reader):
+        with pytest.raises(ValueError, match=r"loaded without its model.*try `guide.model = model`"):
+            other.read(None, (torch.zeros(4),), {})
 
 
-def test_cache_without_a_model() -> None:
-    cache, x = StructureCache(), torch.zeros(3)
-    cache.find(gaussian, (x,), {}, observed=True)
-    assert cache.find(None, (x + 1,), {}, observed=True).datapoints.size == 3
-    with pytest.raises(ValueError, match=r"loaded without its model .* new shapes.*try `guide.model = model`"):
-        cache.find(None, (torch.zeros(4),), {}, observed=True)
-
-
-@pytest.mark.parametrize("model", [gaussian, subsampled, indexed, computed, random_batch])
-@pytest.mark.parametrize("observed", [True, False])
-def test_cache_keeps_no_tensor_alive(model: Callable[..., None], observed: bool) -> None:
-    cache, alive = StructureCache(), []
+@pytest.mark.parametrize("model", [gaussian, explicit, random_batch])
+@pytest.mark.parametrize("promised", [True, False])
+def test_reader_keeps_no_tensor_alive(model: Callable[..., None], promised: bool) -> None:
+    reader, alive = StructureReader(promised=promised), []
 
     def watched(*args: Tensor) -> None:
         with pyro.poutine.trace() as tracer:
@@ -544,12 +426,61 @@ def test_cache_keeps_no_tensor_alive(model: Callable[..., None], observed: bool)
         values = [site["value"] for site in tracer.trace.nodes.values() if isinstance(site.get("value"), Tensor)]
         alive.extend(map(weakref.ref, values))
 
-    x = torch.zeros(100 if model is indexed else 3)
-    args = (x, INDEX.clone()) if model in (subsampled, indexed) else (x,)
-    structures = [cache.find(watched, args, {}, observed=observed) for _ in range(2)]
+    x = torch.zeros(3)
+    args = (x, INDEX.clone()) if model is explicit else (x,)
+    structures = [reader.read(watched, args, {}) for _ in range(2)]
     alive.extend(map(weakref.ref, args))
-    assert cache._templates
     assert any(reference() is not None for reference in alive)
     del structures, x, args
     gc.collect()
     assert not any(reference() is not None for reference in alive)
+
+
+# What a look leaves as it was
+
+
+def test_looks_leave_generators_buffers_modes_and_parameters_as_they_were() -> None:
+    norm = torch.nn.BatchNorm1d(1)
+
+    def model(x: Tensor) -> None:
+        weight = pyro.param("weight", lambda: torch.randn(()))
+        pyro.module("norm", norm)
+        noise = np.random.randn() + random.random() + torch.rand(())
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            mean = norm(z.reshape(-1, 1)).squeeze(-1)
+            pyro.sample("x", dist.Normal(mean * weight, 1.0), obs=x + 0.0 * noise)
+
+    def state() -> list[Any]:
+        numpy_state: Any = np.random.get_state()
+        return [
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            numpy_state[1].tolist(),
+            numpy_state[2:],
+            {name: buffer.tolist() for name, buffer in norm.named_buffers()},
+            norm.training,
+        ]
+
+    np.random.seed(1)
+    guide = AmortizedGuide(model)
+    guide.setup(torch.randn(8))
+    assert all(name.startswith("AmortizedGuide") for name in pyro.get_param_store())
+    before = state()
+    for size in (8, 8, 5):
+        guide.variational_parameters(torch.ones(size))
+    assert state() == before
+    guide.refined(2).variational_parameters(torch.ones(5))
+    assert state()[4:] == before[4:]
+
+
+def test_a_numpy_draw_between_two_looks_is_kept() -> None:
+    np.random.seed(0)
+    expected = np.random.rand(6).tolist()
+    np.random.seed(0)
+    found = []
+    for _ in range(3):
+        with untouched():
+            np.random.rand(1000)
+        found += [np.random.rand(), np.random.rand()]
+    assert found == expected

@@ -221,7 +221,7 @@ def test_masks_may_change_in_every_call(model: Any, Guide: Any) -> None:
     for k in range(3):
         assert math.isfinite(svi.step(x, present.roll(k, 0)))
     phi = guide.variational_parameters(x, present)
-    flat = guide._structures.find(model, (x, present), {}, observed=True).layout.present
+    flat = guide._structures.read(model, (x, present), {}).layout.present
     assert torch.equal(phi[:, : flat.shape[1]][~flat], torch.zeros(int((~flat).sum())))
 
 

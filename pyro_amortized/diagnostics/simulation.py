@@ -154,7 +154,7 @@ class Simulator:
         try:
             with torch.random.fork_rng():
                 look = self.guide._structures.look
-                structure, _, _ = look(part.model, tuple(part.args), part.kwargs, part.structure.indices)
+                structure = look(part.model, tuple(part.args), part.kwargs, part.structure.indices)
             self.log_joint.structure.check_same(structure)
         except Exception:  # a model may fail in any way on a part of its data; then it is run on all of it
             return False

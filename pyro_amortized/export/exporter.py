@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import datetime, timezone
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -134,8 +133,7 @@ class Exporter:
             with isolated():
                 structure = guide._prepare(args, kwargs).structure
             if structure.random_plates:
-                looked = guide._structures.look(guide.model, args, kwargs, structure.indices)[0]
-                structure = replace(structure, indices={**looked.indices, **structure.indices})
+                structure = guide._look_at(structure, args, kwargs)
             return structure, None
         if self.options.weighs and self._number == 0:
             self._check(args, kwargs)

@@ -95,7 +95,7 @@ class ModelRuns:
         self.args = args
         self.kwargs = kwargs
         self.structure = structure
-        trace, _, _ = probe(model, args, kwargs, structure.indices)
+        trace, _ = probe(model, args, kwargs, structure.indices)
         found = sample_sites(trace)
         self.sites = {name: _site_shape(site) for name, site in found.items()}
         self.latent = tuple(latent_sites(trace))

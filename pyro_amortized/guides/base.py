@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import types
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import pyro
 import pyro.distributions as dist
@@ -27,17 +29,14 @@ from pyro_amortized.inference import InferenceStrategy, Refined
 from pyro_amortized.layout import SiteLayout, is_enumerated
 from pyro_amortized.sampling import KeepLogDensity, add_gradient, check_scaled_once, sample_local
 from pyro_amortized.simulated import simulated_call, takes_observations
-from pyro_amortized.structure import Structure, StructureCache, check_bounds, check_observed, check_weights
-from pyro_amortized.tracing import isolated, run_model
+from pyro_amortized.structure import Structure, StructureReader, check_observed, check_steady
+from pyro_amortized.tracing import isolated, run_model, untouched
 from pyro_amortized.updates import UpdateRule, rule_for
 
 if TYPE_CHECKING:
     from pyro_amortized.guides.semi_amortized import SemiAmortizedGuide
 
 __all__ = ["GuideOptions", "LocalGuide"]
-
-_NUM_LOOKS = 3
-"""Further runs of a model that masks or scales its latents, to see whether it does so in the same way in every run."""
 
 _MODERATE = 80.0
 """Variational parameters below this in size need no closer look: even as logarithms they do not overflow."""
@@ -65,8 +64,6 @@ class LocalGuide(AutoGuide):
     family: VariationalFamily
     inference: InferenceStrategy
     global_guide: AutoGuide
-    _unwatched: ClassVar[bool] = True
-    """What a guide keeps changes in every call and decides nothing in a model that can reach it."""
 
     def __init__(
         self,
@@ -95,7 +92,7 @@ class LocalGuide(AutoGuide):
         self._family_spec = family
         self._encoder_input = encoder_input
         self._global_guide_factory = global_guide
-        self._structures = StructureCache(plate)
+        self._structures = StructureReader(plate, promised=encoder_input is not None)
         self._ready = False
         self._per_step = False
         self._step_families: dict[int, VariationalFamily] = {}
@@ -144,14 +141,11 @@ class LocalGuide(AutoGuide):
                 "Cannot build a guide because the model has no latent sites; try an empty guide, "
                 "`lambda *args, **kwargs: None`."
             )
-        with torch.no_grad():
+        check_steady(self._structures, structure, self.model, call.args, call.kwargs, observed=self._needs_observed)
+        with torch.no_grad(), untouched():
             init = run_model(self.model, call.args, call.kwargs, structure.indices, (InitMessenger(self._initial),))
         nodes: dict[str, Any] = init.nodes
         check_observed(init)
-        if not structure.is_static:
-            check_bounds(structure, self._structures.look(self.model, call.args, call.kwargs, structure.indices)[0])
-        for _ in range(_NUM_LOOKS if structure.is_weighted else 0):
-            check_weights(structure, self._structures.look(self.model, call.args, call.kwargs, structure.indices)[0])
         init_loc = torch.empty(0)
         if structure.layout is not None:
             init_loc = structure.layout.flatten({s.name: nodes[s.name]["value"] for s in structure.layout.sites})
@@ -195,7 +189,7 @@ class LocalGuide(AutoGuide):
         self.global_guide = self._global_guide_factory(
             InitMessenger(self.init_loc_fn)(poutine.block(self.model, expose=expose))
         )
-        with isolated(), torch.no_grad():
+        with isolated(), torch.no_grad(), untouched():
             self.global_guide(*call.args, **call.kwargs)  # makes its parameters
 
     @property
@@ -210,33 +204,35 @@ class LocalGuide(AutoGuide):
 
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Finds the structure of a call and opens its plates; builds the guide in the first one."""
-        observed = not self._ready or self._needs_observed
         if "observations" in kwargs and not self._observes_itself(args, kwargs):
             return self._prepare_simulated(args, kwargs)
-        structure = self._structures.find(self._model_at_hand, args, kwargs, observed=observed)
+        structure = self._structures.read(self._model_at_hand, args, kwargs)
         plates = self._call_plates(structure, args, kwargs)
         drawn = structure.random_plates if self.create_plates is None else [n for n in plates if n in structure.frames]
         if drawn:
             indices = {**structure.indices, **{name: plates[name].indices for name in drawn if name in plates}}
             _check_created(structure, indices)
-            if not structure.is_static or structure.is_weighted:
-                structure = self._structures.look(self.model, args, kwargs, indices)[0]
-            elif observed and structure.observed is None:
-                structure = self._structures.find(self._model_at_hand, args, kwargs, observed=True, indices=indices)
-            structure = replace(structure, indices=indices)
+            structure = replace(structure, indices=indices, observed=None, present={})  # they were of other indices
+            if not self._ready or self._needs_observed or not structure.is_static or structure.is_weighted:
+                structure = self._look_at(structure, args, kwargs)
         return self._checked(Call(args, kwargs, structure, plates))
+
+    def _look_at(self, structure: Structure, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Structure:
+        """The structure of a call at the indices of a known one, those of plates that this one leaves to chance too."""
+        looked = self._structures.look(self.model, args, kwargs, structure.indices)
+        return replace(looked, indices={**looked.indices, **structure.indices})
 
     def _prepare_simulated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """A call of wake-sleep or CSIS, which hand their simulated data to the guide as ``observations``."""
         observations = kwargs["observations"]
         own = {name: value for name, value in kwargs.items() if name != "observations"}
-        structure = self._structures.find(self.model, args, own, observed=False)
+        structure = self._structures.look(self.model, args, own)
         plates = self._call_plates(structure, args, own)
         kwargs = kwargs if takes_observations(self.model) else own
         indices = {name: plate.indices for name, plate in plates.items() if plate.subsample_size < plate.size}
         with isolated():
             model, args, kwargs, complete = simulated_call(self.model, args, kwargs, observations, indices)
-            structure = self._structures.look(model, args, kwargs, indices)[0]
+            structure = self._structures.look(model, args, kwargs, indices)
         structure = replace(structure, indices={**structure.indices, **indices})
         return self._checked(Call(args, kwargs, structure, plates, model=model, complete=complete))
 
@@ -247,7 +243,7 @@ class LocalGuide(AutoGuide):
             return True
         if not takes_observations(model):
             return False
-        observed = self._structures.find(model, args, kwargs, observed=True).observed or {}
+        observed = self._structures.look(model, args, kwargs).observed or {}
         values = {name: torch.as_tensor(value) for name, value in observations.items()}
         return all(n in observed and value.data_ptr() == observed[n].data_ptr() for n, value in values.items())
 
@@ -526,8 +522,7 @@ class LocalGuide(AutoGuide):
                 )
             structure = call.structure
             if any(name not in structure.indices for name in structure.random_plates):
-                looked = self._structures.look(self.model, args, kwargs, structure.indices)[0]
-                structure = replace(structure, indices={**looked.indices, **structure.indices})
+                structure = self._look_at(structure, args, kwargs)
             return structure, self._phi(call)
 
     def variational_parameters(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -670,6 +665,18 @@ class LocalGuide(AutoGuide):
         for parameter in nn.Module.parameters(self):  # weak references that the store sets anew at every access
             parameter.__dict__.pop("unconstrained", None)
         return {**self.__dict__, "_model": None, "master": None, "plates": {}}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LocalGuide:
+        """A guide of the same model; of the copied one where the model, or what it is a method of, is copied along."""
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        model = self._model_at_hand
+        holder = getattr(model, "__self__", None)
+        if id(holder) in memo and isinstance(model, types.MethodType):
+            model = types.MethodType(model.__func__, memo[id(holder)])
+        copied.__dict__["_model"] = None if model is None else (memo.get(id(model), model),)
+        return copied
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Keeps the state for the first call if nothing has been built yet."""

@@ -16,7 +16,7 @@ from pyro_amortized.guides.amortized import AmortizedGuide
 from pyro_amortized.guides.base import GuideOptions
 from pyro_amortized.inference import InferenceStrategy
 from pyro_amortized.sampling import sample_local
-from pyro_amortized.structure import Structure, StructureCache
+from pyro_amortized.structure import Structure, StructureReader
 from pyro_amortized.tracing import isolated
 
 __all__ = ["DiscreteAmortizedGuide"]
@@ -106,7 +106,7 @@ class DiscreteAmortizedGuide(AmortizedGuide):
         if temperature is not None and not temperature > 0:
             raise ValueError(f"temperature must be above 0 because gradients are divided by it, not {temperature}.")
         self.temperature = temperature
-        self._structures = StructureCache(options.get("plate"), discrete=True)
+        self._structures = StructureReader(options.get("plate"), discrete=True)
         self._discrete: tuple[DiscreteSite, ...] = ()
 
     # Building

@@ -17,7 +17,7 @@ from pyro_amortized.guides.base import GuideOptions
 from pyro_amortized.inference import InferenceStrategy, Refined, check_count
 from pyro_amortized.log_joint import LocalLogJoint
 from pyro_amortized.objective import ESTIMATORS, LocalObjective
-from pyro_amortized.tracing import call_key
+from pyro_amortized.tracing import call_key, kept_state, untouched
 from pyro_amortized.updates import UpdateRule
 
 __all__ = ["RefiningGuide", "RefiningOptions", "check_update"]
@@ -98,7 +98,8 @@ class RefiningGuide(AmortizedGuide):
         return {**super().__getstate__(), "_vectorized": {}}
 
     def _run_strategy(self, strategy: InferenceStrategy, inputs: tuple[Tensor, ...], call: Call) -> Tensor:
-        refinement = strategy.refine(inputs, call.index, self._objective(call))  # type: ignore[operator]
+        with kept_state():  # the model's own run in this step counts, not those of refinement
+            refinement = strategy.refine(inputs, call.index, self._objective(call))  # type: ignore[operator]
         call.signal = refinement.signal
         return refinement.phi
 
@@ -129,7 +130,7 @@ class RefiningGuide(AmortizedGuide):
         """Whether many draws may be evaluated in one run of the model."""
         shape = (2, log_joint.num_datapoints, log_joint.layout.latent_dim)
         z = torch.linspace(-0.5, 0.5, math.prod(shape), dtype=self._like.dtype, device=self._like.device).reshape(shape)
-        with torch.random.fork_rng():
+        with untouched():
             return log_joint.choose_mode(z)
 
     def _refined_from(

@@ -21,7 +21,7 @@ from pyro_amortized.inference import InferenceStrategy
 from pyro_amortized.layout import LocalSite
 from pyro_amortized.quantization import Codebook, Quantized
 from pyro_amortized.sampling import add_gradient
-from pyro_amortized.structure import Structure, StructureCache
+from pyro_amortized.structure import Structure, StructureReader
 from pyro_amortized.tracing import isolated
 
 __all__ = ["VectorQuantizedGuide"]
@@ -113,7 +113,7 @@ class VectorQuantizedGuide(AmortizedGuide):
                 "Cannot use a family with vector-quantised codes because q has one possible value; try leaving it out."
             )
         super().__init__(model, encoder, **options)
-        self._structures = StructureCache(options.get("plate"), discrete=True)
+        self._structures = StructureReader(options.get("plate"), discrete=True)
         self._site: DiscreteSite | None = None
         self._step_parameters: list[Tensor] = []
         self.commitment = commitment

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
-import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.layout import is_enumerated
-from pyro_amortized.structure import StructureCache
+from pyro_amortized.structure import StructureReader
 
 __all__ = ["KLAnnealing", "Schedule", "cyclical_schedule", "linear_schedule", "sigmoid_schedule"]
 
@@ -187,8 +186,7 @@ class KLAnnealing:
 
     def _find_plate(self, args: Any, kwargs: Any) -> str:
         if self._plate is None:
-            with torch.random.fork_rng():  # so that annealed and plain losses use the same draws
-                structure = StructureCache(self._requested).look(self._model, args, kwargs)[0]
+            structure = StructureReader(self._requested).look(self._model, args, kwargs)
             if structure.layout is None:
                 raise ValueError(
                     "Cannot anneal the KL divergence of local latents because the model has none: no latent site lies "
