@@ -316,10 +316,42 @@ class StructureReader:
         self.promised = promised
         self.max_size = max_size
         self._known: OrderedDict[Any, _Known] = OrderedDict()
+        self._drawn: OrderedDict[Any, Structure] = OrderedDict()
 
     def clear(self) -> None:
         """Forgets all structures: the model is another one."""
         self._known.clear()
+        self._drawn.clear()
+
+    def foresee(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Structure | None:
+        """What a call will look like if it draws a random subsample as the last one with arguments like these did.
+
+        It spares a look: the guide's plates draw their indices first, and the model is looked at with these, once. That
+        look tells whether the structure is what was foreseen.
+        """
+        return self._drawn.get(call_key((args, dict(kwargs))))
+
+    def look_as_foreseen(
+        self, foreseen: Structure, model: Callable[..., Any], args: Any, kwargs: Any, indices: Mapping[str, Tensor]
+    ) -> Structure:
+        """Looks at a call with the indices that the foreseen plates have drawn.
+
+        Raises:
+            ValueError: If the plates are other ones than those foreseen; only once, the next call looks first.
+        """
+        try:
+            structure = self.look(model, args, kwargs, indices)
+        except ValueError:  # Pyro's, where the number of indices is another
+            structure = self.look(model, args, kwargs)
+            if structure.frames == foreseen.frames:
+                raise
+        if structure.frames != foreseen.frames:
+            self._drawn.clear()
+            raise ValueError(
+                f"Cannot use the subsample that this call has drawn because {foreseen.difference(structure)} since the "
+                "last call with arguments of the same shapes; try again: the next call looks at the model first."
+            )
+        return structure
 
     def read(self, model: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Structure:
         """The structure of a call; without observed values where the run is spared.
@@ -348,10 +380,17 @@ class StructureReader:
         if known is not None:
             self._check_promise(key, known, structure)
         elif key is not None and structure.is_fixed:
-            self._known[key] = _Known(structure.without_tensors())
-            if len(self._known) > self.max_size:
-                self._known.popitem(last=False)
+            self._keep(self._known, key, _Known(structure.without_tensors()))
+        if structure.random_plates and structure.is_static and not structure.is_weighted:
+            key = call_key((args, dict(kwargs)))
+            if key is not None:
+                self._keep(self._drawn, key, structure.without_tensors())
         return structure
+
+    def _keep(self, known: OrderedDict[Any, Any], key: Any, value: Any) -> None:
+        known[key] = value
+        if len(known) > self.max_size:
+            known.popitem(last=False)
 
     def _check_promise(self, key: Any, known: _Known, structure: Structure) -> None:
         """Goes on trusting what is known of calls with a key, or trusts no promise any more and says so."""

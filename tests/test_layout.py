@@ -86,7 +86,7 @@ def model_of(prior: Prior, plates: str = "alone") -> Callable[[Tensor], None]:
 
 
 def layout_of(model: Callable[..., Any], *args: Any) -> tuple[SiteLayout, dict[str, Tensor]]:
-    trace, frames, _ = probe(model, args, {})
+    trace, frames = probe(model, args, {})
     layout = SiteLayout.from_trace(trace, frames, "data")
     return layout, {site.name: trace.nodes[site.name]["value"] for site in layout.sites}
 

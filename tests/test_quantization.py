@@ -699,8 +699,9 @@ def test_pickled_and_copied_in_training() -> None:
     for make_copy in (lambda guide: pickle.loads(pickle.dumps(guide)), copy.deepcopy):
         pyro.clear_param_store()
         other = make_copy(guide)
+        other.model = model
         assert torch.equal(other.codes(x), guide.codes(x))
-        other.model, other.codebook = model, copy.deepcopy(model.codebook)
+        other.codebook = copy.deepcopy(model.codebook)
         with pytest.raises(ValueError, match="with the guide's own codebook"):
             SVI(model, other, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(x)
         other.codebook = model.codebook

@@ -436,6 +436,40 @@ def test_reader_keeps_no_tensor_alive(model: Callable[..., None], promised: bool
     assert not any(reference() is not None for reference in alive)
 
 
+def test_random_subsample_takes_one_look_and_is_the_one_that_the_encoder_sees() -> None:
+    for options in ({}, {"encoder_input": lambda x: pyro.subsample(x, event_dim=0)}):
+        pyro.clear_param_store()
+        counted = Counted(random_batch)
+        guide = AmortizedGuide(counted, **options)
+        seen: list[Tensor] = []
+        guide.setup(torch.randn(50))
+        guide.inference.encoder.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0]))
+        guide(torch.randn(50))
+        counted.runs = 0
+        for _ in range(3):
+            x = torch.randn(50)
+            with pyro.poutine.trace() as tracer:
+                guide(x)
+            assert torch.equal(seen.pop().flatten(), x[tracer.trace.nodes["data"]["value"]])
+        assert counted.runs == 3
+
+
+def test_random_subsample_of_another_size_is_refused_once() -> None:
+    sizes = {"batch": 2}
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x), subsample_size=sizes["batch"]) as index:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+    guide, x = AmortizedGuide(model), torch.randn(9)
+    assert guide(x)["z"].shape == guide(x)["z"].shape == (2,)
+    sizes["batch"] = 4
+    with pytest.raises(ValueError, match=r"subsample .* because plates .*2 of 9.* have become .*4 of 9.*; try again"):
+        guide(x)
+    assert guide(x)["z"].shape == guide(x)["z"].shape == (4,)
+
+
 # What a look leaves as it was
 
 

@@ -270,7 +270,7 @@ EDGES: dict[str, tuple[Model, set[tuple[str, str]]]] = {
 
 
 def find(model: Any, *args: Any) -> tuple[SiteLayout, Tensor]:
-    trace, frames, _ = probe(model, args, {})
+    trace, frames = probe(model, args, {})
     layout = SiteLayout.from_trace(trace, frames, "data")
     return layout, posterior_parents(model, args, {}, layout, ["theta"])
 

@@ -206,14 +206,19 @@ class LocalGuide(AutoGuide):
         """Finds the structure of a call and opens its plates; builds the guide in the first one."""
         if "observations" in kwargs and not self._observes_itself(args, kwargs):
             return self._prepare_simulated(args, kwargs)
-        structure = self._structures.read(self._model_at_hand, args, kwargs)
+        alone = self._ready and self.create_plates is None and self.master is None
+        foreseen = self._structures.foresee(args, kwargs) if alone else None
+        structure = foreseen or self._structures.read(self._model_at_hand, args, kwargs)
         plates = self._call_plates(structure, args, kwargs)
         drawn = structure.random_plates if self.create_plates is None else [n for n in plates if n in structure.frames]
         if drawn:
             indices = {**structure.indices, **{name: plates[name].indices for name in drawn if name in plates}}
             _check_created(structure, indices)
             structure = replace(structure, indices=indices, observed=None, present={})  # they were of other indices
-            if not self._ready or self._needs_observed or not structure.is_static or structure.is_weighted:
+            if foreseen is not None:
+                looked = self._structures.look_as_foreseen(foreseen, self.model, args, kwargs, indices)
+                structure = replace(looked, indices={**looked.indices, **indices})
+            elif not self._ready or self._needs_observed or not structure.is_static or structure.is_weighted:
                 structure = self._look_at(structure, args, kwargs)
         return self._checked(Call(args, kwargs, structure, plates))
 
