@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -51,6 +52,11 @@ def paired_ratio(first: Callable[[], object], second: Callable[[], object], repe
     return f"{middle:.3f}  (quartiles {low:.3f} .. {high:.3f}; {1e3 * statistics.median(seconds):.2f} ms)"
 
 
+def resident_memory() -> float:
+    """Memory of this process, in MiB."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+
 class Decoder(nn.Module):
     """z -> logits of pixels."""
 
@@ -90,12 +96,14 @@ def svi_step() -> None:
                 loc, log_scale = head(encoder(x)).chunk(2, -1)
                 pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
 
-        our_model = vae_model(hidden, 20, "decoder_for_guide")
-        our_guide = AmortizedGuide(our_model, nn.Sequential(nn.Linear(784, hidden), nn.ReLU()))
         hand = SVI(hand_model, hand_guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
-        ours = SVI(our_model, our_guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
-        ratio = paired_ratio(lambda: ours.step(x), lambda: hand.step(x))  # noqa: B023
-        print(f"SVI step 784-{hidden}-20, batch {batch}: AmortizedGuide / hand-written guide = {ratio}")
+        for name, options in (("", {}), (', encoder_input="x"', {"encoder_input": "x"})):
+            our_model = vae_model(hidden, 20, f"decoder_for_guide{name}")
+            our_encoder = nn.Sequential(nn.Linear(784, hidden), nn.ReLU())
+            our_guide = AmortizedGuide(our_model, our_encoder, name=f"guide{name}", **options)
+            ours = SVI(our_model, our_guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
+            ratio = paired_ratio(lambda: ours.step(x), lambda: hand.step(x))  # noqa: B023
+            print(f"SVI step 784-{hidden}-20, batch {batch}: AmortizedGuide{name} / hand-written guide = {ratio}")
 
 
 def families() -> None:
@@ -312,7 +320,7 @@ def many_datapoints() -> None:
 
         def batches() -> Iterator[torch.Tensor]:
             for seed in range(count):
-                resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20)
+                resident.append(resident_memory())
                 yield counts(seed)
 
         start = time.perf_counter()
@@ -334,8 +342,30 @@ def many_datapoints() -> None:
         )
 
 
+def numpy_in_model() -> None:
+    """Time and memory of a step where the model holds a NumPy array of 400 MB, against one where it holds none."""
+
+    def step(megabytes: int) -> Callable[[], object]:
+        held = np.ones(megabytes * 2**17)
+
+        def model(x: torch.Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(5), float(held.size > 0)).to_event(1))
+                pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+        svi = SVI(model, AmortizedGuide(model, name=f"guide_{megabytes}"), pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
+        return lambda: svi.step(torch.randn(int(torch.randint(32, 64, ())), 5))  # a new batch size now and then
+
+    large, small = step(400), step(1)
+    before = resident_memory()
+    ratio = paired_ratio(large, small, repeats=11, inner=20)
+    grown = resident_memory() - before
+    print(f"SVI step, model with 400 MB of NumPy / with 1 MB = {ratio}; resident memory grew by {grown:.0f} MiB")
+
+
 BENCHMARKS = {
     "svi_step": svi_step,
+    "numpy_in_model": numpy_in_model,
     "families": families,
     "sparse_table": sparse_table,
     "semi_amortized_step": semi_amortized_step,
