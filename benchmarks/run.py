@@ -357,6 +357,8 @@ def numpy_in_model() -> None:
         return lambda: svi.step(torch.randn(int(torch.randint(32, 64, ())), 5))  # a new batch size now and then
 
     large, small = step(400), step(1)
+    for _ in range(200):
+        large()
     before = resident_memory()
     ratio = paired_ratio(large, small, repeats=11, inner=20)
     grown = resident_memory() - before

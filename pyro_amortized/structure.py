@@ -317,11 +317,13 @@ class StructureReader:
         self.max_size = max_size
         self._known: OrderedDict[Any, _Known] = OrderedDict()
         self._drawn: OrderedDict[Any, Structure] = OrderedDict()
+        self._parameters: list[str] | None = None
 
     def clear(self) -> None:
         """Forgets all structures: the model is another one."""
         self._known.clear()
         self._drawn.clear()
+        self._parameters = None
 
     def foresee(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Structure | None:
         """What a call will look like if it draws a random subsample as the last one with arguments like these did.
@@ -423,7 +425,11 @@ class StructureReader:
             ValueError: If the structure is one that no guide can serve, or the model changes its arguments.
         """
         before = versions((args, kwargs))
-        trace, frames = probe(model, args, kwargs, values)
+        trace, frames = probe(model, args, kwargs, values, first=self._parameters is None)
+        parameters = trace.param_nodes
+        self._parameters = (
+            parameters if self._parameters in (None, parameters) else None
+        )  # other modules: the next is first
         if versions((args, kwargs)) != before:
             raise ValueError(
                 "Cannot guide a model that changes its arguments in place because guide and model would see different "

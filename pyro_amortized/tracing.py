@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pyro
@@ -91,12 +92,16 @@ _NUMPY = _NumpyGenerator()
 
 
 @contextmanager
-def untouched() -> Iterator[None]:
-    """Leaves the generators of torch, NumPy and Python, the buffers of modules and the parameter store as they were."""
+def untouched(*, first: bool = False) -> Iterator[None]:
+    """Leaves the generators of torch, NumPy and Python, the buffers of modules and the parameter store as they were.
+
+    Args:
+        first: As for :func:`kept_state`.
+    """
     numpy_state, python_state, torch_state = _NUMPY.read(), random.getstate(), torch.get_rng_state()
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
-        with kept_state():
+        with kept_state(first=first):
             yield
     finally:
         torch.set_rng_state(torch_state)
@@ -109,29 +114,37 @@ def untouched() -> Iterator[None]:
 _MAX_BUFFER = 2**20
 """Larger buffers, such as a data set that a module holds, are not copied in every run to undo changes to them."""
 
+_WITH_BUFFERS: WeakSet[nn.Module] = WeakSet()
+"""The modules with buffers that models have called."""
+
 
 @contextmanager
-def kept_state() -> Iterator[None]:
+def kept_state(*, first: bool = False) -> Iterator[None]:
     """Undoes what a run of a model does to buffers of the modules that it calls, and to the parameter store.
 
     Buffers are for example the running statistics of batch normalisation. Parameters are those that a run is the first
     to make.
+
+    Args:
+        first: Whether the model may call modules that no model has called before. A hook finds them then, which it does
+            not do in every run because modules under ``torch.compile`` are compiled anew for it.
     """
-    store, kept = pyro.get_param_store(), dict[nn.Module, list[tuple[str, Tensor, Tensor]]]()
-    known = set(store.keys())
+    store, known = pyro.get_param_store(), set(pyro.get_param_store().keys())
+    kept = {module: _buffers(module) for module in list(_WITH_BUFFERS)}
 
     def keep(module: nn.Module, inputs: Any) -> None:
         if (
             module._buffers and module not in kept and not isinstance(module, GraphModule)
         ):  # whose buffers are constants
-            buffers = [(n, b) for n, b in module.named_buffers(recurse=False) if b.numel() <= _MAX_BUFFER]
-            kept[module] = [(n, buffer, buffer.detach().clone()) for n, buffer in buffers if 0 not in buffer.stride()]
+            kept[module] = _buffers(module)
+            _WITH_BUFFERS.add(module)
 
-    handle = register_module_forward_pre_hook(keep)
+    hook = register_module_forward_pre_hook(keep) if first else None
     try:
         yield
     finally:
-        handle.remove()
+        if hook is not None:
+            hook.remove()
         for module, buffers in kept.items():
             for name, buffer, value in buffers:
                 if getattr(module, name) is not buffer:
@@ -139,6 +152,12 @@ def kept_state() -> Iterator[None]:
                 buffer.data.copy_(value)  # unseen by autograd, for which the statistics are no part of a result
         for name in set(store.keys()) - known:
             del store[name]
+
+
+def _buffers(module: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
+    """Names, buffers and copies of what they hold; without large and expanded ones, which cannot be written to."""
+    buffers = [(n, b) for n, b in module.named_buffers(recurse=False) if b.numel() <= _MAX_BUFFER]
+    return [(name, buffer, buffer.detach().clone()) for name, buffer in buffers if 0 not in buffer.stride()]
 
 
 class _Substitute(Messenger):
@@ -399,6 +418,8 @@ def probe(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     values: Mapping[str, Tensor] | None = None,
+    *,
+    first: bool = True,
 ) -> tuple[Trace, dict[str, PlateFrame]]:
     """Runs the model without gradients, log-probabilities, validation or traces of the run to see its structure.
 
@@ -407,11 +428,12 @@ def probe(
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         values: Values to give to sites, such as the indices of a plate.
+        first: Whether the model may call modules that it did not call before.
 
     Returns:
         The trace, and its plates by name.
     """
     kinds = _PlateKinds()
-    with torch.no_grad(), pyro.validation_enabled(False), untouched():
+    with torch.no_grad(), pyro.validation_enabled(False), untouched(first=first):
         trace = run_model(model, args, kwargs, values, handlers=(kinds,))
     return trace, plate_frames(trace, kinds.kinds)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from pyro_amortized.families import VariationalFamily
+from pyro_amortized.tracing import untouched
 
 __all__ = ["batch_seed", "draw", "generator", "quasi_normal", "seeded", "widening"]
 
@@ -71,8 +72,8 @@ def widening(degrees_of_freedom: Tensor) -> Tensor:
 
 @contextmanager
 def seeded(rng: torch.Generator) -> Iterator[None]:
-    """Draws from torch's global generators under a seed taken from ``rng``, and restores their state."""
-    with torch.random.fork_rng():
+    """Draws under a seed taken from ``rng``, and restores the generators and what runs of a model change."""
+    with untouched():
         torch.manual_seed(int(torch.randint(2**31 - 1, (), generator=rng)))
         yield
 
