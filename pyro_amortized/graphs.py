@@ -105,7 +105,7 @@ class Use:
                 leaves = self.leaves()
                 sources = [x for x in (*leaves, *captured) if x.requires_grad]
                 gradients.append(_gradients(candidate(*leaves), sources))
-        return _close(*gradients, tolerance=1e-3)
+        return _close(gradients[0], gradients[1], tolerance=1e-3)
 
 
 def _gradients(outputs: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Tensor]:
@@ -120,7 +120,8 @@ def _gradients(outputs: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Ten
 
 def _leaves(outputs: Sequence[Tensor]) -> Iterator[Tensor]:
     """The leaves from which results were computed, by autograd's own account."""
-    pending, seen = [x.grad_fn for x in outputs], {None}
+    pending: list[Any] = [x.grad_fn for x in outputs]
+    seen: set[Any] = {None}
     while pending:
         node = pending.pop()
         if node not in seen:

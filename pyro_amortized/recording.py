@@ -70,15 +70,11 @@ def record(function: Function, inputs: Sequence[Tensor]) -> Recording:
         graph = make_fx(watched)(*leaves)
     if reads.seen:
         raise ValueError("it reads values of tensors in Python")
-    _join_leaves(graph)
     with torch.random.fork_rng(), torch.no_grad():
-        in_place = _mutates(graph)
-        if in_place:  # such as dropout, which fills a new tensor with random numbers
+        if _mutates(graph):  # such as dropout, which fills a new tensor with random numbers
             graph = make_fx(torch.func.functionalize(graph))(*(x.detach() for x in leaves))
-        simplifier = _Simplifier(graph, leaves)
-        hidden = edges.hidden or (not in_place and simplifier.has_hidden_derivatives(leaves))
-        simplifier.run()
-    return Recording(graph, [getattr(graph, name) for name in outside(graph)], not hidden)
+        _Simplifier(graph, leaves).run()
+    return Recording(graph, [getattr(graph, name) for name in outside(graph)], not edges.hidden)
 
 
 def outside(graph: fx.GraphModule) -> list[str]:
@@ -91,15 +87,19 @@ def outside(graph: fx.GraphModule) -> list[str]:
 
 _ATEN = torch.ops.aten
 _DETACH, _ALIAS = _ATEN.detach.default, _ATEN.alias.default
-_HOOKS = {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.grad_fn.__get__}  # type: ignore[attr-defined]
+_HOOKS = {
+    Tensor.register_hook,
+    Tensor.register_post_accumulate_grad_hook,
+    vars(torch._C.TensorBase)["grad_fn"].__get__,
+}
 """What changes derivatives, or lets one change them."""
 
 
 class _Edges:
     """Writes into a graph, while it is recorded, which operands carry a derivative.
 
-    Every operand that does not is recorded as ``detach`` of a value, every leaf, which has no derivative but by itself,
-    as ``detach`` of that, and every ``detach`` met as an ``alias``.
+    Every operand that does not, although it depends on what has derivatives, is recorded as ``detach`` of a value, and
+    every ``detach`` met as an ``alias``.
 
     Attributes:
         hidden: Whether derivatives were met that the operators do not tell of.
@@ -107,8 +107,10 @@ class _Edges:
 
     def __init__(self) -> None:
         self.hidden = False
-        self.inside = False
-        self.cut: list[Tensor] = []
+        self.looking = False
+        self.detached: dict[int, Tensor] = {}
+        self.dependent: set[Any] = set()
+        self.carrying: set[Any] = set()
         self._stack = ExitStack()
 
     def __enter__(self) -> _Edges:
@@ -118,17 +120,37 @@ class _Edges:
 
     def __exit__(self, *exception: Any) -> None:
         self._stack.__exit__(*exception)
-        self.cut.clear()
+        self.detached.clear()
 
-    def source(self, operand: Tensor) -> Any:
-        """What autograd passes the derivatives of an operand on to: itself for a leaf, None for nothing."""
+    def alias(self, value: Tensor) -> Tensor:
+        """What stands for a ``detach``."""
+        if value.requires_grad:
+            self.dependent.add(_memory(value))
+        result = _ALIAS(value)
+        self.detached[id(result)] = result
+        return result
+
+    def carries(self, operand: Tensor) -> bool:
+        """Whether an operand's derivative goes to where the operand came from."""
         if not (torch.is_grad_enabled() and operand.requires_grad):
-            return None
-        self.inside = True
-        source = operand.grad_fn
-        self.inside = False
-        self.hidden |= isinstance(source, BackwardCFunction)
-        return operand if source is None else source
+            return False
+        self.looking = True
+        source: Any = operand.grad_fn
+        self.looking = False
+        if source is None:  # a leaf: from outside, or made of a value of the graph
+            return id(operand) not in self.detached
+        self.hidden |= isinstance(source, BackwardCFunction) or _memory(operand) not in self.carrying
+        return True
+
+    def depends(self, operand: Tensor) -> bool:
+        """Whether an operand depends on something that has derivatives."""
+        return operand.requires_grad or _memory(operand) in self.dependent
+
+    def note(self, results: Sequence[Tensor], differentiable: bool, dependent: bool) -> None:
+        """Takes down what operands passed on to results."""
+        places = set(map(_memory, results))
+        self.carrying |= places if differentiable else set()
+        self.dependent |= places if dependent else set()
 
 
 class _Hooks(TorchFunctionMode):
@@ -137,7 +159,7 @@ class _Hooks(TorchFunctionMode):
         self.edges = edges
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.edges.hidden |= func in _HOOKS and not self.edges.inside
+        self.edges.hidden |= func in _HOOKS and not self.edges.looking
         return func(*args, **(kwargs or {}))
 
 
@@ -147,28 +169,31 @@ class _Operands(TorchDispatchMode):
         self.edges = edges
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         if func is _DETACH:
-            self.edges.cut.append(_ALIAS(args[0]))
-            return self.edges.cut[-1]
-        sources = {id(x): self.edges.source(x) for x in tree_leaves((args, kwargs)) if _is_continuous(x)}
-        for target in filter(_is_continuous, _written(func, args, kwargs)):
-            self._overwrite(target, sources)
+            return self.edges.alias(args[0])
+        args, kwargs = tuple(args), kwargs or {}
+        operands = list(filter(_is_continuous, tree_leaves((args, kwargs))))
+        carried = {id(x) for x in operands if self.edges.carries(x)}
+        cut = {id(x) for x in operands if id(x) not in carried and self.edges.depends(x)}
+        written = list(filter(_is_continuous, _written(func, args, kwargs)))
+        for target in written:
+            self._overwrite(target, cut, carried)
+        if cut:
+            args, kwargs = tree_map(lambda x: _DETACH(x) if id(x) in cut else x, (args, kwargs))
+        results = func(*args, **kwargs)
+        differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
+        self.edges.note([*filter(_is_continuous, tree_leaves(results)), *written], differentiable, bool(carried or cut))
+        return results
 
-        def operand(value: Any) -> Any:
-            source = sources.get(id(value), func)
-            marked = _DETACH(value) if source is None or source is value else value
-            return _DETACH(marked) if source is value else marked
-
-        return func(*tree_map(operand, args), **tree_map(operand, kwargs))
-
-    def _overwrite(self, target: Tensor, sources: dict[int, Any]) -> None:
+    def _overwrite(self, target: Tensor, cut: set[int], carried: set[int]) -> None:
         """A tensor that is changed in place has the derivatives that autograd says it has."""
-        if sources.pop(id(target)) is None:
-            shared = any(_memory(x) == _memory(target) for x in self.edges.cut)
-            self.edges.hidden |= target.requires_grad or shared  # the values change, and their derivatives do not
-            if any(source is not None for source in sources.values()):
-                _ATEN.copy_.default(target, _DETACH(target))
+        if id(target) in carried:
+            return
+        shared = any(_memory(x) == _memory(target) for x in self.edges.detached.values())
+        self.edges.hidden |= target.requires_grad or shared  # the values change, and their derivatives do not
+        if carried and id(target) in cut:
+            _ATEN.copy_.default(target, _DETACH(target))
+        cut.discard(id(target))
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -186,15 +211,6 @@ def _is_continuous(value: Any) -> bool:
 
 def _memory(tensor: Tensor) -> Any:
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
-
-
-def _join_leaves(graph: fx.GraphModule) -> None:
-    """Takes back the ``detach`` of leaves that come from outside; those made inside keep it."""
-    for node in graph.graph.nodes:
-        inner = node.args[0] if node.target is _DETACH else None
-        if getattr(inner, "target", None) is _DETACH and inner.args[0].op in ("placeholder", "get_attr"):
-            node.replace_all_uses_with(inner.args[0])
-    graph.recompile()
 
 
 # Simplifying
@@ -224,15 +240,12 @@ class _Recorder(fx.Interpreter):
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
         self.shapes: dict[fx.Node, tuple[torch.Size, torch.dtype]] = {}
-        self.continuous: set[fx.Node] = set()
         self.constants: dict[fx.Node, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor):
             self.shapes[n] = (value.shape, value.dtype)
-            if _is_continuous(value):
-                self.continuous.add(n)
             sources = n.all_input_nodes
             fresh = n.target is _ATEN.lift_fresh_copy.default or n.target in _FILLS
             derived = sources and all(source in self.constants for source in sources) and not is_random(n)
@@ -266,32 +279,19 @@ class _Simplifier:
         self.recorder.run(*inputs)
         self.active = self._active(inputs)
 
-    def _active(self, inputs: Sequence[Tensor], leaves: bool = False) -> set[fx.Node]:
-        """The values that have derivatives by what comes from outside, or by leaves made inside."""
-        placeholders, active = iter(inputs), set()
+    def _active(self, inputs: Sequence[Tensor]) -> set[fx.Node]:
+        """The values that have derivatives."""
+        placeholders, active = iter(inputs), set[fx.Node]()
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 has_derivatives = next(placeholders).requires_grad
             elif node.op == "get_attr":
                 has_derivatives = getattr(self.module, node.target).requires_grad
-            elif node.target is _DETACH:
-                has_derivatives = leaves and node.args[0].target is _DETACH
             else:
-                has_derivatives = not active.isdisjoint(node.all_input_nodes)
+                has_derivatives = node.target is not _DETACH and not active.isdisjoint(node.all_input_nodes)
             if has_derivatives:
                 active.add(node)
         return active
-
-    def has_hidden_derivatives(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether there are operands that carry a derivative which does not come from anywhere in the graph."""
-        active = self._active(inputs, leaves=True)
-        return any(
-            source in self.recorder.continuous and source not in active
-            for node in self.graph.nodes
-            if node.op == "call_function" and node.target not in (_DETACH, _ALIAS)
-            for source in node.all_input_nodes
-            if source.target is not _DETACH
-        )
 
     def run(self) -> None:
         """Simplifies in place."""
