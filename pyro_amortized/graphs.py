@@ -2,49 +2,204 @@
 
 A function of tensors that runs a Pyro model is recorded as a graph of tensor operations, simplified, and, if asked for,
 compiled. The graph holds the model's parameters by reference, so that it follows their training, and gradients pass
-through it to them. It is used only where that is safe: it must give the numbers and the derivatives of the function
-that it was traced from, and is traced anew when anything that the model can reach (numbers, flags, tensors, submodules)
-has been replaced since.
+through it to them. It is believed only for a use in which it has given the numbers of the function that it was traced
+from: what the function does may depend on anything, and only running it tells. Where they differ, it is traced anew.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from pyro_amortized.guards import Guard, guards
-from pyro_amortized.tracing import ValueReads
+from pyro_amortized.recording import Function, is_random, outside, record
+from pyro_amortized.tracing import untouched
 
-__all__ = ["GraphCache"]
-
-Function = Callable[..., tuple[Tensor, ...]]
-"""From tensors to a tuple of tensors."""
+__all__ = ["Function", "GraphCache", "Use"]
 
 _MAX_MISSES = 8
-"""Traces in a row without a hit after which tracing is given up: something changes in every call."""
+"""Uses in a row without a graph that agrees, after which tracing is given up: something changes in every call."""
 
 _MAX_STATES = 4
 """States of a model, such as training and evaluation, for which graphs are kept beside each other."""
 
 
+class Use:
+    """One use of a function, which may be a loop of many calls: what it is called with first, and plainly gives there.
+
+    Args:
+        function: From tensors to a tuple of tensors.
+        inputs: Tensors of the first call.
+        draws: Position of the input that holds K draws in its first axis, if the first result is a mean over them, so
+            that one draw tells whether a graph agrees.
+        derivatives: Whether the results are differentiated, by the inputs or by tensors that the function uses.
+
+    Attributes:
+        results: The results of the first call, if a graph that agrees has given them.
+    """
+
+    def __init__(
+        self, function: Function, inputs: Sequence[Tensor], draws: int | None = None, derivatives: bool = False
+    ) -> None:
+        self.function = function
+        self.inputs = list(inputs)
+        self.draws = None if draws is None or len(inputs[draws]) == 1 else draws
+        self.derivatives = derivatives
+        self.results: tuple[Tensor, ...] | None = None
+
+    def leaves(self) -> list[Tensor]:
+        """The inputs, of which the first can always be differentiated by."""
+        leaves = [x.detach().requires_grad_(x.requires_grad) for x in self.inputs]
+        leaves[0].requires_grad_()
+        return leaves
+
+    @cached_property
+    def _of_all(self) -> tuple[Tensor, ...]:
+        return self._plainly(self.leaves())
+
+    @cached_property
+    def _of_one(self) -> tuple[Tensor, ...]:
+        return self._plainly([x[:1] if i == self.draws else x for i, x in enumerate(self.leaves())])
+
+    def _plainly(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        with untouched(), torch.set_grad_enabled(self.derivatives):
+            return self.function(*inputs)
+
+    def agrees(self, graph: Function, whole: bool) -> bool:
+        """Whether a graph gives the numbers of the function: for all draws, or for one.
+
+        Args:
+            graph: A graph of the function.
+            whole: Whether to compare all draws and results.
+        """
+        self.results = None
+        if whole or self.draws is None:
+            with untouched():  # what is random is run once more for the caller
+                self.results = graph(*self.inputs)
+            return _close(self.results, self._of_all)
+        repeated = [x[:1].expand_as(x).contiguous() if i == self.draws else x for i, x in enumerate(self.inputs)]
+        with torch.no_grad():
+            return _close(graph(*repeated)[:1], self._of_one[:1])
+
+    @cached_property
+    def touched(self) -> frozenset[int]:
+        """The parameters by which the function's results can be differentiated, by ``id``."""
+        outputs = self._of_all if "_of_all" in vars(self) else self._of_one
+        return frozenset(map(id, _leaves(outputs)))
+
+    def has_derivatives_of(self, graph: Function, captured: Sequence[Tensor]) -> bool:
+        """Whether a graph has the function's gradients, with random cotangents.
+
+        Args:
+            graph: A graph of the function.
+            captured: The tensors from outside that it uses.
+        """
+        gradients = []
+        for candidate in (graph, self.function):
+            with untouched(), torch.enable_grad():
+                leaves = self.leaves()
+                sources = [x for x in (*leaves, *captured) if x.requires_grad]
+                gradients.append(_gradients(candidate(*leaves), sources))
+        return _close(gradients[0], gradients[1], tolerance=1e-3)
+
+
+def _gradients(outputs: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Tensor]:
+    live = [x for x in outputs if x.requires_grad]
+    if not live:
+        return [torch.zeros_like(x) for x in sources]
+    generator = torch.Generator().manual_seed(0)
+    cotangents = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in live]
+    found = torch.autograd.grad(live, sources, cotangents, allow_unused=True)
+    return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(sources, found, strict=True)]
+
+
+def _leaves(outputs: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The leaves from which results were computed, by autograd's own account."""
+    pending: list[Any] = [x.grad_fn for x in outputs]
+    seen: set[Any] = {None}
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            if hasattr(node, "variable"):
+                yield node.variable
+            pending += [source for source, _ in node.next_functions]
+
+
+def _close(actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = 1e-4) -> bool:
+    """Whether results are equal up to rounding, relative to the largest number of each; read off the device once."""
+    if [x.shape for x in actual] != [x.shape for x in expected]:
+        return False
+    return not actual or bool(
+        torch.stack([_is_close(*pair, tolerance) for pair in zip(actual, expected, strict=True)]).all()
+    )
+
+
+def _is_close(actual: Tensor, expected: Tensor, tolerance: float) -> Tensor:
+    actual, expected = actual.detach(), expected.detach()
+    tolerance = 1e-8 if expected.dtype == torch.float64 else tolerance
+    size = expected.abs().nan_to_num(0.0, 0.0).amax() if expected.numel() else 0.0
+    close = ((actual - expected).abs() <= tolerance * (1.0 * (size < 1.0) + size)) | (actual == expected)
+    return (close | ~(actual.isfinite() | expected.isfinite())).all()
+
+
 @dataclass
 class _Entry:
-    """A graph, or None for a function that cannot be traced, with the conditions under which it may be used."""
+    """A graph, or None for a function that cannot be traced.
 
-    graph: Function | None
+    Attributes:
+        owner: The model that it was traced from.
+        graph: What to run.
+        captured: The tensors from outside that it uses.
+        flags: Which of the inputs and of these require gradients.
+        touched: Those by which the results can be differentiated.
+        is_random: Whether it draws random numbers.
+        is_differentiable: Whether it has the function's derivatives; None as long as they have not been compared.
+    """
+
     owner: Any
-    guards: Sequence[Guard]
-    calls: int = 0
+    graph: Function | None = None
+    captured: Sequence[Tensor] = ()
+    flags: tuple[bool, ...] = ()
+    touched: frozenset[int] = frozenset()
+    is_random: bool = False
+    is_differentiable: bool | None = None
 
-    def is_valid(self, owner: Any) -> bool:
-        """Whether nothing that the graph depends on has been replaced."""
-        return self.owner == owner and all(guard.holds() for guard in self.guards)
+    def flags_of(self, use: Use) -> tuple[bool, ...]:
+        """What of a use decides which derivatives there are."""
+        return tuple(x.requires_grad for x in (*use.inputs[1:], *self.captured))
+
+    def serves(self, use: Use, whole: bool = False) -> bool:
+        """Whether the graph gives the function's numbers in a use, from the tensors that the function now uses."""
+        if self.graph is None or (use.derivatives and self.flags != self.flags_of(use)):
+            return False
+        if not use.agrees(self.graph, whole or self.is_random):
+            return False
+        if self.is_random:
+            use.results = None  # the caller's run draws from the caller's generator
+        if use.derivatives and self.is_differentiable is None:
+            self.is_differentiable = use.has_derivatives_of(self.graph, self.captured)
+            self.touched = use.touched & frozenset(map(id, self.captured))
+        return not use.derivatives or self.touched <= use.touched
+
+
+@dataclass
+class _Known:
+    """The graphs of a function, newest first, and how often it has been used."""
+
+    entries: list[_Entry] = field(default_factory=list)
+    uses: int = 0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether to try again where tracing was given up: rarer and rarer, and what was traced in the next use."""
+        return self.uses > 1 and any(n & (n - 1) == 0 for n in (self.uses, self.uses - 1))
 
 
 class GraphCache:
@@ -52,89 +207,81 @@ class GraphCache:
 
     Args:
         compile: Whether to compile the graphs.
-        max_size: Number of graphs kept.
+        max_size: Number of keys for which graphs are kept.
     """
 
     def __init__(self, compile: bool = False, max_size: int = 32) -> None:
         self.compile = compile
         self.max_size = max_size
-        self._entries: OrderedDict[Any, list[_Entry]] = OrderedDict()
+        self._known: OrderedDict[Any, _Known] = OrderedDict()
         self._misses = 0
-        self._last_missed: Any = None
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Graphs are traced anew after loading."""
-        return {**self.__dict__, "_entries": OrderedDict(), "_misses": 0}
+        return {**self.__dict__, "_known": OrderedDict(), "_misses": 0}
 
     def __deepcopy__(self, memo: Any) -> GraphCache:
         return GraphCache(self.compile, self.max_size)
 
-    def find(
-        self, key: Any, function: Function, inputs: Sequence[Tensor], owner: Any, *, derivatives: bool = True
-    ) -> Function | None:
-        """A graph of ``function``, valid for inputs of these shapes.
+    def find(self, key: Any, use: Use, owner: Any) -> Function | None:
+        """A graph that gives the function's numbers in this use, traced if there is none.
 
         Args:
-            key: What the graph depends on beside the state of ``owner``: shapes and Python values.
-            function: What to trace.
-            inputs: Tensors to trace it with.
-            owner: The model, whose reachable state the graph depends on.
-            derivatives: Whether the graph will be differentiated.
+            key: What a graph depends on as far as can be seen: shapes, Python values, modes.
+            use: The function, and the inputs of its first call.
+            owner: The model.
 
         Returns:
             The graph, or None if the function should be called itself.
         """
-        known = self._entries.get(key, [])
-        entry = next((entry for entry in known if entry.is_valid(owner)), None)
-        if entry is not None:
-            self._entries.move_to_end(key)
-            self._misses = 0
-            entry.calls += 1
-            if entry.graph is not None and _is_due(entry.calls) and not self._agrees(entry.graph, function, inputs):
-                self._give_up(entry, "its numbers change between calls for a reason that cannot be seen from outside")
-            return entry.graph
-        again, self._last_missed = key == self._last_missed and not known, key
-        if self._misses > _MAX_MISSES and not again:
+        known = self._look_up(key)
+        if self._misses > _MAX_MISSES and not known.is_due:
             return None
+        for entry in [entry for entry in known.entries if entry.owner == owner]:
+            if entry.graph is None or (use.derivatives and entry.is_differentiable is False):
+                return None
+            if _serves(entry, use):
+                known.entries.sort(key=lambda other: other is not entry)
+                self._misses = 0
+                return self._permitted(entry, use)
         self._misses += 1
-        if self._misses > _MAX_MISSES and not again:
+        if self._misses > _MAX_MISSES and not known.is_due:
             self._warn("some number, flag or tensor that it uses is replaced in every call (pass it as a tensor)")
             return None
-        entry = self._trace(function, inputs, owner, derivatives)
-        self._entries[key] = [entry, *known[: _MAX_STATES - 1]]
-        if len(self._entries) > self.max_size:
-            self._entries.popitem(last=False)
+        entry = self._trace(use, owner)
+        known.entries = [entry, *known.entries[: _MAX_STATES - 1]]
+        return self._permitted(entry, use)
+
+    def _look_up(self, key: Any) -> _Known:
+        known = self._known.setdefault(key, _Known())
+        self._known.move_to_end(key)
+        if len(self._known) > self.max_size:
+            self._known.popitem(last=False)
+        known.uses += 1
+        return known
+
+    def _permitted(self, entry: _Entry, use: Use) -> Function | None:
+        if use.derivatives and entry.is_differentiable is False:
+            self._warn("it has derivatives that are written by hand")
+            return None
         return entry.graph
 
-    def _trace(self, function: Function, inputs: Sequence[Tensor], owner: Any, derivatives: bool) -> _Entry:
+    def _trace(self, use: Use, owner: Any) -> _Entry:
         try:
-            with torch.enable_grad():
-                graph, captured = trace(function, inputs)
-            entry = _Entry(graph, owner, list(guards(owner, captured)))
-            agrees = self._agrees(graph, function, inputs, derivatives)
+            recording = record(use.function, use.leaves())
+            entry = _Entry(owner, recording.graph, recording.captured)
+            entry.flags, entry.is_random = entry.flags_of(use), any(map(is_random, recording.graph.graph.nodes))
+            entry.is_differentiable = None if recording.is_differentiable else False
+            compiled = replace(entry, graph=_Compiled(recording.graph, self._warn))
+            if not entry.serves(use, whole=True):
+                raise ValueError("the traced graph gives other numbers")
         except Exception as error:  # models may do anything
             self._warn(_reason(error))
-            return _Entry(None, owner, ())
-        if not agrees:
-            self._give_up(entry, "the traced graph gives other numbers")
-        elif self.compile:
-            entry.graph = _Compiled(graph, self._warn)
+            return _Entry(owner)
+        if self.compile and _serves(compiled, use, whole=True):
+            return compiled
         return entry
-
-    def _agrees(self, graph: Function, function: Function, inputs: Sequence[Tensor], derivatives: bool = False) -> bool:
-        """Whether graph and function give the same numbers, and the same gradients with random cotangents."""
-        results = []
-        for candidate in (graph, function):
-            with torch.random.fork_rng(), torch.set_grad_enabled(derivatives):
-                leaves = [x.detach().requires_grad_(x.is_floating_point() and derivatives) for x in inputs]
-                outputs = candidate(*leaves)
-                results.append([*outputs, *(_gradients(outputs, leaves[:1], graph) if derivatives else ())])
-        return all(_close(a, b) for a, b in zip(*results, strict=True))
-
-    def _give_up(self, entry: _Entry, reason: str) -> None:
-        entry.graph = None
-        self._warn(reason)
 
     def _warn(self, reason: str) -> None:
         if self.compile and not self._warned:
@@ -145,202 +292,19 @@ class GraphCache:
             )
 
 
+def _serves(entry: _Entry, use: Use, whole: bool = False) -> bool:
+    try:
+        return entry.serves(use, whole)
+    except Exception:  # a graph may fail in any way where the model has changed; if the model fails, so will its run
+        return False
+
+
 def _reason(error: Exception) -> str:
     """What went wrong, in a line."""
     text = str(error).strip().split("\n")[0][:200]
     if "_local_scalar_dense" in text:  # make_fx's words for it
         return "it reads values of tensors in Python"
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
-
-
-def _is_due(calls: int) -> bool:
-    """Whether to compare a graph with its function again: rarer and rarer, so that it costs nothing."""
-    return calls & (calls - 1) == 0 if calls < 256 else calls % 256 == 0
-
-
-def _close(actual: Tensor | None, expected: Tensor | None) -> bool:
-    if actual is None or expected is None:
-        return all(x is None or not bool(x.any()) for x in (actual, expected))
-    tolerance = 1e-8 if expected.dtype == torch.float64 else 1e-3
-    size = expected.detach().abs().nan_to_num(posinf=0.0).max().item() if expected.numel() else 0.0
-    return actual.shape == expected.shape and torch.allclose(
-        actual, expected, rtol=tolerance, atol=tolerance * max(size, 1.0), equal_nan=True
-    )
-
-
-def _gradients(outputs: Sequence[Tensor], leaves: Sequence[Tensor], graph: Any) -> Sequence[Tensor | None]:
-    parameters = [p for p in _captured(graph) if p.requires_grad]
-    live = [x for x in outputs if x.requires_grad]
-    if not live:
-        return [None] * (len(leaves) + len(parameters))
-    cotangents = [torch.linspace(-1.0, 1.0, x.numel()).to(x).reshape(x.shape) for x in live]
-    return torch.autograd.grad(live, [*leaves, *parameters], cotangents, allow_unused=True)
-
-
-# Tracing
-
-
-def trace(function: Function, inputs: Sequence[Tensor]) -> tuple[fx.GraphModule, list[Tensor]]:
-    """Records a function of tensors as a graph, and simplifies it.
-
-    Args:
-        function: From tensors to a tuple of tensors; may take gradients inside.
-        inputs: Tensors to run it with.
-
-    Returns:
-        The graph, and the tensors from outside that it uses.
-
-    Raises:
-        ValueError: If the function reads values of tensors in Python.
-    """
-    from torch.fx.experimental.proxy_tensor import make_fx  # not needed, and slow, where nothing is traced
-
-    with torch.random.fork_rng(), ValueReads() as reads:
-        graph = make_fx(function)(*(x.detach() for x in inputs))
-        if _mutates(graph):  # such as dropout, which fills a new tensor with random numbers
-            graph = make_fx(torch.func.functionalize(graph))(*(x.detach() for x in inputs))
-    if reads.seen:
-        raise ValueError("it reads values of tensors in Python")
-    with torch.random.fork_rng(), torch.no_grad():
-        _Simplifier(graph).run(inputs)
-    return graph, _captured(graph)
-
-
-_FOLDED = "_folded_"
-_ATEN = torch.ops.aten
-_SAME_SHAPE = {_ATEN.view.default, _ATEN.expand.default, _ATEN._unsafe_view.default, _ATEN.reshape.default}
-_ALIASES = {_ATEN.detach.default, _ATEN.alias.default, _ATEN.lift_fresh.default}
-_FILLS = {
-    getattr(_ATEN, name).default
-    for name in ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like", "zeros", "ones", "full")
-} | {_ATEN.scalar_tensor.default}
-
-
-_COMMUTATIVE = {_ATEN.add.Tensor, _ATEN.mul.Tensor}
-_NEUTRAL: dict[Any, int] = {
-    _ATEN.add.Tensor: 0,
-    _ATEN.sub.Tensor: 0,
-    _ATEN.mul.Tensor: 1,
-    _ATEN.div.Tensor: 1,
-    _ATEN.pow.Tensor_Scalar: 1,
-}
-"""Second arguments that change nothing."""
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps the shapes and dtypes of all values, and those values that are constant."""
-
-    def __init__(self, graph: fx.GraphModule) -> None:
-        super().__init__(graph)
-        self.shapes: dict[fx.Node, tuple[torch.Size, torch.dtype]] = {}
-        self.constants: dict[fx.Node, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self.shapes[n] = (value.shape, value.dtype)
-            sources = n.all_input_nodes
-            fresh = n.target is _ATEN.lift_fresh_copy.default or n.target in _FILLS
-            derived = sources and all(source in self.constants for source in sources) and not _is_random(n)
-            if n.op == "call_function" and (fresh or derived):
-                self.constants[n] = value
-        return value
-
-
-def _is_random(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
-class _Simplifier:
-    """Takes out of a graph what the handlers and autograd left in it without need.
-
-    Constants are folded; views to the same shape, additions of zero and multiplications by one go, as do repeated
-    operations. ``detach`` goes too: autograd records it for each value that it saves, and it would cut off second
-    derivatives. Where a model detaches on purpose the graph then has other second derivatives, which the comparison
-    with the function finds.
-    """
-
-    def __init__(self, graph: fx.GraphModule) -> None:
-        self.module = graph
-        self.graph = graph.graph
-        self.recorder = _Recorder(graph)
-
-    def run(self, inputs: Sequence[Tensor]) -> None:
-        """Simplifies in place."""
-        if _mutates(self.module):
-            raise ValueError("it changes tensors in place")
-        self.recorder.run(*inputs)
-        for node in list(self.graph.nodes):
-            if node.op == "call_function" and node not in self.recorder.constants:
-                self._rewrite(node)
-        self._merge_repeated()
-        self._fold_constants()
-        self.graph.eliminate_dead_code()
-        self.module.recompile()
-
-    def _rewrite(self, node: fx.Node) -> None:
-        """Puts what a node stands for in its place, if something simpler does."""
-        target, args = node.target, node.args
-        same = bool(args) and self._same_shape(node, args[0])
-        replacement: Any = None
-        if target in _ALIASES or (target in _SAME_SHAPE and same):
-            replacement = args[0]
-        elif target in (_ATEN.t.default, _ATEN.neg.default) and getattr(args[0], "target", None) is target:
-            replacement = args[0].args[0]  # type: ignore[union-attr]
-        elif target is _ATEN.copy.default and same and self._same_shape(node, args[1]):
-            replacement = args[1]  # functionalisation's form of an assignment, which has no derivative
-        elif target in _NEUTRAL and not node.kwargs:
-            if same and self._is(args[1], _NEUTRAL[target]):
-                replacement = args[0]
-            elif target in _COMMUTATIVE and self._same_shape(node, args[1]) and self._is(args[0], _NEUTRAL[target]):
-                replacement = args[1]
-        if replacement is not None:
-            node.replace_all_uses_with(replacement)
-        elif target in (_ATEN.mul.Tensor, _ATEN.div.Tensor) and same and self._is(args[1], -1):
-            node.target, node.args = _ATEN.neg.default, args[:1]
-
-    def _same_shape(self, node: fx.Node, other: Any) -> bool:
-        shapes = self.recorder.shapes
-        return isinstance(other, fx.Node) and node in shapes and shapes[node] == shapes.get(other)
-
-    def _is(self, value: Any, number: float) -> bool:
-        """Whether an argument is this number everywhere."""
-        if isinstance(value, fx.Node):
-            constant = self.recorder.constants.get(value)
-            return constant is not None and bool((constant == number).all())
-        return value == number
-
-    def _merge_repeated(self) -> None:
-        seen: dict[Any, fx.Node] = {}
-        for node in list(self.graph.nodes):
-            if node.op not in ("call_function", "get_attr") or _is_random(node) or node in self.recorder.constants:
-                continue
-            key = (node.op, node.target, repr(node.args), repr(node.kwargs))
-            if seen.setdefault(key, node) is not node:
-                node.replace_all_uses_with(seen[key])
-
-    def _fold_constants(self) -> None:
-        constants = self.recorder.constants
-        for number, (node, value) in enumerate(constants.items()):
-            if any(user not in constants for user in node.users):
-                name = f"{_FOLDED}{number}"
-                self.module.register_buffer(name, _compact(value), persistent=False)
-                with self.graph.inserting_before(node):
-                    node.replace_all_uses_with(self.graph.get_attr(name))
-
-
-def _mutates(graph: fx.GraphModule) -> bool:
-    """Whether a graph changes tensors in place."""
-    schemas = (getattr(node.target, "_schema", None) for node in graph.graph.nodes)
-    return any(schema is not None and schema.is_mutable for schema in schemas)
-
-
-def _compact(value: Tensor) -> Tensor:
-    """A constant; one that is the same everywhere takes the memory of a number."""
-    value = value.detach()
-    if value.numel() > 1 and bool((value == value.flatten()[0]).all()):
-        return value.flatten()[0].clone().expand(value.shape)
-    return value
 
 
 # Compiling
@@ -359,7 +323,7 @@ class _Compiled:
     def __init__(self, graph: fx.GraphModule, warn: Callable[[str], None]) -> None:
         self.graph = graph
         self.warn = warn
-        self.captured = _captured(graph)
+        self.captured = [getattr(graph, name) for name in outside(graph)]
         self.variants: dict[Any, Function] = {}
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -376,7 +340,7 @@ class _Compiled:
 
         module, number = _lifted(self.graph), len(tensors) - len(self.captured)
         # random operators, such as dropout's, must draw what they draw uncompiled
-        options = {"fallback_random": True} if any(map(_is_random, module.graph.nodes)) else None
+        options = {"fallback_random": True} if any(map(is_random, module.graph.nodes)) else None
         # Elementwise results are computed again in the backward pass: storing the masks of ReLUs, as by default, takes
         # several times as long on CPUs.
         recomputing = torch._functorch.config.patch(aggressive_recomputation=True)
@@ -388,25 +352,14 @@ class _Compiled:
             return lambda *tensors: self.graph(*tensors[:number])
 
 
-def _outside(graph: fx.GraphModule) -> list[str]:
-    """Names of the tensors from outside that a graph uses."""
-    names = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
-    return sorted(name for name in names if not name.startswith(_FOLDED))
-
-
-def _captured(graph: fx.GraphModule) -> list[Tensor]:
-    """The tensors from outside that a graph uses."""
-    return [getattr(graph, name) for name in _outside(graph)]
-
-
 def _lifted(graph: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a graph with the tensors from outside as further inputs, in the order of :func:`_outside`."""
+    """A copy of a graph with the tensors from outside as further inputs, in the order of :func:`outside`."""
     copied = fx.Graph()
     known: dict[fx.Node, fx.Node] = {}
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     for node in inputs:
         known[node] = copied.placeholder(node.name)
-    lifted = {name: copied.placeholder(f"captured{name}") for name in _outside(graph)}
+    lifted = {name: copied.placeholder(f"captured{name}") for name in outside(graph)}
     for node in graph.graph.nodes:
         if node.op == "get_attr" and node.target in lifted:
             known[node] = lifted[node.target]

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributions import kl_divergence
 
-from pyro_amortized.graphs import GraphCache
-from pyro_amortized.programs import traced
+from pyro_amortized.graphs import Function, GraphCache
+from pyro_amortized.programs import run_traced
 from pyro_amortized.structure import Structure
 from pyro_amortized.tracing import Site, isolated, run_model, sample_sites
 from pyro_amortized.weights import SiteWeight, site_weight
@@ -80,6 +80,7 @@ class LocalLogJoint:
         self.validate = True
         self.like = torch.empty(0)
         self.graphs: GraphCache | None = None
+        self.verified: dict[Any, Function | None] = {}
         self.selectable: bool | None = None
         self._copies: LocalLogJoint | None = None
 
@@ -215,8 +216,7 @@ class LocalLogJoint:
             rows = torch.arange(start, start + length).clamp(max=len(flat) - 1)
             part = self._selected(rows % size)
             inputs = [flat[rows].unsqueeze(0)]
-            run, tensors = traced(program, part, inputs, (), part.graphs, part.model, derivatives=not gradient)
-            results = run(*inputs, *tensors)
+            results, _ = run_traced(program, part, inputs, (), part.graphs, part.model, verified=self.verified)
             values.append(results[0][0, :left])
             gradients += [grad[0, :left] for grad in results[1:]]
             start += length
@@ -395,7 +395,7 @@ class LocalLogJoint:
         indices = {k: v[rows.to(v.device)] if k == name else v for k, v in self.structure.indices.items()}
         structure = replace(self.structure, frames=frames, indices=indices, observed=None)
         part = self.of_call(args, kwargs, structure)
-        part.graphs, part.selectable = self.graphs, True
+        part.graphs, part.verified, part.selectable = self.graphs, self.verified, True
         return part
 
     def of_call(

@@ -21,7 +21,7 @@ from pyro_amortized.families import MultivariateNormal, Normal, VariationalFamil
 from pyro_amortized.graphs import Function, GraphCache
 from pyro_amortized.layout import LocalSite
 from pyro_amortized.log_joint import LocalLogJoint
-from pyro_amortized.programs import traced
+from pyro_amortized.programs import run_traced
 from pyro_amortized.tracing import Site, run_model, untouched
 
 __all__ = ["ESTIMATORS", "LocalObjective"]
@@ -83,7 +83,7 @@ class LocalObjective:
         self.family = family
         self.estimator = estimator
         self.graphs = graphs
-        self._programs: dict[Any, tuple[Function, list[Tensor]]] = {}
+        self._programs: dict[Any, Function] = {}
 
     @property
     def like(self) -> Tensor:
@@ -215,33 +215,31 @@ class LocalObjective:
 
     def prepare(self, phi: Tensor, noise: Tensor | int, curvature: bool = False) -> None:
         """Traces the gradient, if it is to be traced, before it is first run."""
-        self._program(_curvature if curvature else _gradient, phi, noise)
-
-    def _program(
-        self, program: Callable[..., tuple[Tensor, ...]], phi: Tensor, noise: Tensor | int
-    ) -> tuple[Function, list[Tensor]]:
-        key = (program, noise if isinstance(noise, int) else noise.shape)
-        if key not in self._programs:
-            self._programs[key] = self._find_program(program, phi, noise)
-        return self._programs[key]
+        self._run(_curvature if curvature else _gradient, phi, noise)
 
     def _run(self, program: Callable[..., tuple[Tensor, ...]], phi: Tensor, noise: Tensor | int) -> tuple[Tensor, ...]:
-        function, tensors = self._program(program, phi, noise)
-        return function(phi, *tensors) if isinstance(noise, int) else function(phi, noise, *tensors)
-
-    def _find_program(
-        self, program: Callable[..., tuple[Tensor, ...]], phi: Tensor, noise: Tensor | int
-    ) -> tuple[Function, list[Tensor]]:
-        """A function of phi, noise and the tensors of this call: traced if that can be done."""
+        """Runs a program: the first time to find out whether it can be traced, and then as it was found."""
+        inputs, count = ([phi], noise) if isinstance(noise, int) else ([phi, noise], None)
+        key = (program, count if isinstance(noise, int) else noise.shape, torch.is_grad_enabled())
+        if key in self._programs:
+            return self._programs[key](*inputs)
         family, estimator = self.family, self.estimator
 
         def run(log_joint: LocalLogJoint, phi: Tensor, *noise_tensor: Tensor) -> tuple[Tensor, ...]:
             objective = LocalObjective(log_joint, family, estimator)
-            return program(objective, phi, noise_tensor[0] if noise_tensor else noise)
+            return program(objective, phi, noise_tensor[0] if noise_tensor else count)
 
-        inputs, count = ([phi], noise) if isinstance(noise, int) else ([phi, noise], None)
-        owner = (self.log_joint.model, family)
-        return traced(run, self.log_joint, inputs, (program.__name__, estimator, count), self.graphs, owner)
+        results, self._programs[key] = run_traced(
+            run,
+            self.log_joint,
+            inputs,
+            (program.__name__, estimator, count),
+            self.graphs,
+            (self.log_joint.model, family),
+            draws=None if isinstance(noise, int) else 1,
+            derivatives=torch.is_grad_enabled(),
+        )
+        return results
 
     def prior(self) -> Tensor:
         """phi close to the prior: locations and scales of every local latent, given those before it at their location.

@@ -8,16 +8,16 @@ from typing import Any
 
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pyro_amortized.graphs import Function, GraphCache
+from pyro_amortized.graphs import Function, GraphCache, Use
 from pyro_amortized.tracing import call_key
 
-__all__ = ["traced"]
+__all__ = ["run_traced"]
 
 
-def traced(
+def run_traced(
     program: Callable[..., tuple[Tensor, ...]],
     log_joint: Any,
     inputs: Sequence[Tensor],
@@ -25,21 +25,25 @@ def traced(
     graphs: GraphCache | None,
     owner: Any,
     *,
-    derivatives: bool = True,
-) -> tuple[Function, list[Tensor]]:
-    """A program as a function of its inputs and of the tensors of a call: traced if that can be done.
+    draws: int | None = None,
+    derivatives: bool = False,
+    verified: dict[Any, Function | None] | None = None,
+) -> tuple[tuple[Tensor, ...], Function]:
+    """Runs a program, by a graph if one can be had that agrees with it in this use.
 
     Args:
         program: A function of a log-joint and the inputs.
         log_joint: The log-joint of the call, a :class:`~pyro_amortized.log_joint.LocalLogJoint`.
-        inputs: Tensors of the shapes that it will be run with.
+        inputs: Tensors to run it with.
         settings: What else it depends on.
         graphs: Where to keep graphs; None not to trace.
-        owner: What reachable state it depends on.
+        owner: The model, and what else is called.
+        draws: Position of the input that holds draws in its first axis, if the first result is a mean over them.
         derivatives: Whether its results are differentiated.
+        verified: The graphs that have been found in this use, where it runs programs of several shapes.
 
     Returns:
-        The function, and the tensors of the call that follow its inputs.
+        The results, and a function of inputs of the same shapes, for the rest of the use.
     """
     call = _Tensors.of(log_joint)
 
@@ -47,18 +51,33 @@ def traced(
         with pyro.validation_enabled(False):  # a step too far gives a value that is not taken
             return program(call.put_back(tensors[len(inputs) :], log_joint), *tensors[: len(inputs)])
 
+    tensors = [_plain(tensor) for tensor in (*inputs, *call.tensors)]
+    key = _key(program, log_joint, tensors, settings)
+    if graphs is None or key is None:
+        return function(*tensors), lambda *given: function(*given, *call.tensors)
+    use, verified = Use(function, tensors, draws, derivatives), {} if verified is None else verified
+    if key not in verified:
+        verified[key] = graphs.find(key, use, owner)
+    graph = verified[key] or function
+    results = graph(*tensors) if use.results is None or graph is function else use.results
+    return results, lambda *given: graph(*map(_plain, given), *tensors[len(inputs) :])
+
+
+def _key(
+    program: Callable[..., Any], log_joint: Any, tensors: Sequence[Tensor], settings: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
+    """What a graph depends on as far as can be seen; None if it may depend on more than can be compared."""
     shapes = call_key((log_joint.args, dict(log_joint.kwargs)))
-    if graphs is not None and shapes is not None and log_joint.structure.is_static:
-        frames = tuple(log_joint.structure.frames.values())
-        modes = (log_joint.vectorized, torch.get_default_dtype(), torch.is_autocast_enabled())
-        scale = log_joint.layout.scale if log_joint.layout.is_scaled else 1.0
-        key = (program.__name__, *settings, shapes, call_key([*inputs, *call.tensors]), frames, modes, scale)
-        fixed = not isinstance(scale, Tensor)  # a number that a tensor holds would be traced as a constant
-        tensors = [_plain(tensor) for tensor in (*inputs, *call.tensors)]
-        graph = graphs.find(key, function, tensors, owner, derivatives=derivatives) if fixed else None
-        if graph is not None:
-            return lambda *given: graph(*map(_plain, given)), call.tensors
-    return function, call.tensors
+    scale = log_joint.layout.scale if log_joint.layout.is_scaled else 1.0
+    if shapes is None or not log_joint.structure.is_static or isinstance(scale, Tensor):  # which would be a constant
+        return None
+    device = tensors[0].device.type
+    modes = torch.get_default_dtype(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    model = getattr(log_joint.model, "__self__", log_joint.model)
+    training = tuple(part.training for part in model.modules()) if isinstance(model, nn.Module) else ()
+    frames = tuple(log_joint.structure.frames.values())
+    seen = (shapes, call_key(list(tensors)), frames, log_joint.vectorized, modes, training, scale)
+    return (program.__name__, *settings, *seen)
 
 
 def _plain(tensor: Tensor) -> Tensor:

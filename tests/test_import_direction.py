@@ -15,7 +15,7 @@ LAYERS: list[set[str]] = [
     {"updates"},
     {"inference"},
     {"tracing"},
-    {"guards"},
+    {"recording"},
     {"graphs", "weights"},
     {"layout"},
     {"discrete", "dependence"},

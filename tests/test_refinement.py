@@ -877,13 +877,13 @@ def test_steps_do_not_see_the_scale_of_a_subsampled_plate(kind: str) -> None:
 
 def test_switching_between_training_and_evaluation_traces_once_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
     traced: list[None] = []
-    original = graphs.trace
+    original = graphs.record
 
     def counted(*args: Any) -> Any:
         traced.append(None)
         return original(*args)
 
-    monkeypatch.setattr(graphs, "trace", counted)
+    monkeypatch.setattr(graphs, "record", counted)
     linear = LinearGaussian.random_weights()
     x = linear.simulate(4)
     guide = SemiAmortizedGuide(linear.full, num_steps=2, keep_best=False)

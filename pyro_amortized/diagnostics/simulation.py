@@ -24,7 +24,7 @@ from pyro_amortized.diagnostics.substitution import Arguments, Place, SampleData
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.layout import SiteLayout
 from pyro_amortized.log_joint import LocalLogJoint
-from pyro_amortized.tracing import isolated, run_model, sample_sites
+from pyro_amortized.tracing import isolated, run_model, sample_sites, untouched
 
 __all__ = ["Simulation", "Simulator", "simulate"]
 
@@ -152,7 +152,7 @@ class Simulator:
         if part is None or (len(rows) > self.num_datapoints and self._indexed):
             return False
         try:
-            with torch.random.fork_rng():
+            with untouched():
                 look = self.guide._structures.look
                 structure = look(part.model, tuple(part.args), part.kwargs, part.structure.indices)
             self.log_joint.structure.check_same(structure)
@@ -177,7 +177,7 @@ class Simulator:
         nodes: dict[str, Any] = trace.nodes
         observed = {name: nodes[name]["value"] for name in places}
         args, kwargs = arguments.replaced([(place, observed[name]) for name, place in places.items()])
-        with torch.random.fork_rng():
+        with untouched():
             _check_same_model(part, trace, args, kwargs)
             _check_inputs(self.guide, arguments.call, (args, kwargs))
         latents = part.layout.flatten({site.name: nodes[site.name]["value"] for site in part.layout.sites})
