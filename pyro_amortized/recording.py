@@ -9,11 +9,13 @@ so made can be differentiated like the function, unless derivatives were written
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.autograd.function import BackwardCFunction
@@ -67,6 +69,8 @@ def record(function: Function, inputs: Sequence[Tensor]) -> Recording:
 
     leaves = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
     with untouched(), ValueReads() as reads, torch.enable_grad():
+        random.seed(1)  # what is drawn outside of torch becomes a constant, which shows by being another than at hand
+        np.random.seed(1)
         graph = make_fx(watched)(*leaves)
     if reads.seen:
         raise ValueError("it reads values of tensors in Python")
