@@ -1,0 +1,212 @@
+"""Where among a model's arguments a datapoint's data lie: found by numbers, changed, and cut to rows.
+
+Sizes only propose: an axis as long as the plate may hold the datapoints, or anything else of which there are as many.
+An axis is one of datapoints if changing the entries of some datapoints along it changes the log-joints of no others,
+and if the log-joint of arguments that are cut along all such axes is that of the whole call at the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice, product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+__all__ = ["Arguments", "Axis", "CallArguments", "DatapointAxes", "close"]
+
+CallArguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments."""
+Axis = tuple[int, int]
+"""Number of an argument, in the order of the nested arguments, and one of its axes."""
+
+_MAX_TRIES = 16
+"""How many ways to cut the arguments to try where several axes may be those of the datapoints."""
+
+
+class Arguments:
+    """A call's arguments, nested in lists, tuples and dicts, as a flat list of leaves: tensors, arrays and all else.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+
+    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self.leaves, self._spec = tree_flatten((tuple(args), dict(kwargs)))
+
+    @property
+    def call(self) -> CallArguments:
+        """The positional and the keyword arguments."""
+        return self.with_leaves({})
+
+    def with_leaves(self, leaves: Mapping[int, Any]) -> CallArguments:
+        """The arguments with other leaves in some positions."""
+        changed = [leaves.get(position, leaf) for position, leaf in enumerate(self.leaves)]
+        args, kwargs = tree_unflatten(changed, self._spec)
+        return args, kwargs
+
+    def axes_of_size(self, size: int) -> list[Axis]:
+        """All axes of tensors and arrays that are this long, the first one of each argument first."""
+        found: list[list[Axis]] = []
+        for position, leaf in enumerate(self.leaves):
+            shape = leaf.shape if isinstance(leaf, Tensor | np.ndarray) else ()
+            found.append([(position, axis) for axis, length in enumerate(shape) if length == size])
+        return [axes[rank] for rank in range(max(map(len, found), default=0)) for axes in found if rank < len(axes)]
+
+    def take(self, axes: Sequence[Axis], rows: Tensor) -> CallArguments:
+        """The arguments cut to rows along one axis each; what is passed twice, and cut alike, stays one object."""
+        taken: dict[Any, Any] = {}
+        leaves: dict[int, Any] = {}
+        for position, axis in axes:
+            leaf = self.leaves[position]
+            key = id(leaf), axis
+            leaves[position] = taken[key] if key in taken else taken.setdefault(key, _take(leaf, axis, rows))
+        return self.with_leaves(leaves)
+
+    def change(self, axes: Sequence[Axis], positions: Tensor, part: Tensor, noise: bool = True) -> CallArguments:
+        """The arguments with the data of some datapoints changed.
+
+        They get those of other datapoints, which the model can be run on, and, where these may be equal, noise.
+
+        Args:
+            axes: The axes of the datapoints, at most one per argument.
+            positions: Which entries along them are those of the datapoints, ``(N,)``.
+            part: Which datapoints to change.
+            noise: Whether to add noise to floating-point numbers.
+        """
+        leaves = dict(enumerate(self.leaves))
+        for position, axis in axes:
+            leaf = leaves[position]
+            entries = torch.arange(leaf.shape[axis])
+            entries[positions[part]] = positions.flip(0)[part]
+            leaf = _take(leaf, axis, entries)
+            leaves[position] = _with_noise(leaf, axis, positions[part]) if noise else leaf
+        return self.with_leaves(leaves)
+
+
+def _take(leaf: Any, axis: int, rows: Tensor) -> Any:
+    if isinstance(leaf, np.ndarray):
+        return leaf.take(rows.numpy(), axis)
+    return leaf.index_select(axis, rows.to(leaf.device))
+
+
+def _with_noise(leaf: Any, axis: int, entries: Tensor) -> Any:
+    """A leaf with noise on some entries of floating-point numbers; whole numbers keep their integral part."""
+    if isinstance(leaf, np.ndarray):
+        return _with_noise(torch.from_numpy(leaf), axis, entries).numpy() if leaf.dtype.kind == "f" else leaf
+    if leaf.layout != torch.strided or not leaf.is_floating_point():
+        return leaf
+    noise = 0.1 + 0.4 * torch.rand(leaf.shape, generator=torch.Generator().manual_seed(0)).to(leaf)
+    if not torch.equal(leaf.nan_to_num(), leaf.nan_to_num().round()):
+        noise = noise * (0.1 + leaf.abs())
+    chosen = torch.zeros(leaf.shape[axis], dtype=torch.bool)
+    chosen[entries] = True
+    chosen = chosen.to(leaf.device).reshape([-1 if dim == axis else 1 for dim in range(leaf.dim())])
+    return torch.where(chosen, leaf + noise, leaf)
+
+
+Evaluate = Callable[[CallArguments, Tensor], Tensor]
+"""Log-joints ``(n,)`` of a call whose datapoints are some rows of the original one, at latents fixed for each of these."""
+
+
+class DatapointAxes:
+    """The axes that hold the datapoints in one call's arguments.
+
+    They are found when they are first needed, in a few runs of the model, and verified for every new number of rows.
+
+    Args:
+        arguments: The arguments of the call.
+        size: N, the number of datapoints.
+        evaluate: Log-joints.
+    """
+
+    def __init__(self, arguments: Arguments, size: int, evaluate: Evaluate) -> None:
+        self.arguments = arguments
+        self.size = size
+        self.evaluate = evaluate
+        self._axes: Sequence[Axis] | None = None
+        self._reference: Tensor | None = None
+        self._agrees: dict[int, bool] = {}
+        self._found = False
+
+    def take(self, rows: Tensor) -> CallArguments:
+        """The arguments cut to rows, which :meth:`serves` has been asked about."""
+        return self.arguments.take(self._axes or (), rows)
+
+    @torch.no_grad()
+    def serves(self, rows: Tensor) -> bool:
+        """Whether the arguments can be cut to as many rows as these, with right results."""
+        if not self._found:
+            self._axes, self._found = self._find(), True
+        if self._axes is None:
+            return False
+        number = len(rows)
+        if number not in self._agrees:
+            self._agrees[number] = self._are_right(self._axes, rows)
+        return self._agrees[number]
+
+    @property
+    def reference(self) -> Tensor:
+        """Log-joints ``(N,)`` of the call as it is."""
+        if self._reference is None:
+            self._reference = self.evaluate(self.arguments.call, torch.arange(self.size))
+        return self._reference
+
+    def _find(self) -> Sequence[Axis] | None:
+        """The axes to cut along, none or one per argument; None if the model cannot be run on a part of its data."""
+        # Another length than that of the data, or models that fix their size would pass: the last row is repeated.
+        rows = torch.cat([torch.arange(self.size - 1, -1, -1), torch.tensor([self.size - 1])])
+        candidates = self.arguments.axes_of_size(self.size)
+        first = list({position: (position, axis) for position, axis in reversed(candidates)}.values())
+        if self._are_apart(first) and self._are_right(first, rows):
+            return first
+        options: dict[int, list[list[Axis]]] = {}
+        for axis in self._apart(candidates):
+            options.setdefault(axis[0], []).append([axis])
+        ways = product(*([*axes, []] for axes in options.values()))
+        axes = ([axis for choice in way for axis in choice] for way in islice(ways, _MAX_TRIES))
+        return next((way for way in axes if self._are_right(way, rows)), None)
+
+    def _apart(self, axes: Sequence[Axis]) -> Sequence[Axis]:
+        """Those of the axes whose entries matter to one datapoint each."""
+        if not axes or self._are_apart(axes):
+            return axes
+        if len(axes) == 1:
+            return []
+        half = len(axes) // 2
+        return [*self._apart(axes[:half]), *self._apart(axes[half:])]
+
+    def _are_apart(self, axes: Sequence[Axis]) -> bool:
+        """Whether changing the entries of one half of the datapoints leaves the log-joints of the other as they are."""
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(0))
+        return all(self._is_apart(axes, part) for part in order.tensor_split(2))
+
+    def _is_apart(self, axes: Sequence[Axis], part: Tensor) -> bool:
+        everyone = torch.arange(self.size)
+        others = torch.ones(self.size, dtype=torch.bool).index_fill(0, part, False)
+        for noise in (True, False):
+            try:
+                changed = self.evaluate(self.arguments.change(axes, everyone, part, noise), everyone)
+            except Exception:  # a model may fail in any way on data that it is not made for
+                continue
+            return close(changed[others], self.reference[others])
+        return False
+
+    def _are_right(self, axes: Sequence[Axis], rows: Tensor) -> bool:
+        """Whether the log-joints of arguments that are cut to rows are those of the whole call at these rows."""
+        try:
+            return close(self.evaluate(self.arguments.take(axes, rows), rows), self.reference[rows])
+        except Exception:  # a model may fail in any way on a part of its data; then it is run on all of it
+            return False
+
+
+def close(actual: Tensor, expected: Tensor) -> bool:
+    """Whether two evaluations of the same numbers agree but for rounding."""
+    tolerance = 1e-8 if expected.dtype == torch.float64 else 1e-4
+    return actual.shape == expected.shape and torch.allclose(
+        actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True
+    )
