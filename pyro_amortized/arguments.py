@@ -110,7 +110,7 @@ def _with_noise(leaf: Any, axis: int, entries: Tensor) -> Any:
 
 
 Evaluate = Callable[[CallArguments, Tensor], Tensor]
-"""Log-joints ``(n,)`` of a call whose datapoints are some rows of the original one, at latents fixed for each of these."""
+"""Log-joints ``(n,)`` of a call whose datapoints are some rows of the original one, at latents that belong to these."""
 
 
 class DatapointAxes:
