@@ -8,8 +8,10 @@ and if the log-joint of arguments that are cut along all such axes is that of th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from itertools import islice, product
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -91,7 +93,9 @@ class Arguments:
 def _take(leaf: Any, axis: int, rows: Tensor) -> Any:
     if isinstance(leaf, np.ndarray):
         return leaf.take(rows.numpy(), axis)
-    return leaf.index_select(axis, rows.to(leaf.device))
+    if leaf.layout in (torch.strided, torch.sparse_coo):
+        return leaf.index_select(axis, rows.to(leaf.device))
+    return _take(leaf.to_sparse_coo(), axis, rows).to_sparse(layout=leaf.layout)
 
 
 def _with_noise(leaf: Any, axis: int, entries: Tensor) -> Any:
@@ -100,17 +104,60 @@ def _with_noise(leaf: Any, axis: int, entries: Tensor) -> Any:
         return _with_noise(torch.from_numpy(leaf), axis, entries).numpy() if leaf.dtype.kind == "f" else leaf
     if leaf.layout != torch.strided or not leaf.is_floating_point():
         return leaf
-    noise = 0.1 + 0.4 * torch.rand(leaf.shape, generator=torch.Generator().manual_seed(0)).to(leaf)
-    if not torch.equal(leaf.nan_to_num(), leaf.nan_to_num().round()):
-        noise = noise * (0.1 + leaf.abs())
-    chosen = torch.zeros(leaf.shape[axis], dtype=torch.bool)
-    chosen[entries] = True
-    chosen = chosen.to(leaf.device).reshape([-1 if dim == axis else 1 for dim in range(leaf.dim())])
-    return torch.where(chosen, leaf + noise, leaf)
+    entries = entries.unique().to(leaf.device)
+    value = leaf.detach().index_select(axis, entries)
+    noise = 0.1 + 0.4 * torch.rand(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
+    if not torch.equal(value.nan_to_num(), value.nan_to_num().round()):
+        noise = noise * (0.1 + value.abs())
+    return leaf.detach().index_copy(axis, entries, value + noise)
 
 
-Evaluate = Callable[[CallArguments, Tensor], Tensor]
-"""Log-joints ``(n,)`` of a call whose datapoints are some rows of the original one, at latents that belong to these."""
+def matters(
+    arguments: Arguments,
+    axes: Sequence[Axis],
+    positions: Tensor,
+    evaluate: Callable[[CallArguments], Tensor],
+    reference: Tensor,
+) -> bool | None:
+    """Whether the entries at some positions along axes are the data of one datapoint each.
+
+    Args:
+        arguments: The arguments of a call.
+        axes: The axes, at most one per argument, all of one length.
+        positions: The entries of the datapoints, ``(N,)``.
+        evaluate: Log-joints ``(N,)`` of the datapoints, given arguments of the same shapes.
+        reference: Those of the arguments as they are.
+
+    Returns:
+        True if changing the entries of some datapoints changes these alone; False if it changes others, or entries of
+        none of them matter; None if none matters.
+
+    Raises:
+        Exception: Any that the model raises on changed arguments.
+    """
+    length = arguments.leaves[axes[0][0]].shape[axes[0][1]]
+    rest = torch.ones(length, dtype=torch.bool).index_fill(0, positions, False).nonzero().squeeze(-1)
+    order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(0))
+    parts = [(positions, part) for part in order.tensor_split(2)]
+    found = None
+    for own, part in [*parts, (rest, torch.arange(len(rest)))]:
+        if len(part) == 0:
+            continue
+        try:
+            changed = evaluate(arguments.change(axes, own, part))
+        except Exception:  # a model may fail in any way on data that it is not made for
+            changed = evaluate(arguments.change(axes, own, part, noise=False))
+        others = torch.isin(positions, own[part], invert=True)
+        if not close(changed[others], reference[others]):
+            return False
+        found = found or (None if close(changed, reference) else True)
+    return found
+
+
+class Evaluate(Protocol):
+    """Log-joints ``(n,)`` of a call whose datapoints are some rows of the original one, at latents that belong to these."""
+
+    def __call__(self, call: CallArguments, rows: Tensor) -> Tensor: ...
 
 
 class DatapointAxes:
@@ -162,7 +209,7 @@ class DatapointAxes:
         rows = torch.cat([torch.arange(self.size - 1, -1, -1), torch.tensor([self.size - 1])])
         candidates = self.arguments.axes_of_size(self.size)
         first = list({position: (position, axis) for position, axis in reversed(candidates)}.values())
-        if self._are_apart(first) and self._are_right(first, rows):
+        if (not first or self._are_apart(first)) and self._are_right(first, rows):
             return first
         options: dict[int, list[list[Axis]]] = {}
         for axis in self._apart(candidates):
@@ -181,19 +228,11 @@ class DatapointAxes:
         return [*self._apart(axes[:half]), *self._apart(axes[half:])]
 
     def _are_apart(self, axes: Sequence[Axis]) -> bool:
-        """Whether changing the entries of one half of the datapoints leaves the log-joints of the other as they are."""
-        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(0))
-        return all(self._is_apart(axes, part) for part in order.tensor_split(2))
-
-    def _is_apart(self, axes: Sequence[Axis], part: Tensor) -> bool:
+        """Whether changing the entries of some datapoints leaves the log-joints of the others as they are."""
         everyone = torch.arange(self.size)
-        others = torch.ones(self.size, dtype=torch.bool).index_fill(0, part, False)
-        for noise in (True, False):
-            try:
-                changed = self.evaluate(self.arguments.change(axes, everyone, part, noise), everyone)
-            except Exception:  # a model may fail in any way on data that it is not made for
-                continue
-            return close(changed[others], self.reference[others])
+        with suppress(Exception):  # a model may fail in any way on data that it is not made for
+            evaluate = partial(self.evaluate, rows=everyone)
+            return matters(self.arguments, axes, everyone, evaluate, self.reference) is not False
         return False
 
     def _are_right(self, axes: Sequence[Axis], rows: Tensor) -> bool:

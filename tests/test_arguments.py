@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pyro_amortized import AmortizedGuide, PerDatapointGuide, estimate_gaps, log_evidence
+from pyro_amortized import AmortizedGuide, PerDatapointGuide, estimate_gaps
 from pyro_amortized.arguments import Arguments, DatapointAxes
 from pyro_amortized.diagnostics.problem import bind
 from pyro_amortized.log_joint import LocalLogJoint
@@ -216,8 +216,7 @@ def poisson_factors(x: Tensor, weights: Tensor) -> None:
         pyro.sample("x", dist.Normal(z @ weights, 1.0).to_event(1), obs=x)
 
 
-@pytest.mark.parametrize("features_first", [False, True])
-@pytest.mark.parametrize("size", [2, 5])
+@pytest.mark.parametrize(("size", "features_first"), [(2, True), (5, False)])
 def test_evidence_beside_weights_as_long_as_the_data(size: int, features_first: bool) -> None:
     """Exact evidence, where weights ``(2, N)`` and data ``(N, N)`` have no axis of another length but the latents'."""
     weights, x = torch.randn(2, size), torch.randn(size, size)
@@ -233,7 +232,6 @@ def test_evidence_beside_weights_as_long_as_the_data(size: int, features_first: 
     exact = dist.MultivariateNormal(torch.zeros(size), covariance).log_prob(x).numpy()
     gaps = estimate_gaps(model, guide, arguments).dataset
     assert np.abs(gaps["log_evidence"] - exact).max() < 0.01
-    assert np.abs(log_evidence(model, guide, arguments)["log_evidence"] - exact).max() < 0.01
     assert gaps["approximation_gap"].max() < 0.01
 
 
