@@ -11,14 +11,18 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import islice, product
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+import pyro
 import torch
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["Arguments", "Axis", "CallArguments", "DatapointAxes", "close"]
+from pyro_amortized.tracing import PlateFrame, Site, run_model, sample_sites, untouched
+
+__all__ = ["Arguments", "Axis", "CallArguments", "DatapointAxes", "PlateLogProbs", "close", "matters"]
 
 CallArguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments."""
@@ -154,10 +158,8 @@ def matters(
     return found
 
 
-class Evaluate(Protocol):
-    """Log-joints ``(n,)`` of a call whose datapoints are some rows of the original one, at latents that belong to these."""
-
-    def __call__(self, call: CallArguments, rows: Tensor) -> Tensor: ...
+Evaluate = Callable[[CallArguments, Tensor], Tensor]
+"""Log-joints ``(n,)`` of a call whose datapoints are some rows of the original one, at latents that belong to these."""
 
 
 class DatapointAxes:
@@ -231,8 +233,8 @@ class DatapointAxes:
         """Whether changing the entries of some datapoints leaves the log-joints of the others as they are."""
         everyone = torch.arange(self.size)
         with suppress(Exception):  # a model may fail in any way on data that it is not made for
-            evaluate = partial(self.evaluate, rows=everyone)
-            return matters(self.arguments, axes, everyone, evaluate, self.reference) is not False
+            found = matters(self.arguments, axes, everyone, lambda c: self.evaluate(c, everyone), self.reference)
+            return found is not False
         return False
 
     def _are_right(self, axes: Sequence[Axis], rows: Tensor) -> bool:
@@ -241,6 +243,48 @@ class DatapointAxes:
             return close(self.evaluate(self.arguments.take(axes, rows), rows), self.reference[rows])
         except Exception:  # a model may fail in any way on a part of its data; then it is run on all of it
             return False
+
+
+class PlateLogProbs:
+    """Log-probabilities of all sites in a plate as a function of the arguments, at latents drawn once from the prior.
+
+    Args:
+        model: The model.
+        arguments: The arguments of the call.
+        indices: Indices of the subsampled plates.
+    """
+
+    def __init__(self, model: Callable[..., Any], arguments: Arguments, indices: Mapping[str, Tensor]) -> None:
+        self.model = model
+        self.arguments = arguments
+        self._values = dict(indices)
+        nodes = self._run(arguments.call).nodes.items()
+        self._values.update({n: site["value"] for n, site in nodes if _is_drawn(site)})
+
+    def _run(self, call: CallArguments) -> Any:
+        with torch.no_grad(), pyro.validation_enabled(False), untouched():
+            torch.manual_seed(0)  # a model may draw numbers of its own
+            return run_model(self.model, *call, self._values)
+
+    def __call__(self, call: CallArguments, frame: PlateFrame) -> Tensor:
+        """Sums over all but the entries of a plate, ``(size,)``, in nats."""
+        total = torch.zeros(())
+        for site in sample_sites(self._run(call)).values():
+            if any(f.name == frame.name for f in site["cond_indep_stack"]):
+                log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+                log_prob = scale_and_mask(log_prob, mask=site["mask"])
+                log_prob = log_prob.reshape((1,) * (-frame.dim - log_prob.dim()) + log_prob.shape)
+                total = log_prob.movedim(frame.dim, 0).unsqueeze(-1).flatten(1).sum(-1) + total.to(log_prob)
+        return total.expand(frame.size)
+
+    def holds(self, axes: Sequence[Axis], frame: PlateFrame, positions: Tensor) -> bool | None:
+        """Whether the entries at positions along axes are the data of one entry of a plate each, as :func:`matters`."""
+        evaluate = partial(self, frame=frame)
+        return matters(self.arguments, axes, positions, evaluate, evaluate(self.arguments.call))
+
+
+def _is_drawn(site: Site) -> bool:
+    return site["type"] == "sample" and not site["is_observed"]
 
 
 def close(actual: Tensor, expected: Tensor) -> bool:

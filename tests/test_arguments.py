@@ -1,5 +1,6 @@
 """Where the datapoints lie among a model's arguments is found by numbers, whatever sizes coincide."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyro_amortized import AmortizedGuide, PerDatapointGuide, estimate_gaps
+from pyro_amortized import AmortizedGuide, MLPEncoder, PerDatapointGuide, estimate_gaps
 from pyro_amortized.arguments import Arguments, DatapointAxes
 from pyro_amortized.diagnostics.problem import bind
 from pyro_amortized.log_joint import LocalLogJoint
@@ -274,3 +275,65 @@ def test_each_number_of_rows_is_verified() -> None:
 
     axes = DatapointAxes(Arguments((x,), {}), 3, evaluate)
     assert [axes.serves(torch.arange(number)) for number in (2, 1, 3)] == [True, False, True]
+
+
+# What an encoder sees of a named argument
+
+
+class Seen(nn.Module):
+    """An encoder of anything, that keeps what it saw."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        self.inputs = inputs
+        return torch.zeros(2, 1)
+
+
+def factors(x: Tensor, loadings: Tensor, index: Tensor, notes: Tensor | None = None) -> None:
+    with pyro.plate("data", 4, subsample=index) as i:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z @ loadings[:2], 1.0).to_event(1), obs=x if len(x) == len(i) else x[i])
+
+
+@pytest.mark.parametrize("index", [[0, 1], [3, 1], [1], [3, 0, 1, 2]])
+def test_encoder_sees_shared_arguments_whole(index: list[int]) -> None:
+    """Loadings ``(4, 3)`` beside data of 4 datapoints are those of the model, not of the datapoints."""
+    x, loadings, rows = torch.randn(4, 3), torch.randn(4, 3), torch.tensor(index)
+    seen = Seen()
+    guide = AmortizedGuide(factors, seen, encoder_input=["x", "loadings"])
+    with contextlib.suppress(RuntimeError, ValueError):  # what the encoder returns is no matter
+        guide(x, loadings, rows)
+    assert torch.equal(seen.inputs[1], loadings)
+    if len(index) < 4:
+        assert torch.equal(seen.inputs[0], x[rows])
+
+
+def covered(x: Tensor, index: Tensor) -> None:
+    with pyro.plate("data", len(x), subsample=index) as i:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[i])
+
+
+def batch_in_order(x: Tensor, index: Tensor) -> None:
+    with pyro.plate("data", len(x), subsample=index):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+@pytest.mark.parametrize(("model", "whole"), [(covered, True), (batch_in_order, False)])
+def test_all_indices_in_another_order(model: Callable[..., Any], whole: bool) -> None:
+    x, index, seen = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([2, 0, 1]), Seen()
+    guide = AmortizedGuide(model, seen, encoder_input="x")
+    with contextlib.suppress(RuntimeError, ValueError):
+        guide(x, index)
+    assert torch.equal(seen.inputs[0], x[index] if whole else x)
+
+
+def test_an_argument_without_influence_is_refused_with_a_remedy() -> None:
+    x, loadings, notes = torch.randn(4, 3), torch.randn(2, 3), torch.randn(4, 5)
+    arguments = (x, loadings, torch.tensor([2, 0]), notes)
+    with pytest.raises(ValueError, match="whether argument 'notes' holds the data of all datapoints") as error:
+        AmortizedGuide(factors, encoder_input="notes")(*arguments)
+    remedy = str(error.value).split("encoder_input=")[1].rstrip(".")
+    guide = AmortizedGuide(factors, MLPEncoder(5, [4]), encoder_input=eval(remedy, {"pyro": pyro}), name="mended")
+    guide(*arguments)
+    assert guide.variational_parameters(*arguments).shape[0] == 2
