@@ -7,10 +7,10 @@ and if the log-joint of arguments that are cut along all such axes is that of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
-from itertools import islice, product
+from functools import cached_property, partial
+from itertools import combinations, islice
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pyro_amortized.tracing import PlateFrame, Site, run_model, sample_sites, untouched
+from pyro_amortized.tracing import PlateFrame, run_model, sample_sites, untouched
 
 __all__ = ["Arguments", "Axis", "CallArguments", "DatapointAxes", "PlateLogProbs", "close", "matters"]
 
@@ -29,7 +29,7 @@ CallArguments = tuple[tuple[Any, ...], dict[str, Any]]
 Axis = tuple[int, int]
 """Number of an argument, in the order of the nested arguments, and one of its axes."""
 
-_MAX_TRIES = 16
+_MAX_TRIES = 64
 """How many ways to cut the arguments to try where several axes may be those of the datapoints."""
 
 
@@ -210,15 +210,12 @@ class DatapointAxes:
         # Another length than that of the data, or models that fix their size would pass: the last row is repeated.
         rows = torch.cat([torch.arange(self.size - 1, -1, -1), torch.tensor([self.size - 1])])
         candidates = self.arguments.axes_of_size(self.size)
-        first = list({position: (position, axis) for position, axis in reversed(candidates)}.values())
+        first = next(_ways(candidates))
         if (not first or self._are_apart(first)) and self._are_right(first, rows):
             return first
-        options: dict[int, list[list[Axis]]] = {}
-        for axis in self._apart(candidates):
-            options.setdefault(axis[0], []).append([axis])
-        ways = product(*([*axes, []] for axes in options.values()))
-        axes = ([axis for choice in way for axis in choice] for way in islice(ways, _MAX_TRIES))
-        return next((way for way in axes if self._are_right(way, rows)), None)
+        return next(
+            (way for way in islice(_ways(self._apart(candidates)), _MAX_TRIES) if self._are_right(way, rows)), None
+        )
 
     def _apart(self, axes: Sequence[Axis]) -> Sequence[Axis]:
         """Those of the axes whose entries matter to one datapoint each."""
@@ -245,6 +242,17 @@ class DatapointAxes:
             return False
 
 
+def _ways(axes: Sequence[Axis]) -> Iterator[Sequence[Axis]]:
+    """Ways to cut arguments along at most one axis each: the first ones, and with other choices for few arguments."""
+    first = {position: (position, axis) for position, axis in reversed(axes)}
+    others: list[tuple[int, Axis | None]] = [*((position, None) for position in first)]
+    others += [(axis[0], axis) for axis in axes if axis != first[axis[0]]]
+    for number in range(3):
+        for choices in combinations(others, number):
+            way = {**first, **dict(choices)}
+            yield [axis for axis in way.values() if axis is not None]
+
+
 class PlateLogProbs:
     """Log-probabilities of all sites in a plate as a function of the arguments, at latents drawn once from the prior.
 
@@ -257,19 +265,23 @@ class PlateLogProbs:
     def __init__(self, model: Callable[..., Any], arguments: Arguments, indices: Mapping[str, Tensor]) -> None:
         self.model = model
         self.arguments = arguments
-        self._values = dict(indices)
-        nodes = self._run(arguments.call).nodes.items()
-        self._values.update({n: site["value"] for n, site in nodes if _is_drawn(site)})
+        self.indices = indices
+        self._references: dict[str, Tensor] = {}
 
-    def _run(self, call: CallArguments) -> Any:
+    @cached_property
+    def _values(self) -> dict[str, Tensor]:
+        nodes = self._run(self.arguments.call, self.indices).nodes.items()
+        return {name: site["value"] for name, site in nodes if site["type"] == "sample" and not site["is_observed"]}
+
+    def _run(self, call: CallArguments, values: Mapping[str, Tensor]) -> Any:
         with torch.no_grad(), pyro.validation_enabled(False), untouched():
             torch.manual_seed(0)  # a model may draw numbers of its own
-            return run_model(self.model, *call, self._values)
+            return run_model(self.model, *call, values)
 
     def __call__(self, call: CallArguments, frame: PlateFrame) -> Tensor:
         """Sums over all but the entries of a plate, ``(size,)``, in nats."""
         total = torch.zeros(())
-        for site in sample_sites(self._run(call)).values():
+        for site in sample_sites(self._run(call, self._values)).values():
             if any(f.name == frame.name for f in site["cond_indep_stack"]):
                 log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
                 log_prob = scale_and_mask(log_prob, mask=site["mask"])
@@ -277,14 +289,20 @@ class PlateLogProbs:
                 total = log_prob.movedim(frame.dim, 0).unsqueeze(-1).flatten(1).sum(-1) + total.to(log_prob)
         return total.expand(frame.size)
 
-    def holds(self, axes: Sequence[Axis], frame: PlateFrame, positions: Tensor) -> bool | None:
-        """Whether the entries at positions along axes are the data of one entry of a plate each, as :func:`matters`."""
-        evaluate = partial(self, frame=frame)
-        return matters(self.arguments, axes, positions, evaluate, evaluate(self.arguments.call))
+    def holds(self, value: Tensor, axis: int, frame: PlateFrame, positions: Tensor) -> bool | None:
+        """Whether the entries at some positions along an axis of an argument are the data of one entry of a plate each.
 
-
-def _is_drawn(site: Site) -> bool:
-    return site["type"] == "sample" and not site["is_observed"]
+        Returns:
+            As :func:`matters`; also None if the argument is none of the call, or the model cannot be run on others.
+        """
+        axes = [(number, axis) for number, leaf in enumerate(self.arguments.leaves) if leaf is value]
+        with suppress(Exception):  # a model may fail in any way on data that it is not made for
+            if axes and frame.name not in self._references:
+                self._references[frame.name] = self(self.arguments.call, frame)
+            if axes:
+                evaluate, reference = partial(self, frame=frame), self._references[frame.name]
+                return matters(self.arguments, axes, positions.cpu(), evaluate, reference)
+        return None
 
 
 def close(actual: Tensor, expected: Tensor) -> bool:

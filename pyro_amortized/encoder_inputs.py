@@ -114,7 +114,8 @@ def _argument(name: str, model: Callable[..., Any] | None, call: Call, known: Mu
         return value
     key = name, value.shape, frame
     if key not in known:
-        found = _holds_all(name, value, model, call)
+        log_probs = PlateLogProbs(model, Arguments(call.args, call.kwargs), call.structure.indices)
+        found = log_probs.holds(value, 0, frame, call.index)
         if found is None:
             event_dim = max(0, value.dim() + frame.dim)
             raise ValueError(
@@ -124,23 +125,6 @@ def _argument(name: str, model: Callable[..., Any] | None, call: Call, known: Mu
             )
         known[key] = found
     return value[call.index.to(value.device)] if known[key] else value
-
-
-def _holds_all(name: str, value: Tensor, model: Callable[..., Any], call: Call) -> bool | None:
-    """Whether the first axis of an argument, as long as the whole plate, is that of all its datapoints.
-
-    None if that cannot be seen.
-    """
-    arguments, frame = Arguments(call.args, call.kwargs), call.structure.datapoints
-    axes = [(position, 0) for position, leaf in enumerate(arguments.leaves) if leaf is value]
-    if not axes:  # a default
-        arguments = Arguments(call.args, {**call.kwargs, name: value})
-        axes = [(position, 0) for position, leaf in enumerate(arguments.leaves) if leaf is value]
-    positions: Any = call.index
-    try:
-        return PlateLogProbs(model, arguments, call.structure.indices).holds(axes, frame, positions.cpu())
-    except Exception:  # a model may fail in any way on data that it is not made for
-        return None
 
 
 def _is_range(index: Tensor) -> bool:
