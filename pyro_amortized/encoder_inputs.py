@@ -12,7 +12,8 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_amortized.arguments import Arguments, PlateLogProbs
+from pyro_amortized.arguments import Arguments
+from pyro_amortized.influence import PlateLogProbs
 from pyro_amortized.structure import Structure
 
 __all__ = ["Call", "EncoderInput", "encoder_inputs", "named_arguments", "named_function"]

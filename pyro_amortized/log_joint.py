@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributions import kl_divergence
 
-from pyro_amortized.arguments import Arguments, CallArguments, DatapointAxes
-from pyro_amortized.arguments import close as _close
+from pyro_amortized.arguments import Arguments, CallArguments
 from pyro_amortized.graphs import GraphCache
+from pyro_amortized.influence import DatapointAxes
+from pyro_amortized.influence import close as _close
 from pyro_amortized.programs import traced
 from pyro_amortized.structure import Structure
 from pyro_amortized.tracing import Site, isolated, run_model, sample_sites

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pyro_amortized import AmortizedGuide, MLPEncoder, PerDatapointGuide, estimate_gaps
-from pyro_amortized.arguments import Arguments, DatapointAxes
+from pyro_amortized.arguments import Arguments
 from pyro_amortized.diagnostics.problem import bind
+from pyro_amortized.influence import DatapointAxes
 from pyro_amortized.log_joint import LocalLogJoint
 
 pytestmark = pytest.mark.usefixtures("_float64")
@@ -31,7 +32,7 @@ def log_joint_of(model: Callable[..., Any], *args: Any, **kwargs: Any) -> LocalL
 def check_selections(
     log_joint: LocalLogJoint, expected: Callable[[Tensor], Tensor], *, cut: bool | None = True
 ) -> None:
-    """All numbers of rows, some selections of each, against a formula; the arguments are to be cut, not to be, or may."""
+    """All numbers of rows, some selections of each, against a formula; arguments are to be cut, are not, or may."""
     rng, size = torch.Generator().manual_seed(1), log_joint.num_datapoints
     z = torch.randn(2, size, log_joint.layout.latent_dim, generator=rng)
     right = expected(z)

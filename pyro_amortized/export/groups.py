@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_amortized.arguments import PlateLogProbs
 from pyro_amortized.diagnostics.report import join
 from pyro_amortized.export.runs import SiteShape
+from pyro_amortized.influence import PlateLogProbs
 from pyro_amortized.structure import Structure
 from pyro_amortized.tracing import PlateFrame
 
