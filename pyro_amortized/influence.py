@@ -7,7 +7,7 @@ and if the log-joint of arguments that are cut along all such axes is that of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
 from itertools import combinations, islice
@@ -88,22 +88,24 @@ class DatapointAxes:
         self.arguments = arguments
         self.size = size
         self.evaluate = evaluate
-        self._axes: Sequence[Axis] | None = None
         self._reference: Tensor | None = None
         self._agrees: dict[int, bool] = {}
-        self._found = False
 
     def take(self, rows: Tensor) -> CallArguments:
         """The arguments cut to rows, which :meth:`serves` has been asked about."""
-        return self.arguments.take(self._axes or (), rows)
+        axes = self._joint_axes if self._axes is None else self._axes
+        return self.arguments.take(axes or (), rows)
 
     @torch.no_grad()
-    def serves(self, rows: Tensor) -> bool:
-        """Whether the arguments can be cut to as many rows as these, with right results."""
-        if not self._found:
-            self._axes, self._found = self._find(), True
+    def serves(self, rows: Tensor, *, once: bool = False) -> bool:
+        """Whether the arguments can be cut to as many rows as these, with right results.
+
+        Args:
+            rows: Positions in ``range(N)``.
+            once: Whether to ask about this very selection, which may be right for datapoints that are not independent.
+        """
         if self._axes is None:
-            return False
+            return once and self._joint_axes is not None and self._are_right(self._joint_axes, rows)
         number = len(rows)
         if number not in self._agrees:
             self._agrees[number] = self._are_right(self._axes, rows)
@@ -116,17 +118,25 @@ class DatapointAxes:
             self._reference = self.evaluate(self.arguments.call, torch.arange(self.size))
         return self._reference
 
-    def _find(self) -> Sequence[Axis] | None:
+    @cached_property
+    def _axes(self) -> Sequence[Axis] | None:
         """The axes to cut along, none or one per argument; None if the model cannot be run on a part of its data."""
-        # Another length than that of the data, or models that fix their size would pass: the last row is repeated.
-        rows = torch.cat([torch.arange(self.size - 1, -1, -1), torch.tensor([self.size - 1])])
         candidates = self.arguments.axes_of_size(self.size)
         first = next(_ways(candidates))
-        if (not first or self._are_apart(first)) and self._are_right(first, rows):
+        if (not first or self._are_apart(first)) and self._first_right([first]) is not None:
             return first
-        return next(
-            (way for way in islice(_ways(self._apart(candidates)), _MAX_TRIES) if self._are_right(way, rows)), None
-        )
+        return self._first_right(_ways(self._apart(candidates)))
+
+    @cached_property
+    def _joint_axes(self) -> Sequence[Axis] | None:
+        """The same without the condition that no datapoint's entries matter to others."""
+        return self._first_right(_ways(self.arguments.axes_of_size(self.size)))
+
+    def _first_right(self, ways: Iterable[Sequence[Axis]]) -> Sequence[Axis] | None:
+        """The first of some ways to cut the arguments that gives right results."""
+        # Another length than that of the data, or models that fix their size would pass: the last row is repeated.
+        rows = torch.cat([torch.arange(self.size - 1, -1, -1), torch.tensor([self.size - 1])])
+        return next((way for way in islice(ways, _MAX_TRIES) if self._are_right(way, rows)), None)
 
     def _apart(self, axes: Sequence[Axis]) -> Sequence[Axis]:
         """Those of the axes whose entries matter to one datapoint each."""

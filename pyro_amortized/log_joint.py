@@ -343,7 +343,7 @@ class LocalLogJoint:
                 "likelihood that underflows."
             )
 
-    def select(self, rows: Tensor) -> LocalLogJoint | None:
+    def select(self, rows: Tensor, *, once: bool = False) -> LocalLogJoint | None:
         """The log-joint of some of the datapoints only, at their share of the cost.
 
         The arguments are cut along the axes that hold the datapoints, which are found once by numbers; whether the
@@ -351,17 +351,18 @@ class LocalLogJoint:
 
         Args:
             rows: Positions in ``range(N)``; some may be left out or repeated.
+            once: Whether to verify this very selection, which may be right where datapoints' data matter to others.
 
         Returns:
             The evaluator for these datapoints, or None if the model cannot be run on such a part of the arguments.
         """
-        return self._selected(rows) if self._serves(rows) else None
+        return self._selected(rows) if self._serves(rows, once=once) else None
 
-    def _serves(self, rows: Tensor) -> bool:
+    def _serves(self, rows: Tensor, *, once: bool = False) -> bool:
         if self._origin is not None:
             whole, positions = self._origin
-            return whole._serves(positions[rows])
-        return self._is_selectable and self._datapoint_axes.serves(rows)
+            return whole._serves(positions[rows], once=once)
+        return self._is_selectable and self._datapoint_axes.serves(rows, once=once)
 
     def _selected(self, rows: Tensor) -> LocalLogJoint:
         if self._origin is not None:

@@ -149,7 +149,7 @@ class Simulator:
             return True
         if self.guide.master is not None:  # an AutoGuideList fixes the sizes of its plates
             return False
-        part = self.log_joint.select(rows)
+        part = self.log_joint.select(rows, once=True)
         if part is None or (len(rows) > self.num_datapoints and self._indexed):
             return False
         try:
@@ -180,7 +180,7 @@ class Simulator:
         """Simulates the given rows of the call, or all of them."""
         if rows is None:
             rows = torch.arange(self.num_datapoints)
-        part = self.log_joint if _is_range(rows, self.num_datapoints) else self.log_joint.select(rows)
+        part = self.log_joint if _is_range(rows, self.num_datapoints) else self.log_joint.select(rows, once=True)
         if part is None:
             raise ValueError(f"Cannot simulate rows {rows.tolist()[:5]}... on their own; try rows of choose_rows.")
         trace, places, arguments = self._draw(part, rng)
