@@ -49,7 +49,7 @@ class Call:
     @property
     def index(self) -> Tensor | None:
         """Positions of the datapoints in the full data set; None if the plate holds all of them."""
-        return self.structure.indices.get(self.structure.datapoints.name)
+        return self.structure.positions
 
 
 def encoder_inputs(

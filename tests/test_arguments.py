@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pyro_amortized import AmortizedGuide, MLPEncoder, PerDatapointGuide, estimate_gaps
+from pyro_amortized import AmortizedGuide, MLPEncoder, PerDatapointGuide, estimate_gaps, log_evidence, to_arviz
 from pyro_amortized.arguments import Arguments
 from pyro_amortized.diagnostics.problem import bind
 from pyro_amortized.influence import DatapointAxes
@@ -341,3 +341,50 @@ def test_an_argument_without_influence_is_refused_with_a_remedy() -> None:
     guide = AmortizedGuide(factors, MLPEncoder(5, [4]), encoder_input=eval(remedy, {"pyro": pyro}), name="mended")
     guide(*arguments)
     assert guide.variational_parameters(*arguments).shape[0] == 2
+
+
+# Data in place of indices
+
+
+def given_data(x: Tensor, size: int) -> None:
+    """As in pyro.contrib.cevae."""
+    with pyro.plate("data", size, subsample=x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z.unsqueeze(-1), 1.0).expand([len(x), 2]).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("size", [3, 9])
+def test_a_plate_that_is_given_data_for_indices(size: int) -> None:
+    x = torch.randn(3, 2)
+    exact = dist.MultivariateNormal(torch.zeros(2), torch.eye(2) + 1.0).log_prob(x).numpy()
+    evidence = log_evidence(given_data, AmortizedGuide(given_data), (x, size))
+    assert evidence["data"].values.tolist() == [0, 1, 2]
+    assert np.abs(evidence["log_evidence"] - exact).max() < 0.01
+    if size == 3:
+        assert PerDatapointGuide(given_data, name="table").median(x, size)["z"].shape == (3,)
+    else:
+        with pytest.raises(ValueError, match="plate 'data' is given data in place of indices"):
+            PerDatapointGuide(given_data, name="table")(x, size)
+
+
+# Exports
+
+
+def test_exported_axes_are_those_that_matter() -> None:
+    """A matrix of covariates, one of coefficients and data of a whole plate, all square."""
+    size, index = 3, torch.tensor([2, 0])
+
+    def model(x: Tensor, covariates: Tensor, coefficients: Tensor, order: Tensor, data: Tensor) -> None:
+        with pyro.plate("data", size, subsample=index) as i:
+            z = pyro.sample("z", dist.Normal(order[i], 1.0))
+            loc = z.unsqueeze(-1) + (covariates.T @ coefficients)[i] + data
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x[i])
+
+    square = [torch.randn(size, size) for _ in range(3)]
+    arguments = (*square, torch.randn(size), torch.randn(size))
+    constant = to_arviz(model, AmortizedGuide(model), arguments, num_samples=3)["constant_data"]
+    assert constant["covariates"].dims == ("covariates_dim_0", "data")
+    assert np.array_equal(constant["covariates"], square[1][:, index])
+    assert constant["coefficients"].dims == ("coefficients_dim_0", "coefficients_dim_1")
+    assert np.array_equal(constant["order"], arguments[3][index])
+    assert constant["data_argument"].dims == ("data_dim_0",)
