@@ -73,8 +73,8 @@ def simulate(
         guide: A guide of this package that serves unseen data.
         model_args: The model's positional arguments, as a tuple.
         model_kwargs: Its keyword arguments.
-        num_datapoints: S, by default as many as the call has. Further ones repeat the rows of all arguments that have
-            one entry per datapoint; fewer are a random selection of them.
+        num_datapoints: S, by default as many as the call has. Further ones repeat the rows of all arguments that
+            hold data of the datapoints, as is found by numbers; fewer are a random selection of them.
         seed: Seed of all draws.
 
     Returns:
