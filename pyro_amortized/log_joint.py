@@ -48,8 +48,8 @@ class LocalLogJoint:
     handlers.
 
     Many draws are evaluated in one run: in an outermost plate, if the model gives the same numbers that way as one draw
-    at a time (:meth:`check`); else as copies of the datapoints, if its arguments can be cut to rows (:meth:`select`); else
-    one by one.
+    at a time (:meth:`check`); else as copies of the datapoints, if its arguments can be cut to rows (:meth:`select`);
+    else one by one.
 
     Args:
         model: The Pyro model.

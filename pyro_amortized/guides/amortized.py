@@ -40,8 +40,8 @@ class AmortizedGuide(LocalGuide):
         encoder_input: What the encoder sees: by default the observed values in the plate; or the name of a model
             argument, a list of names, or a function of the model's arguments, run inside the plate so that
             ``pyro.subsample`` works in it. Of an argument that is seen to hold the data of a whole subsampled plate the
-            encoder gets those of the datapoints at hand. A name may also be that of a global latent :math:`\theta`, flattened and
-            repeated for every datapoint: then q is :math:`q(\theta) \prod_n q(z_n \mid x_n, \theta)`, with the draw of
+            encoder gets those of the datapoints at hand. A name may also be that of a global latent :math:`\theta`,
+            flattened and repeated for every datapoint: then q is :math:`q(\theta) \prod_n q(z_n \mid x_n, \theta)`, with the draw of
             the same call, and with the median in the diagnostics and in refinement. Several inputs are passed as
             positional arguments.
         global_guide: A function from a model to an autoguide, for the latents outside the plate.
