@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyro_amortized.arguments import Arguments
+from pyro_amortized.influence import PlateLogProbs
 from pyro_amortized.structure import Structure
 
 __all__ = ["Call", "EncoderInput", "encoder_inputs", "named_arguments", "named_function"]
@@ -47,7 +49,7 @@ class Call:
     @property
     def index(self) -> Tensor | None:
         """Positions of the datapoints in the full data set; None if the plate holds all of them."""
-        return self.structure.indices.get(self.structure.datapoints.name)
+        return self.structure.positions
 
 
 def encoder_inputs(
@@ -55,6 +57,7 @@ def encoder_inputs(
     model: Callable[..., Any] | None,
     call: Call,
     *,
+    known: MutableMapping[Any, bool] | None = None,
     show_masks: bool = False,
     but: Collection[str] = (),
 ) -> tuple[Tensor, ...]:
@@ -64,11 +67,13 @@ def encoder_inputs(
         spec: What the user asked for.
         model: The model, for the names of its arguments; None if it is not at hand.
         call: The call.
+        known: What earlier calls showed of arguments: whether they hold all data of a subsampled plate.
         show_masks: Whether to add, to observed values of which some are masked (and given as zeros), which these are.
         but: Names of observed sites to leave out.
 
     Raises:
-        ValueError: If the model has no argument, and no global latent, of a given name.
+        ValueError: If the model has no argument, and no global latent, of a given name, or one of which it is not clear
+            whether it holds all data.
     """
     if spec is None:
         values = [value for name, value in (call.structure.observed or {}).items() if name not in but]
@@ -84,12 +89,13 @@ def encoder_inputs(
         with call.plates[call.structure.datapoints.name]:
             found = spec(*call.args, **call.kwargs)
     else:
-        found = [_argument(name, model, call) for name in ([spec] if isinstance(spec, str) else spec)]
+        known = {} if known is None else known
+        found = [_argument(name, model, call, known) for name in ([spec] if isinstance(spec, str) else spec)]
     return tuple(found) if isinstance(found, list | tuple) else (found,)
 
 
-def _argument(name: str, model: Callable[..., Any] | None, call: Call) -> Any:
-    """An argument by name, and of one with an entry per datapoint of a subsampled plate the entries at hand."""
+def _argument(name: str, model: Callable[..., Any] | None, call: Call, known: MutableMapping[Any, bool]) -> Any:
+    """An argument by name, and of one with the data of all datapoints of a subsampled plate those at hand."""
     if model is None:
         raise ValueError(
             f"Cannot find argument {name!r} because this guide was loaded without its model; try `guide.model = model`."
@@ -105,13 +111,21 @@ def _argument(name: str, model: Callable[..., Any] | None, call: Call) -> Any:
     value, frame = arguments[name], call.structure.datapoints
     if call.index is None or not isinstance(value, Tensor) or not value.dim() or len(value) != frame.full_size:
         return value
-    if frame.size == frame.full_size and not _is_range(call.index):
-        raise ValueError(
-            f"Cannot tell whether argument {name!r} has the order of plate {frame.name!r}'s indices or that of all "
-            "data because the plate is as large as its subsample; try encoder_input=None, the observed values, or a "
-            "function of the model's arguments."
-        )
-    return value[call.index.to(value.device)] if frame.size != frame.full_size else value
+    if frame.size == frame.full_size and _is_range(call.index):
+        return value
+    key = name, value.shape, frame
+    if key not in known:
+        log_probs = PlateLogProbs(model, Arguments(call.args, call.kwargs), call.structure.indices)
+        found = log_probs.holds(value, 0, frame, call.index)
+        if found is None:
+            event_dim = max(0, value.dim() + frame.dim)
+            raise ValueError(
+                f"Cannot tell whether argument {name!r} holds the data of all datapoints of plate {frame.name!r} "
+                "because no log-probability in it is seen to change with it; try a function of the model's arguments, "
+                f"encoder_input=lambda {', '.join(arguments)}: pyro.subsample({name}, event_dim={event_dim})."
+            )
+        known[key] = found
+    return value[call.index.to(value.device)] if known[key] else value
 
 
 def _is_range(index: Tensor) -> bool:

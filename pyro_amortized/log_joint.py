@@ -25,7 +25,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributions import kl_divergence
 
+from pyro_amortized.arguments import Arguments, CallArguments
 from pyro_amortized.graphs import Function, GraphCache
+from pyro_amortized.influence import DatapointAxes
+from pyro_amortized.influence import close as _close
 from pyro_amortized.programs import run_traced
 from pyro_amortized.structure import Structure
 from pyro_amortized.tracing import Site, isolated, run_model, sample_sites
@@ -45,8 +48,8 @@ class LocalLogJoint:
     handlers.
 
     Many draws are evaluated in one run: in an outermost plate, if the model gives the same numbers that way as one draw
-    at a time (:meth:`check`); else as copies of the datapoints, if its arguments can be indexed (:meth:`select`); else
-    one by one.
+    at a time (:meth:`check`); else as copies of the datapoints, if its arguments can be cut to rows (:meth:`select`);
+    else one by one.
 
     Args:
         model: The Pyro model.
@@ -81,7 +84,9 @@ class LocalLogJoint:
         self.like = torch.empty(0)
         self.graphs: GraphCache | None = None
         self.verified: dict[Any, Function | None] = {}
-        self.selectable: bool | None = None
+        self.selectable = True
+        self._axes: DatapointAxes | None = None
+        self._origin: tuple[LocalLogJoint, Tensor] | None = None
         self._copies: LocalLogJoint | None = None
 
     @property
@@ -95,7 +100,7 @@ class LocalLogJoint:
         With :attr:`graphs`, draws and datapoints are evaluated in blocks of rows of a few fixed sizes, by graphs that
         are traced once for each size; the result can then be differentiated once, with respect to z.
         """
-        if self.graphs is not None and self._is_selectable():
+        if self.graphs is not None and self._can_run_blocks(z.shape[0] * z.shape[1]):
             return _InBlocks.apply(z, self)
         return self.plain(z)
 
@@ -103,8 +108,9 @@ class LocalLogJoint:
         """The same without graphs; differentiable any number of times, with respect to everything."""
         if self.vectorized:
             return self._evaluate(z)
-        if len(z) > 1 and self._is_selectable():
-            return self._evaluate_copies(z)
+        copies = self._copied(len(z)) if len(z) > 1 else None
+        if copies is not None:
+            return copies._evaluate(z.reshape(1, -1, z.shape[-1])).reshape(z.shape[:2])
         return self._one_by_one(z)
 
     def minus_kl(self, z: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
@@ -126,10 +132,12 @@ class LocalLogJoint:
     def _one_by_one(self, z: Tensor, normal: tuple[Tensor, Tensor] | None = None) -> Tensor:
         return torch.stack([self._evaluate(draw.unsqueeze(0), normal).squeeze(0) for draw in z])
 
-    def _evaluate_copies(self, z: Tensor) -> Tensor:
-        if self._copies is None or self._copies.num_datapoints != z.shape[0] * z.shape[1]:
-            self._copies = self._selected(torch.arange(z.shape[1]).repeat(len(z)))
-        return self._copies._evaluate(z.reshape(1, -1, z.shape[-1])).reshape(z.shape[:2])
+    def _copied(self, number: int) -> LocalLogJoint | None:
+        """The log-joint of as many copies of all datapoints, if it can be had."""
+        size = self.num_datapoints
+        if self._copies is None or self._copies.num_datapoints != number * size:
+            self._copies = self.select(torch.arange(size).repeat(number))
+        return self._copies
 
     def _evaluate(self, z: Tensor, normal: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Log-joints ``(K, N)``; given location and scale of a normal q, less log q with closed forms."""
@@ -210,18 +218,21 @@ class LocalLogJoint:
         flat, values, gradients = z.detach().flatten(0, 1), [], []
         program = _value_and_gradient if gradient else _value_alone
         start = 0
-        while start < len(flat):
-            left = len(flat) - start
-            length = _LARGE if left > _LARGE // 2 else _SMALL
+        for length in _block_lengths(len(flat)):
             rows = torch.arange(start, start + length).clamp(max=len(flat) - 1)
             part = self._selected(rows % size)
             inputs = [flat[rows].unsqueeze(0)]
             results, _ = run_traced(program, part, inputs, (), part.graphs, part.model, verified=self.verified)
+            left = len(flat) - start
             values.append(results[0][0, :left])
             gradients += [grad[0, :left] for grad in results[1:]]
             start += length
         grads = torch.cat(gradients).reshape(z.shape) if gradients else z.new_empty(0)
         return torch.cat(values).reshape(z.shape[:2]), grads
+
+    def _can_run_blocks(self, total: int) -> bool:
+        lengths = set(_block_lengths(total))
+        return all(self._serves(torch.arange(length) % self.num_datapoints) for length in lengths)
 
     def _split(self, z: Tensor, together: bool) -> dict[str, Tensor]:
         return self.layout.split(z, self.depth) if together else self.layout.split(z[0])
@@ -332,23 +343,47 @@ class LocalLogJoint:
                 "likelihood that underflows."
             )
 
-    def select(self, rows: Tensor) -> LocalLogJoint | None:
+    def select(self, rows: Tensor, *, once: bool = False) -> LocalLogJoint | None:
         """The log-joint of some of the datapoints only, at their share of the cost.
 
-        The arguments that have one entry per datapoint are indexed; whether that is right is checked once by numbers.
+        The arguments are cut along the axes that hold the datapoints, which are found once by numbers; whether the
+        result is right is verified by numbers for each new number of rows.
 
         Args:
-            rows: Positions in ``range(N)``.
+            rows: Positions in ``range(N)``; some may be left out or repeated.
+            once: Whether to verify this very selection, which may be right where datapoints' data matter to others.
 
         Returns:
-            The evaluator for these datapoints, or None if the model cannot be run on a part of the arguments.
+            The evaluator for these datapoints, or None if the model cannot be run on such a part of the arguments.
         """
-        return self._selected(rows) if self._is_selectable() else None
+        return self._selected(rows) if self._serves(rows, once=once) else None
 
+    def _serves(self, rows: Tensor, *, once: bool = False) -> bool:
+        if self._origin is not None:
+            whole, positions = self._origin
+            return whole._serves(positions[rows], once=once)
+        return self._is_selectable and self._datapoint_axes.serves(rows, once=once)
+
+    def _selected(self, rows: Tensor) -> LocalLogJoint:
+        if self._origin is not None:
+            whole, positions = self._origin
+            return whole._selected(positions[rows])
+        return self._part(self._datapoint_axes.take(rows), rows)
+
+    @property
+    def _datapoint_axes(self) -> DatapointAxes:
+        """The axes of the arguments that hold the datapoints."""
+        if self._axes is None:
+            size, generator = self.num_datapoints, torch.Generator().manual_seed(0)
+            z = torch.randn(1, size, self.layout.latent_dim, generator=generator).to(self.like)
+            arguments = Arguments(self.args, self.kwargs)
+            self._axes = DatapointAxes(arguments, size, lambda call, rows: self._part(call, rows).plain(z[:, rows])[0])
+        return self._axes
+
+    @property
     def _is_selectable(self) -> bool:
-        if self.selectable is None:
-            self.selectable = self._try_selection()
-        return self.selectable
+        fixed = self.num_datapoints < 2 or not self.structure.is_static or isinstance(self.layout.scale, Tensor)
+        return self.selectable and not fixed and self.structure.datapoints.kind != "random"
 
     def on_rows(self, rows: Tensor, *, plain: bool = False) -> Callable[[Tensor], Tensor]:
         """The log-joint of some datapoints as a function of their latents, ``(K, n, D)`` to ``(K, n)``.
@@ -385,17 +420,16 @@ class LocalLogJoint:
             return self.layout.flatten(drawn).unsqueeze(0)
         return torch.stack([self.layout.flatten({name: x[k] for name, x in drawn.items()}) for k in range(num_draws)])
 
-    def _selected(self, rows: Tensor) -> LocalLogJoint:
-        size = self.num_datapoints
+    def _part(self, call: CallArguments, rows: Tensor) -> LocalLogJoint:
+        """The log-joint of a call whose datapoints are some of this one's."""
         name = self.layout.plate
-        args, kwargs = _take((tuple(self.args), dict(self.kwargs)), rows, size)
         frames = {**self.structure.frames, name: replace(self.structure.datapoints, size=len(rows))}
         if not self.structure.datapoints.subsampled:
             frames[name] = replace(frames[name], full_size=len(rows))
         indices = {k: v[rows.to(v.device)] if k == name else v for k, v in self.structure.indices.items()}
         structure = replace(self.structure, frames=frames, indices=indices, observed=None)
-        part = self.of_call(args, kwargs, structure)
-        part.graphs, part.verified, part.selectable = self.graphs, self.verified, True
+        part = self.of_call(*call, structure)
+        part.graphs, part.verified, part._origin = self.graphs, self.verified, (self, rows)
         return part
 
     def of_call(
@@ -410,23 +444,6 @@ class LocalLogJoint:
         part = LocalLogJoint(self.model, args, kwargs, structure, global_values)
         part.validate, part.vectorized, part.like = self.validate, self.vectorized, self.like
         return part
-
-    @torch.no_grad()
-    def _try_selection(self) -> bool:
-        size = self.num_datapoints
-        if size < 2 or not self.structure.is_static or self.structure.datapoints.kind == "random":
-            return False
-        if isinstance(self.layout.scale, Tensor):
-            return False
-        # Another length than that of the data, or models that fix their size would pass: the last row is repeated.
-        rows = torch.cat([torch.arange(size - 1, -1, -1), torch.tensor([size - 1])])
-        z = torch.linspace(-0.5, 0.5, size * self.layout.latent_dim, dtype=self.like.dtype)
-        z = z.to(self.like).reshape(1, size, -1)
-        self.selectable = False
-        try:
-            return _close(self._selected(rows).plain(z[:, rows]), self.plain(z)[:, rows])
-        except Exception:  # a model may fail in any way on a part of its data; then it is run on all of it
-            return False
 
 
 def _log_prob(site: Site) -> Tensor:
@@ -452,27 +469,17 @@ def _scaled(log_prob: Tensor, site: Site, frame: Any) -> Tensor:
     return scale_and_mask(log_prob, site["scale"] / subsampling, site["mask"])
 
 
-def _close(actual: Tensor, expected: Tensor) -> bool:
-    tolerance = 1e-8 if expected.dtype == torch.float64 else 1e-4
-    return actual.shape == expected.shape and torch.allclose(
-        actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True
-    )
-
-
-def _take(value: Any, rows: Tensor, size: int) -> Any:
-    """Indexes every tensor that has one entry per datapoint, along its first axis of that size."""
-    if isinstance(value, Tensor):
-        axis = next((i for i, n in enumerate(value.shape) if n == size), None)
-        return value if axis is None else value.index_select(axis, rows.to(value.device))
-    if isinstance(value, dict):
-        return {key: _take(child, rows, size) for key, child in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_take(child, rows, size) for child in value)
-    return value
-
-
 _SMALL, _LARGE = 256, 2048
 """Numbers of rows for which log-joints are traced."""
+
+
+def _block_lengths(total: int) -> list[int]:
+    """Lengths of the blocks in which rows are evaluated, the last of them filled up."""
+    lengths = []
+    while total > 0:
+        lengths.append(_LARGE if total > _LARGE // 2 else _SMALL)
+        total -= lengths[-1]
+    return lengths
 
 
 class _InBlocks(torch.autograd.Function):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,9 +10,10 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_amortized.arguments import Arguments
 from pyro_amortized.encoder_inputs import named_function
 from pyro_amortized.layout import is_data
-from pyro_amortized.tracing import find_source, probe, sample_sites
+from pyro_amortized.tracing import probe, sample_sites
 
 __all__ = ["simulated_call", "takes_observations"]
 
@@ -48,8 +48,7 @@ def simulated_call(
         ValueError: If values have other shapes than those observed.
     """
     trace = probe(model, args, kwargs, indices)[0]
-    arguments: Any = (args, kwargs)
-    complete = True
+    arguments, replaced, complete = Arguments(args, kwargs), dict[int, Tensor](), True
     for name, site in sample_sites(trace).items():
         if name not in observations or not is_data(site):
             continue
@@ -59,22 +58,11 @@ def simulated_call(
                 f"Cannot infer latents from simulated values of site {name!r} because their shape is "
                 f"{tuple(value.shape)} and {tuple(observed.shape)} is observed; try vectorize_particles=False."
             )
-        source = find_source(observed, (args, kwargs))
-        if source is None:
+        position = arguments.position(observed)
+        if position is None:
             complete = False
         else:
-            arguments = _replaced(arguments, source, value)
+            leaf = arguments.leaves[position]
+            replaced[position] = value.reshape(leaf.shape).to(leaf.dtype)
     model = poutine.condition(model, data=dict(observations))
-    return model, arguments[0], arguments[1], complete
-
-
-def _replaced(tree: Any, path: tuple[Any, ...], value: Tensor) -> Any:
-    """A nested structure with another tensor at one place, in the shape of the one there."""
-    if not path:
-        return value.reshape(tree.shape).to(tree.dtype)
-    if isinstance(tree, dict):
-        changed = copy.copy(tree)
-        changed[path[0]] = _replaced(tree[path[0]], path[1:], value)
-        return changed
-    children = [_replaced(child, path[1:], value) if i == path[0] else child for i, child in enumerate(tree)]
-    return type(tree)(*children) if hasattr(tree, "_fields") else type(tree)(children)
+    return model, *arguments.with_leaves(replaced), complete

@@ -63,6 +63,15 @@ class Structure:
         """The datapoint plate of a structure that has local latents."""
         return self.frames[self.plate]  # type: ignore[index]
 
+    @property
+    def positions(self) -> Tensor | None:
+        """Positions of the datapoints in the full data set, ``(N,)``.
+
+        None if the plate holds all of them, or the model gives it data in place of indices.
+        """
+        index = self.indices.get(self.datapoints.name)
+        return None if index is None or index.dim() != 1 or index.is_floating_point() else index
+
     def without_tensors(self) -> Structure:
         """The structure without indices and observed values, which may be kept without keeping data alive."""
         return replace(self, indices={}, observed=None, present={})

@@ -28,11 +28,11 @@ from torch.fx import GraphModule
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "PlateFrame",
     "call_key",
-    "find_source",
     "isolated",
     "kept_state",
     "probe",
@@ -377,40 +377,9 @@ def _known_shape(value: Tensor) -> torch.Size:
         return torch.Size([int(size) for size in value.shape])
 
 
-def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
-    if isinstance(value, Tensor):
-        yield path, value
-    elif isinstance(value, dict | list | tuple):
-        for key, child in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _leaves(child, (*path, key))
-
-
 def versions(arguments: Any) -> list[int]:
     """How often each tensor among the arguments has been changed in place."""
-    return [leaf._version for _, leaf in _leaves(arguments) if not leaf.is_inference()]
-
-
-def find_source(value: Tensor, arguments: Any) -> tuple[Any, ...] | None:
-    """The keys that lead to the argument that a tensor is, or is a reshaped view of; None unless there is just one.
-
-    Args:
-        value: A tensor met in the model.
-        arguments: The model's arguments, nested in lists, tuples and dicts.
-    """
-    found = [path for path, leaf in _leaves(arguments) if leaf is value or _same_memory(leaf, value)]
-    return found[0] if len(found) == 1 else None  # equal ones may differ in another call
-
-
-def _same_memory(first: Tensor, second: Tensor) -> bool:
-    if first.layout != torch.strided or second.layout != torch.strided:
-        return False
-    return (
-        first.data_ptr() == second.data_ptr()
-        and first.numel() == second.numel() > 0
-        and first.dtype == second.dtype
-        and first.is_contiguous()
-        and second.is_contiguous()
-    )
+    return [x._version for x in tree_leaves(arguments) if isinstance(x, Tensor) and not x.is_inference()]
 
 
 def probe(

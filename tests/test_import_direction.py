@@ -11,12 +11,12 @@ import pytest
 import pyro_amortized
 
 LAYERS: list[set[str]] = [
-    {"batches", "families", "encoders", "quantization"},
+    {"arguments", "batches", "families", "encoders", "quantization"},
     {"updates"},
     {"inference"},
     {"tracing"},
     {"recording"},
-    {"graphs", "weights"},
+    {"graphs", "influence", "weights"},
     {"layout"},
     {"discrete", "dependence"},
     {"structure"},
@@ -29,7 +29,7 @@ LAYERS: list[set[str]] = [
     {"training", "export"},
 ]
 """From low to high: a module imports from lower layers only. ``__init__`` gathers them all."""
-WITHOUT_PYRO = {"batches", "families", "encoders", "quantization", "updates", "inference"}
+WITHOUT_PYRO = {"arguments", "batches", "families", "encoders", "quantization", "updates", "inference"}
 """Modules that know torch, not Pyro, but for its distributions."""
 
 ROOT = Path(pyro_amortized.__file__).parent

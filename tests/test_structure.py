@@ -13,8 +13,9 @@ from pyro.poutine import runtime
 from torch import Tensor
 
 from pyro_amortized import AmortizedGuide
+from pyro_amortized.arguments import Arguments
 from pyro_amortized.structure import Structure, StructureReader
-from pyro_amortized.tracing import ValueReads, call_key, find_source, isolated, probe, run_model, untouched
+from pyro_amortized.tracing import ValueReads, call_key, isolated, probe, run_model, untouched
 
 
 @pytest.fixture(autouse=True)
@@ -194,16 +195,15 @@ UNSEEN: dict[str, Callable[[Call], Tensor]] = {
 @pytest.mark.parametrize("look", SEEN.values(), ids=SEEN)
 def test_source_of_an_argument_is_found(look: Callable[[Call], Tensor]) -> None:
     call = arguments()
-    found: Any = call
-    for key in find_source(look(call), call):
-        found = found[key]
-    assert torch.equal(found.flatten(), look(call).flatten())
+    position = Arguments(*call).position(look(call))
+    assert position is not None
+    assert torch.equal(Arguments(*call).leaves[position].flatten(), look(call).flatten())
 
 
 @pytest.mark.parametrize("look", UNSEEN.values(), ids=UNSEEN)
 def test_source_of_other_data_is_not_found(look: Callable[[Call], Tensor]) -> None:
     call = arguments()
-    assert find_source(look(call), call) is None
+    assert Arguments(*call).position(look(call)) is None
 
 
 # Reads of values

@@ -121,22 +121,26 @@ def estimate_evidence(
             f"Cannot estimate the evidence with tolerance={tolerance} and max_samples={max_samples} because the first "
             "must not be negative and the second be at least 1; try tolerance=0.02 and max_samples=20000."
         )
-    size = len(phi)
-    parts = [(problem, phi)]
-    if size > _BLOCK and problem.objective.select(torch.arange(1)) is not None:
-        parts = [(_part(problem, rows), phi[rows]) for rows in torch.arange(size).split(_BLOCK)]
     results = []
-    with progress_bar(size, "log evidence", progress) as bar:
-        for number, (part, part_phi) in enumerate(parts):
+    with progress_bar(len(phi), "log evidence", progress) as bar:
+        for number, (part, part_phi) in enumerate(_parts(problem, phi)):
             results.append(_estimate_block(part, part_phi, tolerance, max_samples, (seed, number)))
             bar.update(len(part_phi))
     return {name: torch.cat([result[name] for result in results]) for name in results[0]}
 
 
-def _part(problem: LocalProblem, rows: Tensor) -> LocalProblem:
-    """The problem of some of the datapoints."""
-    objective = problem.objective.select(rows) or problem.objective
-    return replace(problem, objective=objective, phi=problem.phi[rows], index=problem.index[rows])
+def _parts(problem: LocalProblem, phi: Tensor) -> list[tuple[LocalProblem, Tensor]]:
+    """The problem and phi in blocks of datapoints, where the model can be run on each of them."""
+    if len(phi) <= _BLOCK:
+        return [(problem, phi)]
+    parts = []
+    for rows in torch.arange(len(phi)).split(_BLOCK):
+        objective = problem.objective.select(rows)
+        if objective is None:
+            return [(problem, phi)]
+        part = replace(problem, objective=objective, phi=problem.phi[rows], index=problem.index[rows])
+        parts.append((part, phi[rows]))
+    return parts
 
 
 def _estimate_block(

@@ -98,7 +98,7 @@ def bind(
     log_joint.check(draw(guide.family, phi, 2, generator(seed, 0)))
     log_joint.graphs = GraphCache(compile) if graphs is None else graphs
     frame = structure.datapoints
-    index = structure.indices.get(frame.name, torch.arange(frame.size))
+    index = torch.arange(frame.size) if structure.positions is None else structure.positions
     return LocalProblem(
         LocalObjective(log_joint, guide.family), phi.detach(), frame.name, index.cpu(), structure.global_sites
     )

@@ -18,9 +18,10 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pyro_amortized.arguments import CallArguments, OwnArguments, Place
 from pyro_amortized.diagnostics.noise import generator, seeded
 from pyro_amortized.diagnostics.problem import LocalProblem, bind
-from pyro_amortized.diagnostics.substitution import Arguments, Place, SampleDatapoints
+from pyro_amortized.diagnostics.substitution import SampleDatapoints
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.layout import SiteLayout
 from pyro_amortized.log_joint import LocalLogJoint
@@ -72,8 +73,8 @@ def simulate(
         guide: A guide of this package that serves unseen data.
         model_args: The model's positional arguments, as a tuple.
         model_kwargs: Its keyword arguments.
-        num_datapoints: S, by default as many as the call has. Further ones repeat the rows of all arguments that have
-            one entry per datapoint; fewer are a random selection of them.
+        num_datapoints: S, by default as many as the call has. Further ones repeat the rows of all arguments that
+            hold data of the datapoints, as is found by numbers; fewer are a random selection of them.
         seed: Seed of all draws.
 
     Returns:
@@ -148,7 +149,7 @@ class Simulator:
             return True
         if self.guide.master is not None:  # an AutoGuideList fixes the sizes of its plates
             return False
-        part = self.log_joint.select(rows)
+        part = self.log_joint.select(rows, once=True)
         if part is None or (len(rows) > self.num_datapoints and self._indexed):
             return False
         try:
@@ -156,9 +157,18 @@ class Simulator:
                 look = self.guide._structures.look
                 structure = look(part.model, tuple(part.args), part.kwargs, part.structure.indices)
             self.log_joint.structure.check_same(structure)
+            return self._sees_rows((tuple(part.args), dict(part.kwargs)), rows)
         except Exception:  # a model may fail in any way on a part of its data; then it is run on all of it
             return False
-        return True
+
+    def _sees_rows(self, call: CallArguments, rows: Tensor) -> bool:
+        """Whether the guide's encoder sees of arguments cut to rows what it sees of these rows of all data."""
+        pairs = zip(_inputs(self.guide, call), self._whole_inputs, strict=True)
+        return all(torch.equal(part, whole) or torch.equal(part, whole[rows.to(whole.device)]) for part, whole in pairs)
+
+    @cached_property
+    def _whole_inputs(self) -> tuple[Tensor, ...]:
+        return _inputs(self.guide, (tuple(self.log_joint.args), dict(self.log_joint.kwargs)))
 
     @cached_property
     def _indexed(self) -> bool:
@@ -170,7 +180,7 @@ class Simulator:
         """Simulates the given rows of the call, or all of them."""
         if rows is None:
             rows = torch.arange(self.num_datapoints)
-        part = self.log_joint if _is_range(rows, self.num_datapoints) else self.log_joint.select(rows)
+        part = self.log_joint if _is_range(rows, self.num_datapoints) else self.log_joint.select(rows, once=True)
         if part is None:
             raise ValueError(f"Cannot simulate rows {rows.tolist()[:5]}... on their own; try rows of choose_rows.")
         trace, places, arguments = self._draw(part, rng)
@@ -184,9 +194,10 @@ class Simulator:
         _check_finite(part.layout, latents, observed)
         return Simulation(args, kwargs, latents, observed, rows)
 
-    def _draw(self, part: LocalLogJoint, rng: torch.Generator) -> tuple[Trace, dict[str, Place], Arguments]:
+    def _draw(self, part: LocalLogJoint, rng: torch.Generator) -> tuple[Trace, dict[str, Place], OwnArguments]:
         """A run of the model with simulated observations, and where among its arguments the observed ones lie."""
-        arguments = Arguments(part.args, part.kwargs, (self.log_joint.args, self.log_joint.kwargs))
+        like = tuple(self.log_joint.args), dict(self.log_joint.kwargs)
+        arguments = OwnArguments(part.args, part.kwargs, like)
         args, kwargs = arguments.call
         sampler = SampleDatapoints(part.layout.plate)
         with torch.no_grad(), pyro.validation_enabled(False), seeded(rng):
@@ -261,12 +272,17 @@ def _check_same_model(part: LocalLogJoint, trace: Trace, args: Any, kwargs: Any)
             )
 
 
+def _inputs(guide: LocalGuide, call: CallArguments) -> tuple[Tensor, ...]:
+    """What the guide's encoder sees of a call."""
+    with isolated():
+        return guide._inputs(guide._prepare(*call)) if guide._needs_inputs else ()
+
+
 def _check_inputs(guide: LocalGuide, before: tuple[Any, Any], after: tuple[Any, Any]) -> None:
     """Refuses a guide that looks elsewhere for the data than the simulated ones are."""
     if not guide._needs_inputs:
         return
-    with isolated():
-        inputs = [guide._inputs(guide._prepare(*call)) for call in (before, after)]
+    inputs = [_inputs(guide, call) for call in (before, after)]
     if all(torch.equal(x, y) for x, y in zip(*inputs, strict=True)):
         raise ValueError(
             "Cannot infer the latents of simulated data because the inputs of the guide's encoder do not change with "

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_amortized.arguments import Arguments
 from pyro_amortized.diagnostics.importance import psis
 from pyro_amortized.export.groups import Group, label, label_arguments, to_numpy
 from pyro_amortized.export.runs import Draws, ModelRuns, Pass, Results
+from pyro_amortized.influence import PlateLogProbs
 from pyro_amortized.log_joint import chunks
 
 __all__ = ["Batch", "Options"]
@@ -163,8 +165,9 @@ class Batch:
     def add_arguments(self, arguments: Mapping[str, Any], known: Group) -> None:
         """Arguments that are not observed; ``known`` are those of an earlier batch."""
         if "constant_data" in self.groups:
-            observed = list(self.runs.data.values())
-            self.groups["constant_data"] = label_arguments(arguments, self.structure, observed, known)
+            observed, runs = list(self.runs.data.values()), self.runs
+            log_probs = PlateLogProbs(runs.model, Arguments(runs.args, runs.kwargs), self.structure.indices)
+            self.groups["constant_data"] = label_arguments(arguments, self.structure, observed, known, log_probs)
 
     # Storing
 

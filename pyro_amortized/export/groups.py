@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pyro_amortized.diagnostics.report import join
 from pyro_amortized.export.runs import SiteShape
+from pyro_amortized.influence import PlateLogProbs
 from pyro_amortized.structure import Structure
 from pyro_amortized.tracing import PlateFrame
 
@@ -60,50 +62,73 @@ def label(
 
 
 def label_arguments(
-    arguments: Mapping[str, Any], structure: Structure, observed: Iterable[Tensor], known: Mapping[str, Variable]
+    arguments: Mapping[str, Any],
+    structure: Structure,
+    observed: Iterable[Tensor],
+    known: Mapping[str, Variable],
+    log_probs: PlateLogProbs,
 ) -> Group:
     """The tensors among a model's arguments that are neither observed values nor indices of a plate.
 
-    An axis as long as a plate is taken for it; of one as long as all of a subsampled plate the rows at hand are taken.
+    An axis is a plate's if its entries matter to the plate's entries, each to one; of an axis that is that of all
+    entries of a subsampled plate the rows at hand are taken.
 
     Args:
         arguments: The arguments by name.
         structure: The structure of the call.
         observed: The observed values.
-        known: The same of an earlier batch, whose names of axes are kept where they fit.
+        known: The same of an earlier batch, whose names of axes are kept where these data do not tell.
+        log_probs: Log-probabilities of this call.
     """
     group: Group = {}
     taken = [*observed, *structure.indices.values()]
     for name, value in arguments.items():
         if not isinstance(value, Tensor) or any(_same(value, other) for other in taken):
             continue
-        dims, value = _label_argument(name, value, structure)
-        if name in known and _fits(known[name], value, structure):
-            dims = known[name][0]
+        variable = f"{name}_argument" if name in structure.frames else name  # an axis of that name has coordinates
+        dims, value = _label_argument(name, value, structure, log_probs)
+        if variable in known and _fits(known[variable], dims, value, structure):
+            dims = known[variable][0]
         if not any(_same(value, other) for other in taken):
-            group[name] = (dims, to_numpy(value))
+            group[variable] = (dims, to_numpy(value))
     return group
 
 
-def _label_argument(name: str, value: Tensor, structure: Structure) -> tuple[tuple[str, ...], Tensor]:
-    dims = [f"{name}_dim_{axis}" for axis in range(value.dim())]
-    frames = sorted(structure.frames.values(), key=lambda frame: (frame.name != structure.plate, frame.dim))
-    for frame in frames:
-        free = [axis for axis, dim in enumerate(dims) if dim.startswith(f"{name}_dim_")]
-        axis = next((a for a in free if value.shape[a] in (frame.size, frame.full_size)), None)
-        if axis is None:
+def _label_argument(
+    name: str, value: Tensor, structure: Structure, log_probs: PlateLogProbs
+) -> tuple[tuple[str, ...], Tensor]:
+    axes, whole = dict[int, str](), value
+    for frame in sorted(structure.frames.values(), key=lambda frame: (frame.name != structure.plate, frame.dim)):
+        found = (
+            (axis, positions)
+            for axis in range(value.dim())
+            for positions in _positions(frame, structure, whole.shape[axis])
+            if axis not in axes and log_probs.holds(whole, axis, frame, positions)
+        )
+        axis, positions = next(found, (None, None))
+        if axis is None or positions is None:
             continue
-        if value.shape[axis] != frame.size:
-            value = value.index_select(axis, structure.indices[frame.name].to(value.device))
-        dims[axis] = frame.name
+        value = value.index_select(axis, positions.to(value.device))
+        axes[axis] = frame.name
     unnamed = iter(range(value.dim()))
-    return tuple(f"{name}_dim_{next(unnamed)}" if dim.startswith(f"{name}_dim_") else dim for dim in dims), value
+    return tuple(axes[axis] if axis in axes else f"{name}_dim_{next(unnamed)}" for axis in range(value.dim())), value
 
 
-def _fits(known: Variable, value: Tensor, structure: Structure) -> bool:
+def _positions(frame: PlateFrame, structure: Structure, length: int) -> Iterator[Tensor]:
+    """Where along an axis the entries of a plate may lie: in its order, or in that of all of them."""
+    index = structure.indices.get(frame.name)
+    if length == frame.size:
+        yield torch.arange(length)
+    if length == frame.full_size and index is not None and index.dim() == 1 and not index.is_floating_point():
+        yield index
+
+
+def _fits(known: Variable, dims: tuple[str, ...], value: Tensor, structure: Structure) -> bool:
+    """Whether an earlier batch told all that this one does, and no more than its sizes allow."""
     sizes = [structure.frames[dim].size if dim in structure.frames else None for dim in known[0]]
     return len(sizes) == value.dim() and all(
-        size is None or size == length for size, length in zip(sizes, value.shape, strict=True)
+        size in (None, length) and (found == dim or found not in structure.frames)
+        for size, length, found, dim in zip(sizes, value.shape, dims, known[0], strict=True)
     )
 
 

@@ -53,7 +53,8 @@ def to_arviz(
                             plate)``, and the Pareto ``khat`` of each datapoint's weights, ``(plate)``, where no global
                             latents are drawn; nothing for a model without local latents
     observed_data           observed values, ``(*plates, *event)``
-    constant_data           tensors among the model's arguments that are not observed, such as covariates
+    constant_data           tensors among the model's arguments that are not observed, such as covariates; axes whose
+                            entries are seen to matter to one entry of a plate each are named after it
     prior                   draws of the latents from the prior, on request
     prior_predictive        observations given those, on request
     ======================  ==========================================================================================

@@ -39,10 +39,13 @@ class AmortizedGuide(LocalGuide):
         plate: Name of the datapoint plate; by default the outermost plate that holds an observed site.
         encoder_input: What the encoder sees: by default the observed values in the plate; or the name of a model
             argument, a list of names, or a function of the model's arguments, run inside the plate so that
-            ``pyro.subsample`` works in it. A name may also be that of a global latent :math:`\theta`, flattened and
-            repeated for every datapoint: then q is :math:`q(\theta) \prod_n q(z_n \mid x_n, \theta)`, with the draw of
-            the same call, and with the median in the diagnostics and in refinement. Several inputs are passed as
-            positional arguments.
+            ``pyro.subsample`` works in it. Of an argument that is seen to hold the data of a whole subsampled plate the
+            encoder gets those of the datapoints at hand. A name may also be that of a global latent :math:`\theta`,
+            flattened and repeated for every datapoint: then q is
+            :math:`q(\theta) \prod_n q(z_n \mid x_n, \theta)`, with the draw of the same call, and with the median in the
+            diagnostics and in refinement. Several inputs are passed as positional arguments. To say what is encoded is
+            also a promise, that the structure of the model depends on the shapes of the arguments, and on values that
+            are no tensors, alone: its run that shows the structure is then spared in most calls.
         global_guide: A function from a model to an autoguide, for the latents outside the plate.
         create_plates: A function of the model's arguments that returns the plates to use, as in Pyro's autoguides.
         init_loc_fn: Where q starts, one of Pyro's initialisation functions.

@@ -91,6 +91,7 @@ class LocalGuide(AutoGuide):
         self.layout: SiteLayout | None = None
         self._family_spec = family
         self._encoder_input = encoder_input
+        self._hold_all: dict[Any, bool] = {}
         self._global_guide_factory = global_guide
         self._structures = StructureReader(plate, promised=encoder_input is not None)
         self._ready = False
@@ -311,7 +312,12 @@ class LocalGuide(AutoGuide):
             return ()
         self._condition(call)
         return encoder_inputs(
-            self._encoder_input, self._model_at_hand, call, show_masks=self._shows_masks, but=self._hidden
+            self._encoder_input,
+            self._model_at_hand,
+            call,
+            known=self._hold_all,
+            show_masks=self._shows_masks,
+            but=self._hidden,
         )
 
     def _condition(self, call: Call) -> None:

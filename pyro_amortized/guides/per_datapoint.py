@@ -45,5 +45,12 @@ class PerDatapointGuide(LocalGuide):
         return False
 
     def _build_strategy(self, inputs: tuple[Tensor, ...], init_loc: Tensor, structure: Structure) -> InferenceStrategy:
-        rows = torch.arange(structure.datapoints.full_size, device=init_loc.device) % len(init_loc)
+        frame = structure.datapoints
+        if structure.positions is None and frame.size < frame.full_size:
+            raise ValueError(
+                f"Cannot keep variational parameters for each datapoint because plate {frame.name!r} is given data in "
+                "place of indices, which do not tell which datapoints these are; try "
+                f"pyro.plate({frame.name!r}, {frame.full_size}, subsample=index), or an AmortizedGuide."
+            )
+        rows = torch.arange(frame.full_size, device=init_loc.device) % len(init_loc)
         return PerDatapoint(self.family.initial(init_loc, self.init_scale)[rows].contiguous(), sparse=self.sparse)
