@@ -75,7 +75,7 @@ class LocalLogJoint:
         self.structure = structure
         self.layout = structure.layout
         self.global_values = dict(global_values)
-        self.depth = max(-frame.dim for frame in structure.frames.values())
+        self.depth = structure.depth
         self.vectorized = True
         self.validate = True
         self.like = torch.empty(0)

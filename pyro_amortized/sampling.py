@@ -146,10 +146,10 @@ def _delta(site: LocalSite, latent: Tensor) -> dist.TorchDistribution:
 def _sample(
     site: LocalSite, fn: dist.TorchDistribution, plates: Mapping[str, pyro.plate], weight: SiteWeight
 ) -> Tensor:
-    if not site.plates and weight is NEUTRAL:
+    if not site.inner_plates and weight is NEUTRAL:
         return pyro.sample(site.name, fn)
     with ExitStack() as stack:
-        for name in site.plates:
+        for name in site.inner_plates:
             stack.enter_context(plates[name])
         stack.enter_context(weight.handlers())
         return pyro.sample(site.name, fn)

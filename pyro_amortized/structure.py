@@ -19,7 +19,16 @@ from torch import Tensor
 
 from pyro_amortized.discrete import DiscreteSite, discrete_sites
 from pyro_amortized.layout import SiteLayout, bounds, datapoint_plate, is_data, is_enumerated, latent_sites
-from pyro_amortized.tracing import PlateFrame, call_key, probe, sample_sites, subsample_indices, untouched, versions
+from pyro_amortized.tracing import (
+    PlateFrame,
+    batch_depth,
+    call_key,
+    probe,
+    sample_sites,
+    subsample_indices,
+    untouched,
+    versions,
+)
 from pyro_amortized.weights import NEUTRAL, SiteWeight, site_weight
 
 __all__ = ["Structure", "StructureReader", "check_observed", "check_steady", "observed_values"]
@@ -43,6 +52,7 @@ class Structure:
         discrete: The discrete local latents that the guide draws itself.
         present: Which of the observed values are not masked, by site, ``(N, ...)``, for sites that are masked.
         data_plates: Names of further plates, drawn at random, that hold observed values of the datapoints.
+        depth: Number of batch dimensions of the model's sites, in plates or outside of all.
     """
 
     frames: Mapping[str, PlateFrame]
@@ -57,6 +67,7 @@ class Structure:
     present: Mapping[str, Tensor] = field(default_factory=dict)
     discrete: tuple[DiscreteSite, ...] = ()
     data_plates: tuple[str, ...] = ()
+    depth: int = 0
 
     @property
     def datapoints(self) -> PlateFrame:
@@ -123,7 +134,7 @@ class Structure:
         local: list[str] = []
         if self.layout is not None or self.discrete:
             sites = (*(self.layout.sites if self.layout is not None else ()), *(d.logits for d in self.discrete))
-            local = [self.datapoints.name, *(name for site in sites for name in site.plates), *self.data_plates]
+            local = [self.datapoints.name, *(name for site in sites for name in site.inner_plates), *self.data_plates]
         return tuple(dict.fromkeys([*self.global_plates, *local]))
 
     @cached_property
@@ -451,6 +462,7 @@ class StructureReader:
             discrete=discrete,
             global_weights={name: weight for name, weight in weights.items() if weight is not NEUTRAL},
             data_plates=_random_data_plates(trace, frames, plate),
+            depth=batch_depth(trace, frames),
             enumerated=tuple(
                 name for name, site in sample_sites(trace).items() if not site["is_observed"] and is_enumerated(site)
             ),

@@ -23,7 +23,7 @@ from pyro_amortized.export.likelihood import log_likelihood
 from pyro_amortized.layout import is_data, latent_sites
 from pyro_amortized.log_joint import LocalLogJoint
 from pyro_amortized.structure import Structure
-from pyro_amortized.tracing import Site, isolated, probe, run_model, sample_sites
+from pyro_amortized.tracing import Site, batch_depth, isolated, probe, run_model, sample_sites
 
 __all__ = ["Draws", "Mode", "ModelRuns", "Pass", "Results", "SiteShape"]
 
@@ -104,8 +104,7 @@ class ModelRuns:
             for name, site in found.items()
             if is_data(site) and name not in structure.global_sites and torch.as_tensor(site["value"]).numel() > 0
         }
-        self._plate_depth = max((-frame.dim for frame in structure.frames.values()), default=0)
-        self.depth = max([self._plate_depth, *(len(site["fn"].batch_shape) for site in found.values())])
+        self.depth = batch_depth(trace, structure.frames)
         self.num_elements = max([1, *(site["fn"].shape().numel() for site in found.values())])
         self.modes: dict[str, Mode] = {}
         self._check_latents()
@@ -182,8 +181,6 @@ class ModelRuns:
 
     def _agrees(self, mode: Mode, function: Pass, draws: Draws, apart: Results) -> bool:
         """Whether a mode gives the shapes, and where nothing is random the numbers, of one draw at a time."""
-        if mode is _together and self.depth != self._plate_depth and draws.z is not None:
-            return False
         try:
             results = mode(function, draws, 2)
         except Exception:  # a model may fail in any way on a batch of draws; then it is run otherwise
