@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributions import kl_divergence
 
 from pyro_amortized.graphs import GraphCache
+from pyro_amortized.outside import check_outside
 from pyro_amortized.programs import traced
 from pyro_amortized.structure import Structure
 from pyro_amortized.tracing import Site, isolated, run_model, sample_sites
@@ -278,8 +279,8 @@ class LocalLogJoint:
             z: Two different draws, of shape ``(2, N, D)``.
 
         Raises:
-            ValueError: If the model gives different numbers for equal latents, or the log-joint of a datapoint is
-                not finite.
+            ValueError: If the model gives different numbers for equal latents, the log-joint of a datapoint is not
+                finite, or sites outside of the plate depend on its latents.
         """
         self.vectorized = False
         self.like = z.new_empty(0)
@@ -292,8 +293,13 @@ class LocalLogJoint:
             )
         self._check_finite(reference)
         self._check_independence(z, reference)
+        self.check_outside(z)
         self._try_vectorized(z, reference)
         self.validate = False
+
+    def check_outside(self, z: Tensor) -> None:
+        """Raises a ValueError if a site outside of the plate depends on its latents; ``z`` as for :meth:`check`."""
+        check_outside(self.model, self.args, self.kwargs, self.structure, self.global_values, z)
 
     @torch.no_grad()
     def choose_mode(self, z: Tensor) -> bool:

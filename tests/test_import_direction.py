@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"layout"},
     {"discrete", "dependence"},
     {"structure"},
-    {"programs", "sampling", "encoder_inputs"},
+    {"programs", "sampling", "encoder_inputs", "outside"},
     {"simulated"},
     {"log_joint"},
     {"objective"},

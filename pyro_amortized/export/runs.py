@@ -22,6 +22,7 @@ from torch import Tensor
 from pyro_amortized.export.likelihood import log_likelihood
 from pyro_amortized.layout import is_data, latent_sites
 from pyro_amortized.log_joint import LocalLogJoint
+from pyro_amortized.outside import check_outside
 from pyro_amortized.structure import Structure
 from pyro_amortized.tracing import Site, batch_depth, isolated, probe, run_model, sample_sites
 
@@ -171,6 +172,12 @@ class ModelRuns:
             return [pyro.plate("_local_draws", number, dim=-self.depth - 1)] if together else []
 
     # How draws are evaluated
+
+    def check_outside(self, draws: Draws) -> None:
+        """Raises a ValueError if the weight of a datapoint's draw would leave out sites that depend on it."""
+        if draws.z is not None:
+            values = self._global_values(draws[:1], False)
+            check_outside(self.model, self.args, self.kwargs, self.structure, values, draws.z[[0, -1]])
 
     @torch.no_grad()
     def choose_mode(self, function: Pass, draws: Draws) -> None:
