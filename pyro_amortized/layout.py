@@ -285,6 +285,8 @@ class SiteLayout:
         dim: Its batch dimension, negative.
         sites: The local sites, in the order of the model.
         latent_dim: D, the length of a datapoint's flat latent.
+        shared: Dimensions, beside the datapoint plate's, in which every site of the model has entries of its own, with
+            their sizes and the names of their plates. Bounds such as RenyiELBO's weigh these entries one by one.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -306,6 +308,7 @@ class SiteLayout:
     dim: int
     sites: tuple[LocalSite, ...]
     latent_dim: int
+    shared: tuple[PlateFrame, ...] = ()
 
     @classmethod
     def from_trace(
@@ -330,7 +333,8 @@ class SiteLayout:
                 _check_local_site(name, site, frames[plate])
                 inner = inner_dimensions(site, frames, plate)
                 sites.append(_local_site(name, site, inner, sites[-1].stop if sites else 0))
-        return cls(plate, frames[plate].dim, tuple(sites), sites[-1].stop if sites else 0)
+        shared = _shared_dimensions(trace, frames, plate)
+        return cls(plate, frames[plate].dim, tuple(sites), sites[-1].stop if sites else 0, shared)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -347,6 +351,14 @@ class SiteLayout:
         if self.dim == -1:
             return flat
         return flat.reshape(flat.shape[:-1] + (1,) * (-self.dim - 1) + flat.shape[-1:])
+
+    def spread(self, term: Tensor) -> Tensor:
+        """Divides what counts for whole datapoints, in their batch shape, among the entries of shared dimensions."""
+        if not self.shared:
+            return term
+        sizes = {frame.dim: frame.size for frame in self.shared}
+        shape = [sizes.get(dim, 1) for dim in range(min(sizes), 0)]
+        return term / math.prod(shape) * term.new_ones(shape)
 
     def split(self, flat: Tensor, depth: int | None = None) -> dict[str, Tensor]:
         """Unconstrained values by site.
@@ -485,6 +497,17 @@ def inner_dimensions(site: Site, frames: Mapping[str, PlateFrame], plate: str) -
     inner = [frame for frame in own if frame.name != plate]
     inner += [PlateFrame("", dim, shape[dim], shape[dim], "full") for dim in loose]
     return sorted(inner, key=lambda frame: frame.dim)
+
+
+def _shared_dimensions(trace: Trace, frames: Mapping[str, PlateFrame], plate: str) -> tuple[PlateFrame, ...]:
+    """The inner dimensions of more than one entry that all sites of a model have, latent or observed."""
+    dims = {frame.dim for frame in frames.values()}
+    found: dict[tuple[str, int], PlateFrame] | None = None
+    for site in sample_sites(trace).values():
+        inner = {(frame.name, frame.dim): frame for frame in inner_dimensions(site, frames, plate) if frame.size > 1}
+        inner = {key: frame for key, frame in inner.items() if frame.name or frame.dim not in dims}
+        found = inner if found is None else {key: frame for key, frame in found.items() if key in inner}
+    return tuple((found or {}).values())
 
 
 def _check_local_site(name: str, site: Site, frame: PlateFrame) -> None:

@@ -100,7 +100,7 @@ def test_loss_of_the_exact_posterior_is_minus_the_evidence(name: str, elbo: Any)
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES[:-1])  # a flow is refused where all sites have the dimension
 def test_every_family_has_the_density_of_its_draws(name: str, family: str) -> None:
     """The loss at one draw is log q less the log-joint, both written out by hand."""
     x = torch.randn(N, M)
