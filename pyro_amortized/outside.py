@@ -49,8 +49,9 @@ def check_outside(
         z: Two different draws of the flat latent, ``(2, N, D)``.
 
     Raises:
-        ValueError: If one does, naming the site and its plates.
+        ValueError: If one does, naming the site and its plates; or if the call sees only some of a datapoint's entries.
     """
+    _check_whole(structure)
     layout: Any = structure.layout
     given = {**global_values, **structure.indices}
 
@@ -78,6 +79,17 @@ def check_outside(
     else:
         return
     _refuse(sample_sites(first)[changed[0]], layout)
+
+
+def _check_whole(structure: Structure) -> None:
+    for name in structure.data_plates:
+        frame = structure.frames[name]
+        raise ValueError(
+            f"Cannot evaluate the datapoints of plate {structure.plate!r} on their own because this call sees only "
+            f"{frame.size} of the {frame.full_size} entries of plate {name!r} inside of it, and the posterior is that "
+            "given all of them; try a call with all entries, or an AmortizedGuide as it is, trained by SVI, without "
+            "refinement, diagnostics and log weights."
+        )
 
 
 def _is_drawn(site: Site) -> bool:

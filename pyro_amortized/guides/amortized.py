@@ -37,9 +37,10 @@ class AmortizedGuide(LocalGuide):
             ``"structured"`` (a normal with the couplings of the model), ``"mixture"``, ``"flow"``, a
             :class:`~pyro_amortized.VariationalFamily`, or a function from ``latent_dim`` to one.
         plate: Name of the datapoint plate; by default the outermost plate that holds an observed site.
-        encoder_input: What the encoder sees: by default the observed values in the plate; or the name of a model
-            argument, a list of names, or a function of the model's arguments, run inside the plate so that
-            ``pyro.subsample`` works in it. A name may also be that of a global latent :math:`\theta`, flattened and
+        encoder_input: What the encoder sees: by default the observed values in the plate, at all entries of further
+            plates inside of it even where a call draws some of them; or the name of a model argument, a list of names,
+            or a function of the model's arguments, run inside the plate so that ``pyro.subsample`` works in it. It may
+            not depend on which entries of a further plate were drawn, or the loss would be no bound. A name may also be that of a global latent :math:`\theta`, flattened and
             repeated for every datapoint: then q is :math:`q(\theta) \prod_n q(z_n \mid x_n, \theta)`, with the draw of
             the same call, and with the median in the diagnostics and in refinement. Several inputs are passed as
             positional arguments.

@@ -27,6 +27,7 @@ from pyro_amortized.families import Normal, Structured, VariationalFamily, build
 from pyro_amortized.families.base import FamilySpec, check_family_spec
 from pyro_amortized.inference import InferenceStrategy, Refined
 from pyro_amortized.layout import SiteLayout, is_enumerated
+from pyro_amortized.observed import WholeObservations
 from pyro_amortized.sampling import KeepLogDensity, add_gradient, check_scaled_once, log_conditionals, sample_local
 from pyro_amortized.simulated import simulated_call, takes_observations
 from pyro_amortized.structure import Structure, StructureReader, check_observed, check_steady
@@ -93,6 +94,7 @@ class LocalGuide(AutoGuide):
         self._encoder_input = encoder_input
         self._global_guide_factory = global_guide
         self._structures = StructureReader(plate, promised=encoder_input is not None)
+        self._whole_observations = WholeObservations()
         self._ready = False
         self._per_step = False
         self._step_families: dict[int, VariationalFamily] = {}
@@ -315,7 +317,12 @@ class LocalGuide(AutoGuide):
             return ()
         self._condition(call)
         return encoder_inputs(
-            self._encoder_input, self._model_at_hand, call, show_masks=self._shows_masks, but=self._hidden
+            self._encoder_input,
+            self._model_at_hand,
+            call,
+            show_masks=self._shows_masks,
+            but=self._hidden,
+            whole=self._whole_observations,
         )
 
     def _condition(self, call: Call) -> None:
