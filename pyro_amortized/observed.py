@@ -142,8 +142,8 @@ def _refuse(name: str, frames: list[PlateFrame], structure: Structure, agrees: b
         cause = "whether the values follow the plate's index cannot be seen, because all of them are equal"
     raise ValueError(
         f"Cannot show the encoder observed site {name!r} because it lies in a subsample of plate {plates} inside of "
-        f"plate {structure.datapoints.name!r} and {cause}: the posterior of a datapoint may not depend on which entries "
-        "were drawn; try a model that is given the values of all entries and takes them at the plate's own index, "
+        f"plate {structure.datapoints.name!r} and {cause}: the posterior of a datapoint may not depend on which were "
+        "drawn; try a model that is given the values of all entries and takes them at the plate's own index, "
         "`with pyro.plate(name, size, subsample=index) as i:` and `obs=y[:, i]`, or encoder_input=... that is the same "
         "for every subsample."
     )

@@ -40,10 +40,10 @@ class AmortizedGuide(LocalGuide):
         encoder_input: What the encoder sees: by default the observed values in the plate, at all entries of further
             plates inside of it even where a call draws some of them; or the name of a model argument, a list of names,
             or a function of the model's arguments, run inside the plate so that ``pyro.subsample`` works in it. It may
-            not depend on which entries of a further plate were drawn, or the loss would be no bound. A name may also be that of a global latent :math:`\theta`, flattened and
-            repeated for every datapoint: then q is :math:`q(\theta) \prod_n q(z_n \mid x_n, \theta)`, with the draw of
-            the same call, and with the median in the diagnostics and in refinement. Several inputs are passed as
-            positional arguments.
+            not depend on which entries of a further plate were drawn, or the loss would be no bound. A name may also be
+            that of a global latent :math:`\theta`, flattened and repeated for every datapoint: then q is
+            :math:`q(\theta) \prod_n q(z_n \mid x_n, \theta)`, with the draw of the same call, and with the median in
+            the diagnostics and in refinement. Several inputs are passed as positional arguments.
         global_guide: A function from a model to an autoguide, for the latents outside the plate.
         create_plates: A function of the model's arguments that returns the plates to use, as in Pyro's autoguides.
         init_loc_fn: Where q starts, one of Pyro's initialisation functions.
