@@ -8,7 +8,7 @@ decomposition). Both are found for single dimensions of the flat latent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,21 +25,25 @@ __all__ = ["posterior_parents"]
 
 @dataclass(frozen=True)
 class _Node:
-    """A latent site as positions in the graph, with the index of each in every inner plate."""
+    """A latent site as positions in the graph, with the index of each in every inner plate.
+
+    Of a dimension outside of all plates nothing is known, as of an event's.
+    """
 
     start: int
     indices: Mapping[str, Tensor]
     size: int
 
     @classmethod
-    def of(cls, start: int, plates: Mapping[str, int], event_size: int) -> _Node:
-        """A site in inner plates of given sizes, in the order of its flat values."""
-        shape = [*plates.values(), event_size]
+    def of(cls, start: int, plates: Sequence[tuple[str, int]], event_size: int) -> _Node:
+        """A site in inner plates of given names and sizes, in the order of its flat values."""
+        shape = [*(size for _, size in plates), event_size]
         size = torch.Size(shape).numel()
         grid = torch.arange(size).reshape(shape)
         axes = {
             name: torch.arange(shape[i]).reshape([-1 if k == i else 1 for k in range(len(shape))]).expand_as(grid)
-            for i, name in enumerate(plates)
+            for i, (name, _) in enumerate(plates)
+            if name
         }
         return cls(start, {name: axis.reshape(-1) for name, axis in axes.items()}, size)
 
@@ -110,14 +114,14 @@ def posterior_parents(
             ) from error
     nodes = {
         site.name: _Node.of(
-            site.start, dict(zip(site.plates, (n for _, n in site.inner), strict=True)), site.shape.numel()
+            site.start, list(zip(site.plates, (n for _, n in site.inner), strict=True)), site.shape.numel()
         )
         for site in layout.sites
     }
     size = layout.latent_dim
     for name, site in sample_sites(tracer.trace).items():
         if name in found and name not in nodes and name not in given:
-            inner = {f.name: int(f.size) for f in site["cond_indep_stack"] if f.vectorized and f.name != layout.plate}
+            inner = [(f.name, int(f.size)) for f in site["cond_indep_stack"] if f.vectorized and f.name != layout.plate]
             nodes[name] = _Node.of(size, inner, 1)
             size += nodes[name].size
     linked = torch.zeros(size, size, dtype=torch.bool)

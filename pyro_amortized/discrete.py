@@ -15,7 +15,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
-from pyro_amortized.layout import LocalSite, latent_sites
+from pyro_amortized.layout import LocalSite, inner_dimensions, latent_sites
 from pyro_amortized.tracing import PlateFrame, Site
 from pyro_amortized.weights import SiteWeight, site_weight
 
@@ -61,7 +61,7 @@ def discrete_sites(trace: Trace, frames: Mapping[str, PlateFrame], plate: str) -
     for name, site in latent_sites(trace).items():
         stack = [frame.name for frame in site["cond_indep_stack"]]
         if plate in stack and site["fn"].support.is_discrete:
-            inner = sorted((frames[n] for n in stack if n != plate), key=lambda frame: frame.dim)
+            inner = inner_dimensions(site, frames, plate)
             found.append(_discrete_site(name, site, inner, found[-1].logits.stop if found else 0))
     return tuple(found)
 
@@ -182,7 +182,7 @@ def sample_discrete(
     """
     fn = distribution(site, site.logits.unflatten(logits), temperature)
     with ExitStack() as stack:
-        for name in site.logits.plates:
+        for name in site.logits.inner_plates:
             stack.enter_context(plates[name])
         stack.enter_context(site.weight.handlers())
         return pyro.sample(site.name, fn, infer={"enumerate": "parallel"} if temperature is None else {})

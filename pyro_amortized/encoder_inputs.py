@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pyro_amortized.arguments import Arguments
 from pyro_amortized.influence import PlateLogProbs
+from pyro_amortized.observed import WholeObservations
 from pyro_amortized.structure import Structure
 
 __all__ = ["Call", "EncoderInput", "encoder_inputs", "named_arguments", "named_function"]
@@ -60,6 +61,7 @@ def encoder_inputs(
     known: MutableMapping[Any, bool] | None = None,
     show_masks: bool = False,
     but: Collection[str] = (),
+    whole: WholeObservations | None = None,
 ) -> tuple[Tensor, ...]:
     """The encoder's positional inputs.
 
@@ -70,14 +72,18 @@ def encoder_inputs(
         known: What earlier calls showed of arguments: whether they hold all data of a subsampled plate.
         show_masks: Whether to add, to observed values of which some are masked (and given as zeros), which these are.
         but: Names of observed sites to leave out.
+        whole: What finds the observed values at all entries of subsampled inner plates.
 
     Raises:
         ValueError: If the model has no argument, and no global latent, of a given name, or one of which it is not clear
             whether it holds all data.
     """
     if spec is None:
-        values = [value for name, value in (call.structure.observed or {}).items() if name not in but]
-        masks = [mask for name, mask in call.structure.present.items() if show_masks and name not in but]
+        observed, present = call.structure.observed or {}, call.structure.present
+        if whole is not None and call.structure.data_plates:
+            observed, present = whole.find(call.model or model, call.args, call.kwargs, call.structure)  # type: ignore[arg-type]
+        values = [value for name, value in observed.items() if name not in but]
+        masks = [mask for name, mask in present.items() if show_masks and name not in but]
         like = next((value for value in values if value.is_floating_point()), None)
         return *values, *(mask.to(torch.get_default_dtype() if like is None else like.dtype) for mask in masks)
     if not call.complete:

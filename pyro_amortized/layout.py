@@ -1,8 +1,8 @@
 """SiteLayout: which latents of a model are local to a datapoint, and where they lie in its flat latent vector.
 
 A datapoint is one index of the datapoint plate. The latent sites inside that plate, with any further plates they are
-in folded into the datapoint, are local; every datapoint's local values, unconstrained and flattened, make one vector of
-``latent_dim`` numbers. All other latent sites are global.
+in and any dimensions outside of all plates folded into the datapoint, are local; every datapoint's local values,
+unconstrained and flattened, make one vector of ``latent_dim`` numbers. All other latent sites are global.
 """
 
 from __future__ import annotations
@@ -27,7 +27,16 @@ from torch.distributions import AffineTransform, ComposeTransform, IndependentTr
 from pyro_amortized.tracing import PlateFrame, Site, sample_sites, size_at
 from pyro_amortized.weights import NEUTRAL, SiteWeight, site_weight
 
-__all__ = ["LocalSite", "SiteLayout", "bounds", "datapoint_plate", "is_data", "is_enumerated", "latent_sites"]
+__all__ = [
+    "LocalSite",
+    "SiteLayout",
+    "bounds",
+    "datapoint_plate",
+    "inner_dimensions",
+    "is_data",
+    "is_enumerated",
+    "latent_sites",
+]
 
 
 @dataclass(frozen=True)
@@ -39,8 +48,8 @@ class LocalSite:
         transform: From unconstrained space to the site's support.
         event_dim: Number of event dimensions of the (constrained) value.
         shape: Event shape of the unconstrained value.
-        inner: Dimension and size of the plates, other than the datapoint plate, that hold the site, leftmost first.
-        plates: Names of those plates.
+        inner: Dimension and size of the batch dimensions other than that of the datapoint plate, leftmost first.
+        plates: Names of the plates that they belong to, empty for a dimension outside of all plates.
         start: Where the site's values start in the flat latent.
         stop: Where they end.
         weight: The mask and the scale that the model gives the site in this call.
@@ -57,6 +66,11 @@ class LocalSite:
     stop: int
     weight: SiteWeight = NEUTRAL
     present: Tensor | None = None
+
+    @cached_property
+    def inner_plates(self) -> tuple[str, ...]:
+        """Names of the plates, other than the datapoint plate, that hold the site."""
+        return tuple(name for name in self.plates if name)
 
     @cached_property
     def is_real(self) -> bool:
@@ -271,6 +285,8 @@ class SiteLayout:
         dim: Its batch dimension, negative.
         sites: The local sites, in the order of the model.
         latent_dim: D, the length of a datapoint's flat latent.
+        shared: Dimensions, beside the datapoint plate's, in which every site of the model has entries of its own, with
+            their sizes and the names of their plates. Bounds such as RenyiELBO's weigh these entries one by one.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -292,6 +308,7 @@ class SiteLayout:
     dim: int
     sites: tuple[LocalSite, ...]
     latent_dim: int
+    shared: tuple[PlateFrame, ...] = ()
 
     @classmethod
     def from_trace(
@@ -314,13 +331,14 @@ class SiteLayout:
             names = [frame.name for frame in site["cond_indep_stack"]]
             if plate in names and name not in but:
                 _check_local_site(name, site, frames[plate])
-                inner = sorted((frames[n] for n in names if n != plate), key=lambda frame: frame.dim)
+                inner = inner_dimensions(site, frames, plate)
                 sites.append(_local_site(name, site, inner, sites[-1].stop if sites else 0))
-        return cls(plate, frames[plate].dim, tuple(sites), sites[-1].stop if sites else 0)
+        shared = _shared_dimensions(trace, frames, plate)
+        return cls(plate, frames[plate].dim, tuple(sites), sites[-1].stop if sites else 0, shared)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Names of the D dimensions: the site's, with the position in its inner plates and event, as ``z[0]``."""
+        """Names of the D dimensions: the site's, with the position in inner dimensions and event, as ``z[0]``."""
         found = []
         for site in self.sites:
             sizes = [*(size for _, size in site.inner), *site.shape]
@@ -333,6 +351,14 @@ class SiteLayout:
         if self.dim == -1:
             return flat
         return flat.reshape(flat.shape[:-1] + (1,) * (-self.dim - 1) + flat.shape[-1:])
+
+    def spread(self, term: Tensor) -> Tensor:
+        """Divides what counts for whole datapoints, in their batch shape, among the entries of shared dimensions."""
+        if not self.shared:
+            return term
+        sizes = {frame.dim: frame.size for frame in self.shared}
+        shape = [sizes.get(dim, 1) for dim in range(min(sizes), 0)]
+        return term / math.prod(shape) * term.new_ones(shape)
 
     def split(self, flat: Tensor, depth: int | None = None) -> dict[str, Tensor]:
         """Unconstrained values by site.
@@ -457,6 +483,31 @@ class SiteLayout:
                     f"{tuple(after[0])} and inner plates {list(after[1])}, and had {tuple(before[0])} and "
                     f"{list(before[1])} when the guide was set up, or has another support; {remedy}"
                 )
+
+
+def inner_dimensions(site: Site, frames: Mapping[str, PlateFrame], plate: str) -> list[PlateFrame]:
+    """The batch dimensions of a local site beside the datapoint plate's, leftmost first.
+
+    Those outside of all plates, which Pyro accepts on the right of a site's plates and on the left of all plates, are
+    given as plates without a name.
+    """
+    own = [frames[frame.name] for frame in site["cond_indep_stack"]]
+    taken, shape = {frame.dim for frame in own}, site["fn"].batch_shape
+    loose = [dim for dim in range(-len(shape), 0) if dim not in taken and shape[dim] != 1]
+    inner = [frame for frame in own if frame.name != plate]
+    inner += [PlateFrame("", dim, shape[dim], shape[dim], "full") for dim in loose]
+    return sorted(inner, key=lambda frame: frame.dim)
+
+
+def _shared_dimensions(trace: Trace, frames: Mapping[str, PlateFrame], plate: str) -> tuple[PlateFrame, ...]:
+    """The inner dimensions of more than one entry that all sites of a model have, latent or observed."""
+    dims = {frame.dim for frame in frames.values()}
+    found: dict[tuple[str, int], PlateFrame] | None = None
+    for site in sample_sites(trace).values():
+        inner = {(frame.name, frame.dim): frame for frame in inner_dimensions(site, frames, plate) if frame.size > 1}
+        inner = {key: frame for key, frame in inner.items() if frame.name or frame.dim not in dims}
+        found = inner if found is None else {key: frame for key, frame in found.items() if key in inner}
+    return tuple((found or {}).values())
 
 
 def _check_local_site(name: str, site: Site, frame: PlateFrame) -> None:

@@ -29,6 +29,7 @@ from pyro_amortized.arguments import Arguments, CallArguments
 from pyro_amortized.graphs import Function, GraphCache
 from pyro_amortized.influence import DatapointAxes
 from pyro_amortized.influence import close as _close
+from pyro_amortized.outside import check_outside
 from pyro_amortized.programs import run_traced
 from pyro_amortized.structure import Structure
 from pyro_amortized.tracing import Site, isolated, run_model, sample_sites
@@ -78,7 +79,7 @@ class LocalLogJoint:
         self.structure = structure
         self.layout = structure.layout
         self.global_values = dict(global_values)
-        self.depth = max(-frame.dim for frame in structure.frames.values())
+        self.depth = structure.depth
         self.vectorized = True
         self.validate = True
         self.like = torch.empty(0)
@@ -289,8 +290,8 @@ class LocalLogJoint:
             z: Two different draws, of shape ``(2, N, D)``.
 
         Raises:
-            ValueError: If the model gives different numbers for equal latents, or the log-joint of a datapoint is
-                not finite.
+            ValueError: If the model gives different numbers for equal latents, the log-joint of a datapoint is not
+                finite, or sites outside of the plate depend on its latents.
         """
         self.vectorized = False
         self.like = z.new_empty(0)
@@ -303,8 +304,13 @@ class LocalLogJoint:
             )
         self._check_finite(reference)
         self._check_independence(z, reference)
+        self.check_outside(z)
         self._try_vectorized(z, reference)
         self.validate = False
+
+    def check_outside(self, z: Tensor) -> None:
+        """Raises a ValueError if a site outside of the plate depends on its latents; ``z`` as for :meth:`check`."""
+        check_outside(self.model, self.args, self.kwargs, self.structure, self.global_values, z)
 
     @torch.no_grad()
     def choose_mode(self, z: Tensor) -> bool:

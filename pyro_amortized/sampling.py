@@ -10,6 +10,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.distributions.util import sum_rightmost
 from pyro.poutine import runtime
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.scale_messenger import ScaleMessenger
@@ -22,7 +23,7 @@ from pyro_amortized.layout import LocalSite, SiteLayout
 from pyro_amortized.structure import Structure
 from pyro_amortized.weights import NEUTRAL, SiteWeight
 
-__all__ = ["KeepLogDensity", "PushedDelta", "add_gradient", "sample_local"]
+__all__ = ["KeepLogDensity", "PushedDelta", "add_gradient", "check_scaled_once", "log_conditionals", "sample_local"]
 
 
 class PushedDelta(dist.Delta):
@@ -109,7 +110,9 @@ def sample_local(
     """Samples every local site; to be called inside the datapoint plate.
 
     The normal family samples the sites directly, so that Pyro's analytic KL divergences apply; others draw one flat
-    auxiliary latent per datapoint, of which the sites are functions.
+    auxiliary latent per datapoint, of which the sites are functions. It carries the log-density; but where every site
+    of the model lies in an inner plate, each site has that of its entries given those before them: ELBOs that keep the
+    plates which all sites share, such as ``RenyiELBO``, weigh every entry on its own.
 
     Args:
         layout: The local latents.
@@ -131,25 +134,42 @@ def sample_local(
     if isinstance(joint.scale, Tensor) and joint.scale.dim():
         joint = SiteWeight(layout.batch(joint.scale.unsqueeze(-1)).squeeze(-1))
     with joint.handlers():
-        latent = pyro.sample(latent_name, family(phi), infer={"is_auxiliary": True})
-        return {site.name: _sample(site, _delta(site, latent), plates, NEUTRAL) for site in layout.sites}
+        fn: Any = family(phi)
+        latent = pyro.sample(latent_name, fn.mask(False) if layout.shared else fn, infer={"is_auxiliary": True})
+        log_q = log_conditionals(layout, family, phi, latent) if layout.shared else None
+        return {site.name: _sample(site, _delta(site, latent, log_q), plates, NEUTRAL) for site in layout.sites}
 
 
-def _delta(site: LocalSite, latent: Tensor) -> dist.TorchDistribution:
+def log_conditionals(layout: SiteLayout, family: VariationalFamily, phi: Tensor, latent: Tensor) -> Tensor:
+    """The terms of log q of every dimension; a ValueError if a family that has none would need them."""
+    try:
+        return family.log_conditionals(phi, latent)
+    except NotImplementedError as error:
+        where = [f"plate {f.name!r}" if f.name else f"dimension {f.dim} outside of all plates" for f in layout.shared]
+        raise ValueError(
+            f"Cannot guide all entries of a datapoint by one {type(family).__name__} because every site of the model "
+            f"lies in {' and '.join(where)} beside plate {layout.plate!r}: ELBOs such as RenyiELBO weigh each entry on "
+            f'its own, and this family has no density of one given others; try family="normal" or '
+            '"multivariate_normal".'
+        ) from error
+
+
+def _delta(site: LocalSite, latent: Tensor, log_q: Tensor | None) -> dist.TorchDistribution:
     unconstrained = site.unflatten(latent)
     value, log_det = site.constrain(unconstrained)
     if site.weight.is_masked:
         log_det = site.log_det_and_padding(log_det, unconstrained, replace(site.weight, scale=1.0))
-    return PushedDelta(value, log_density=-log_det, event_dim=site.event_dim)
+    log_density = -log_det if log_q is None else sum_rightmost(site.unflatten(log_q), len(site.shape)) - log_det
+    return PushedDelta(value, log_density=log_density, event_dim=site.event_dim)
 
 
 def _sample(
     site: LocalSite, fn: dist.TorchDistribution, plates: Mapping[str, pyro.plate], weight: SiteWeight
 ) -> Tensor:
-    if not site.plates and weight is NEUTRAL:
+    if not site.inner_plates and weight is NEUTRAL:
         return pyro.sample(site.name, fn)
     with ExitStack() as stack:
-        for name in site.plates:
+        for name in site.inner_plates:
             stack.enter_context(plates[name])
         stack.enter_context(weight.handlers())
         return pyro.sample(site.name, fn)

@@ -19,7 +19,16 @@ from torch import Tensor
 
 from pyro_amortized.discrete import DiscreteSite, discrete_sites
 from pyro_amortized.layout import SiteLayout, bounds, datapoint_plate, is_data, is_enumerated, latent_sites
-from pyro_amortized.tracing import PlateFrame, call_key, probe, sample_sites, subsample_indices, untouched, versions
+from pyro_amortized.tracing import (
+    PlateFrame,
+    batch_depth,
+    call_key,
+    probe,
+    sample_sites,
+    subsample_indices,
+    untouched,
+    versions,
+)
 from pyro_amortized.weights import NEUTRAL, SiteWeight, site_weight
 
 __all__ = ["Structure", "StructureReader", "check_observed", "check_steady", "observed_values"]
@@ -42,7 +51,8 @@ class Structure:
         global_weights: Masks and scales of the global latent sites that have any.
         discrete: The discrete local latents that the guide draws itself.
         present: Which of the observed values are not masked, by site, ``(N, ...)``, for sites that are masked.
-        data_plates: Names of further plates, drawn at random, that hold observed values of the datapoints.
+        data_plates: Names of further plates, of which the call has a subsample, with observed values of the datapoints.
+        depth: Number of batch dimensions of the model's sites, in plates or outside of all.
     """
 
     frames: Mapping[str, PlateFrame]
@@ -57,6 +67,7 @@ class Structure:
     present: Mapping[str, Tensor] = field(default_factory=dict)
     discrete: tuple[DiscreteSite, ...] = ()
     data_plates: tuple[str, ...] = ()
+    depth: int = 0
 
     @property
     def datapoints(self) -> PlateFrame:
@@ -132,7 +143,8 @@ class Structure:
         local: list[str] = []
         if self.layout is not None or self.discrete:
             sites = (*(self.layout.sites if self.layout is not None else ()), *(d.logits for d in self.discrete))
-            local = [self.datapoints.name, *(name for site in sites for name in site.plates), *self.data_plates]
+            random = [name for name in self.data_plates if self.frames[name].kind == "random"]
+            local = [self.datapoints.name, *(name for site in sites for name in site.inner_plates), *random]
         return tuple(dict.fromkeys([*self.global_plates, *local]))
 
     @cached_property
@@ -465,14 +477,15 @@ class StructureReader:
             present=present,
             discrete=discrete,
             global_weights={name: weight for name, weight in weights.items() if weight is not NEUTRAL},
-            data_plates=_random_data_plates(trace, frames, plate),
+            data_plates=_subsampled_data_plates(trace, frames, plate),
+            depth=batch_depth(trace, frames),
             enumerated=tuple(
                 name for name, site in sample_sites(trace).items() if not site["is_observed"] and is_enumerated(site)
             ),
         )
 
 
-def _random_data_plates(trace: Trace, frames: Mapping[str, PlateFrame], plate: str | None) -> tuple[str, ...]:
+def _subsampled_data_plates(trace: Trace, frames: Mapping[str, PlateFrame], plate: str | None) -> tuple[str, ...]:
     stacks = [[f.name for f in site["cond_indep_stack"]] for site in sample_sites(trace).values() if is_data(site)]
-    names = [name for stack in stacks if plate in stack for name in stack if frames[name].kind == "random"]
+    names = [name for stack in stacks if plate in stack for name in stack if frames[name].size < frames[name].full_size]
     return tuple(dict.fromkeys(name for name in names if name != plate))

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "PlateFrame",
+    "batch_depth",
     "call_key",
     "isolated",
     "kept_state",
@@ -284,6 +285,12 @@ def plate_frames(trace: Trace, kinds: Mapping[str, str]) -> dict[str, PlateFrame
                 size = full_size = max(size_at(site, frame.dim), getattr(frames.get(frame.name), "size", 1))
             frames[frame.name] = PlateFrame(frame.name, frame.dim, int(size), int(full_size), kind)
     return frames
+
+
+def batch_depth(trace: Trace, frames: Mapping[str, PlateFrame]) -> int:
+    """The largest number of batch dimensions of a run's sites, in plates or outside of all."""
+    ranks = [len(site["fn"].batch_shape) for site in sample_sites(trace).values()]
+    return max([0, *ranks, *(-frame.dim for frame in frames.values())])
 
 
 def size_at(site: Site, dim: int) -> int:

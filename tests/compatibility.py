@@ -1,7 +1,8 @@
 """Which model structures work under which guides and ELBOs, found by running them.
 
 Every combination is set up, trained for two steps and called with a second batch. Where it runs, the ELBO of a draw is
-compared with a sum over the traces of guide and model, so that no combination can be silently wrong. Rewrite the tables
+compared with a sum over the traces of guide and model, and Renyi's bound of several draws with the weights of all that
+these sums are kept apart for, so that no combination can be silently wrong. Rewrite the tables
 of the documentation by ``python tests/compatibility.py --write``.
 """
 
@@ -13,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -51,14 +52,17 @@ from pyro_amortized import (
 
 __all__ = [
     "ELBOS",
+    "FAMILIES",
     "GUIDES",
     "LOSSES",
+    "NESTED",
     "STRUCTURES",
     "TABLE",
     "WORKS",
     "Structure",
     "cell",
     "elbo_by_hand",
+    "family_outcomes",
     "loss_outcome",
     "outcome",
     "outcomes",
@@ -83,8 +87,9 @@ ELBOS: dict[str, Callable[..., Any]] = {
     "TraceMeanField_ELBO": TraceMeanField_ELBO,
     "TraceGraph_ELBO": TraceGraph_ELBO,
     "TraceEnum_ELBO": partial(TraceEnum_ELBO, strict_enumeration_warning=False),
-    "RenyiELBO": partial(RenyiELBO, num_particles=1),
+    "RenyiELBO": partial(RenyiELBO, alpha=0, num_particles=3),
 }
+FAMILIES = ("normal", "multivariate_normal", "low_rank_multivariate_normal", "structured", "mixture", "flow")
 
 
 # The ELBO by hand
@@ -143,6 +148,40 @@ def elbo_by_hand(
     for name, site in posterior.items():
         total = total - _log_prob(site, prior.get(name))
     return torch.as_tensor(total).item()
+
+
+def bound_by_hand(model: Any, guide: Any, *args: Any, count: int) -> float:
+    """Renyi's bound of order 0: the mean weight of several draws, its logarithm summed over the plates of all sites.
+
+    Every log-density is summed but for the dimensions of plates that hold all sites of the model; a site of the guide
+    must have an entry of its own for each of theirs, and for each one of a dimension outside of all plates.
+    """
+    log_weights = []
+    for _ in range(count):
+        guide_trace = poutine.trace(guide).get_trace(*args)
+        prior, posterior = _model_sites(model, guide_trace, args, {}, {}), _sites(guide_trace)
+        stacks = [{frame.name: frame for frame in site["cond_indep_stack"]} for site in prior.values()]
+        common = {name for name in stacks[0] if all(name in stack for stack in stacks)}
+        summed = {frame.dim for stack in stacks for name, frame in stack.items() if name not in common}
+        terms = [_unsummed(site, site, summed) for site in prior.values()]
+        shape = torch.broadcast_shapes(*(term.shape for term in terms))
+        for name, site in posterior.items():
+            term = -_unsummed(site, prior.get(name, site), summed)
+            if term.any() and term.shape != shape:
+                raise AssertionError(f"site {name!r} of the guide has shape {tuple(term.shape)} and not {tuple(shape)}")
+            terms.append(term)
+        log_weights.append(torch.stack(torch.broadcast_tensors(*terms)).sum(0))
+    return (torch.stack(log_weights).logsumexp(0) - math.log(count)).sum().item()
+
+
+def _unsummed(site: Any, weights: Any, summed: set[int]) -> Tensor:
+    """Scale times mask times log-density of a site, summed over some dimensions, which stay."""
+    value = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    if weights["mask"] is not None:
+        value = torch.where(torch.as_tensor(weights["mask"]), value, torch.zeros_like(value))
+    value = value * weights["scale"]
+    value = value.reshape((1,) * (NESTING - value.dim()) + value.shape)
+    return value.sum(sorted(summed), keepdim=True) if summed else value
 
 
 def enumerated_elbo_by_hand(model: Any, guide: Any, name: str, *args: Any) -> float:
@@ -312,6 +351,39 @@ def _third(x: Tensor) -> None:
             with pyro.plate("columns", 3, dim=-1):
                 w = pyro.sample("w", dist.Normal(v, 1.0))
                 pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+
+
+@structure("all sites in an inner plate on the left", lambda: ((_normal(3, 6),), (_normal(3, 4),)), plate="data")
+def _all_left(x: Tensor) -> None:
+    with pyro.plate("data", x.shape[-1], dim=-1), pyro.plate("features", len(x), dim=-2):
+        z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), z.unsqueeze(-1)).to_event(1))
+        pyro.sample("x", dist.Normal(w.sum(-1), 1.0), obs=x)
+
+
+@structure("all sites in two inner plates, a global latent in one of them", _two(2, 3), plate="data")
+def _all_in_two(x: Tensor) -> None:
+    data = pyro.plate("data", len(x), dim=-3)
+    with pyro.plate("rows", 2, dim=-2), pyro.plate("columns", 3, dim=-1):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with data:
+            z = pyro.sample("z", dist.Normal(loc, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+@structure("a dimension outside of all plates", _two(3))
+def _outside(x: Tensor) -> None:
+    with pyro.plate("data", len(x), dim=-2):
+        z = pyro.sample("z", dist.LogNormal(torch.zeros(1, 3), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+@structure("observations in a subsampled inner plate", _two(4))
+def _subsampled_entries(x: Tensor) -> None:
+    with pyro.plate("data", len(x), dim=-2):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("features", x.shape[-1], dim=-1, subsample_size=2) as index:
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, index])
 
 
 def _two_plates(x: Tensor, y: Tensor) -> None:
@@ -702,6 +774,8 @@ def _check_number(structure: Structure, guide: Any, Elbo: str, elbo: Any, batch:
     pyro.set_rng_seed(5)
     if structure.drawn is not None and Elbo == "TraceEnum_ELBO" and not _is_observed(structure, batch):
         expected = enumerated_elbo_by_hand(model, guide, structure.drawn, *batch)
+    elif Elbo == "RenyiELBO":
+        expected = bound_by_hand(model, guide, *batch, count=elbo.num_particles)
     else:
         expected = elbo_by_hand(model, guide, *batch, analytic=analytic, enumerated=structure.enumerated)
     _compare(f"{structure.title!r} under {Elbo}", -loss, expected)
@@ -720,6 +794,31 @@ def _compare(what: str, found: float, expected: float) -> None:
 def _first_sentence(error: Exception) -> str:
     """Up to the remedy."""
     return re.split(r"; try|\. |\n", str(error))[0].rstrip(".")
+
+
+# Families of distributions by how plates are nested
+
+NESTED = (
+    "local latents",
+    "local and global latents",
+    "inner plate on the left of the datapoints",
+    "inner plate on the right, datapoints at dim -2",
+    "datapoints at dim -3, two inner plates",
+    "all sites in an inner plate on the left",
+    "all sites in two inner plates, a global latent in one of them",
+    "a dimension outside of all plates",
+    "observations in a subsampled inner plate",
+    "`subsample=indices`",
+    "Markov chain, latents and observations masked by length",
+)
+"""Titles of the structures that every family is tried on."""
+
+
+def family_outcomes(title: str, family: str) -> dict[str, str]:
+    """What comes of a structure under a family, by ELBO; as for :func:`outcomes`."""
+    (entry,) = (entry for entry in STRUCTURES if entry.title == title)
+    entry = replace(entry, options={**entry.options, "family": family, "init_scale": 0.7})
+    return outcomes(entry, "AmortizedGuide")
 
 
 # Other ways to compute a loss, each on one model
@@ -937,8 +1036,12 @@ def loss_outcome(title: str, Guide: str) -> str:
 # The tables
 
 
-def page(results: Mapping[tuple[str, str], Mapping[str, str]], losses: Mapping[tuple[str, str], str]) -> str:
-    """The page of the documentation, from the outcomes by structure and guide, and by loss and guide."""
+def page(
+    results: Mapping[tuple[str, str], Mapping[str, str]],
+    losses: Mapping[tuple[str, str], str],
+    families: Mapping[tuple[str, str], Mapping[str, str]],
+) -> str:
+    """The page of the documentation, from outcomes by structure and guide, loss and guide, and structure and family."""
     notes: list[str] = []
     head = f" | {' | '.join(f'`{name}`' for name in GUIDES)} |\n| --- |" + " --- |" * len(GUIDES)
     lines = [f"| model{head}"]
@@ -948,6 +1051,10 @@ def page(results: Mapping[tuple[str, str], Mapping[str, str]], losses: Mapping[t
     lines += ["", _LOSSES_HEAD, f"| loss{head}"]
     for title in LOSSES:
         lines.append(f"| {title} | {' | '.join(_text(losses[title, name], notes) for name in GUIDES)} |")
+    lines += ["", _FAMILIES_HEAD, f"| family | {' | '.join(f'`{name}`' for name in FAMILIES)} |"]
+    lines.append("| --- |" + " --- |" * len(FAMILIES))
+    for title in NESTED:
+        lines.append(f"| {title} | {' | '.join(cell(families[title, name], notes) for name in FAMILIES)} |")
     footnotes = [f"{i}. {_literal(note)}" for i, note in enumerate(notes, 1)]
     return "\n".join([_HEAD, *lines, "", _FOOT, "", *footnotes, ""])
 
@@ -956,7 +1063,8 @@ _HEAD = """# What works with what
 
 Each row is a small model, each column a guide. A plain *yes* means that the guide ran under every one of
 `Trace_ELBO`, `TraceMeanField_ELBO`, `TraceGraph_ELBO`, `TraceEnum_ELBO` and `RenyiELBO`, with a second batch of another
-size too, and that every ELBO equalled a sum over the sites of guide and model done by hand. The numbers lead to the
+size too, and that every ELBO equalled a sum over the sites of guide and model done by hand, and Renyi's bound (of order
+0, with three draws) the mean of their weights. The numbers lead to the
 error messages below; models that are refused are refused with a message, never served with a wrong ELBO.
 
 This page is written by `python tests/compatibility.py --write`, and a test compares it with what the code does.
@@ -964,6 +1072,12 @@ This page is written by `python tests/compatibility.py --write`, and a test comp
 
 _LOSSES_HEAD = """Other ways to train, on a model with a subsampled plate of datapoints. *Yes* means again that a step
 of training ran and that the loss equalled a computation by hand.
+"""
+
+_FAMILIES_HEAD = """Families of distributions by how plates are nested, under `AmortizedGuide` and all these ELBOs.
+`RenyiELBO` takes the mean weight of several draws for every entry of the plates that hold all sites of a model; along a
+dimension outside of all plates too, where Pyro is told of no independence: it is a bound only if the entries are
+independent and every site has the dimension, whatever the guide.
 """
 
 _FOOT = """*first batch only*: the batch that the guide was set up with works, and the second of these models is refused
@@ -995,9 +1109,10 @@ def _literal(message: str) -> str:
     return f"`{message}`" if "`" not in message else f"`` {message} ``"
 
 
-def _all_results() -> tuple[dict[tuple[str, str], dict[str, str]], dict[tuple[str, str], str]]:
+def _all_results() -> tuple[Any, Any, Any]:
     found = {(entry.title, name): outcomes(entry, name) for entry in STRUCTURES for name in GUIDES}
-    return found, {(title, name): loss_outcome(title, name) for title in LOSSES for name in GUIDES}
+    losses = {(title, name): loss_outcome(title, name) for title in LOSSES for name in GUIDES}
+    return found, losses, {(title, name): family_outcomes(title, name) for title in NESTED for name in FAMILIES}
 
 
 if __name__ == "__main__":

@@ -10,13 +10,16 @@ import pytest
 import torch
 from compatibility import (
     ELBOS,
+    FAMILIES,
     GUIDES,
     LOSSES,
+    NESTED,
     STRUCTURES,
     TABLE,
     WORKS,
     Structure,
     cell,
+    family_outcomes,
     loss_outcome,
     outcome,
     outcomes,
@@ -30,6 +33,7 @@ from pyro_amortized.tracing import PlateFrame
 TITLES = [structure.title for structure in STRUCTURES]
 REFUSALS = (
     "Cannot",
+    "Error while packing tensors",
     "Continuous inference cannot",
     "Model and guide shapes disagree",
     "All distributions in the guide must be fully reparameterized",
@@ -48,15 +52,17 @@ def found_loss(title: str, Guide: str) -> str:
 
 @cache
 def documented() -> dict[tuple[str, str], str]:
-    """The cells of the tables in the documentation by row and guide, with the messages in place of their numbers."""
+    """The cells of the documentation's tables by row and column, with the messages in place of their numbers."""
     text = TABLE.read_text()
     notes = dict(re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE))
-    cells = {}
+    cells, columns = {}, list[str]()
     for line in text.splitlines():
         row = [part.strip() for part in line.strip("|").split(" | ")]
-        if line.startswith("| ") and set(row[1]) != {"-"} and row[0] not in ("model", "loss"):
-            for Guide, part in zip(GUIDES, row[1:], strict=True):
-                cells[row[0], Guide] = re.sub(r"\[(\d+)\]", lambda match: f"[{notes[match[1]].strip('` ')}]", part)
+        if line.startswith("| ") and row[0] in ("model", "loss", "family"):
+            columns = [name.strip("`") for name in row[1:]]
+        elif line.startswith("| ") and set(row[1]) != {"-"}:
+            for column, part in zip(columns, row[1:], strict=True):
+                cells[row[0], column] = re.sub(r"\[(\d+)\]", lambda match: f"[{notes[match[1]].strip('` ')}]", part)
     return cells
 
 
@@ -100,16 +106,35 @@ def test_every_loss(title: str, Guide: str) -> None:
     assert documented()[title, Guide] == spelled({"": found_loss(title, Guide)}).removesuffix(" under ``")
 
 
+ALL_FAMILIES = [(title, family) for title in NESTED for family in FAMILIES]
+
+
+@cache
+def found_family(title: str, family: str) -> dict[str, str]:
+    return family_outcomes(title, family)
+
+
+@pytest.mark.parametrize(
+    ("title", "family"),
+    sampled(ALL_FAMILIES, {both for i, both in enumerate(ALL_FAMILIES) if i % 5 == 0 or both[0].startswith("all")}),
+)
+def test_every_family(title: str, family: str) -> None:
+    """The ELBOs, and Renyi's bound, are those that the traces give under every family, or the family is refused."""
+    assert documented()[title, family] == spelled(found_family(title, family))
+
+
 @pytest.mark.slow
 def test_documentation_shows_what_was_found() -> None:
     """If this fails, look at the difference and then run ``python tests/compatibility.py --write``."""
     assert TABLE.read_text() == page(
-        {both: found(*both) for both in ALL}, {both: found_loss(*both) for both in ALL_LOSSES}
+        {both: found(*both) for both in ALL},
+        {both: found_loss(*both) for both in ALL_LOSSES},
+        {both: found_family(*both) for both in ALL_FAMILIES},
     )
 
 
 def test_the_tables_hold_every_combination() -> None:
-    assert list(documented()) == ALL + ALL_LOSSES
+    assert list(documented()) == ALL + ALL_LOSSES + ALL_FAMILIES
     assert len(set(TITLES)) == len(TITLES)
 
 

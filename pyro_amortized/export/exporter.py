@@ -180,6 +180,8 @@ class Exporter:
         runs = batch.runs
         key = (tuple(runs.structure.frames.values()), bool(self._prior_globals))
         if key not in self._modes:
+            if self.options.weighs:
+                runs.check_outside(draws)
             for function in batch.passes if self.options.num_samples > 1 else ():
                 runs.choose_mode(function, draws[:2])
             if batch.has_prior and self.options.num_prior_samples > 1:

@@ -22,8 +22,9 @@ from torch import Tensor
 from pyro_amortized.export.likelihood import log_likelihood
 from pyro_amortized.layout import is_data, latent_sites
 from pyro_amortized.log_joint import LocalLogJoint
+from pyro_amortized.outside import check_outside
 from pyro_amortized.structure import Structure
-from pyro_amortized.tracing import Site, isolated, probe, run_model, sample_sites
+from pyro_amortized.tracing import Site, batch_depth, isolated, probe, run_model, sample_sites
 
 __all__ = ["Draws", "Mode", "ModelRuns", "Pass", "Results", "SiteShape"]
 
@@ -104,8 +105,7 @@ class ModelRuns:
             for name, site in found.items()
             if is_data(site) and name not in structure.global_sites and torch.as_tensor(site["value"]).numel() > 0
         }
-        self._plate_depth = max((-frame.dim for frame in structure.frames.values()), default=0)
-        self.depth = max([self._plate_depth, *(len(site["fn"].batch_shape) for site in found.values())])
+        self.depth = batch_depth(trace, structure.frames)
         self.num_elements = max([1, *(site["fn"].shape().numel() for site in found.values())])
         self.modes: dict[str, Mode] = {}
         self._check_latents()
@@ -173,6 +173,12 @@ class ModelRuns:
 
     # How draws are evaluated
 
+    def check_outside(self, draws: Draws) -> None:
+        """Raises a ValueError if the weight of a datapoint's draw would leave out sites that depend on it."""
+        if draws.z is not None:
+            values = self._global_values(draws[:1], False)
+            check_outside(self.model, self.args, self.kwargs, self.structure, values, draws.z[[0, -1]])
+
     @torch.no_grad()
     def choose_mode(self, function: Pass, draws: Draws) -> None:
         """Finds out from two draws how a pass may be evaluated at many."""
@@ -182,8 +188,6 @@ class ModelRuns:
 
     def _agrees(self, mode: Mode, function: Pass, draws: Draws, apart: Results) -> bool:
         """Whether a mode gives the shapes, and where nothing is random the numbers, of one draw at a time."""
-        if mode is _together and self.depth != self._plate_depth and draws.z is not None:
-            return False
         try:
             results = mode(function, draws, 2)
         except Exception:  # a model may fail in any way on a batch of draws; then it is run otherwise

@@ -153,6 +153,23 @@ class VariationalFamily(nn.Module, ABC):
             z = self.rsample(phi if path is None else path, noise)
         return z, q.log_prob(z)
 
+    def log_conditionals(self, phi: Tensor, z: Tensor) -> Tensor:
+        r"""The terms of the log-density in order, :math:`\log q(z_d \mid z_{1:d-1})`, whose sum it is.
+
+        Needed only for models all of whose sites lie in a plate inside of the datapoint plate.
+
+        Args:
+            phi: Variational parameters of shape ``(*, P)``.
+            z: Points of shape ``(K, *, D)``.
+
+        Returns:
+            Terms of shape ``(K, *, D)``.
+
+        Raises:
+            NotImplementedError: If the family does not know them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no conditional densities in closed form")
+
     def weighted_draws(
         self, phi: Tensor, noise: Tensor, path: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -100,6 +100,13 @@ class Mixture(VariationalFamily):
         parameters = self.components(phi.expand(*noise.shape[:-1], -1))
         return _Draw.apply(_quantile(noise.detach(), *(p.detach() for p in parameters)), noise, *parameters)
 
+    def log_conditionals(self, phi: Tensor, z: Tensor) -> Tensor:
+        """Exact: ratios of the densities of the first d dimensions, which are mixtures too."""
+        logits, locs, log_scales = self.components(phi)
+        log_joint = _log_normal(z, locs, log_scales).cumsum(-1) + logits.log_softmax(-1).unsqueeze(-1)
+        log_density = log_joint.logsumexp(-2)
+        return torch.cat([log_density[..., :1], log_density.diff(dim=-1)], -1)
+
     def weighted_draws(self, phi: Tensor, noise: Tensor, path: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Draws from every component on the same noise, ``(CK, *, D)``, weighted as the components are.
 

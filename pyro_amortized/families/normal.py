@@ -32,6 +32,13 @@ class _Gaussian(VariationalFamily):
         distribution = self(phi)
         return phi[..., : self.latent_dim], distribution.variance.sqrt()
 
+    def log_conditionals(self, phi: Tensor, z: Tensor) -> Tensor:
+        """Exact: every dimension is normal given those before it."""
+        scale_tril = self(phi).scale_tril
+        centred = (z - phi[..., : self.latent_dim]).unsqueeze(-1)
+        standard = torch.linalg.solve_triangular(scale_tril, centred, upper=False).squeeze(-1)
+        return dist.Normal(0.0, 1.0).log_prob(standard) - scale_tril.diagonal(dim1=-2, dim2=-1).log()
+
 
 @register_family("normal")
 class Normal(_Gaussian):
@@ -50,6 +57,10 @@ class Normal(_Gaussian):
         """Locations and scales, each of shape ``(*, D)``."""
         loc, log_scale = phi.split(self.latent_dim, -1)
         return loc, log_scale.exp()
+
+    def log_conditionals(self, phi: Tensor, z: Tensor) -> Tensor:
+        """Exact: all dimensions are independent."""
+        return dist.Normal(*self.marginals(phi)).log_prob(z)
 
     def forward(self, phi: Tensor) -> dist.TorchDistribution:
         """Independent normals of batch shape ``(*)`` and event shape ``(D,)``."""

@@ -37,15 +37,16 @@ class AmortizedGuide(LocalGuide):
             ``"structured"`` (a normal with the couplings of the model), ``"mixture"``, ``"flow"``, a
             :class:`~pyro_amortized.VariationalFamily`, or a function from ``latent_dim`` to one.
         plate: Name of the datapoint plate; by default the outermost plate that holds an observed site.
-        encoder_input: What the encoder sees: by default the observed values in the plate; or the name of a model
-            argument, a list of names, or a function of the model's arguments, run inside the plate so that
-            ``pyro.subsample`` works in it. Of an argument that is seen to hold the data of a whole subsampled plate the
-            encoder gets those of the datapoints at hand. A name may also be that of a global latent :math:`\theta`,
-            flattened and repeated for every datapoint: then q is
-            :math:`q(\theta) \prod_n q(z_n \mid x_n, \theta)`, with the draw of the same call, and with the median in the
-            diagnostics and in refinement. Several inputs are passed as positional arguments. To say what is encoded is
-            also a promise, that the structure of the model depends on the shapes of the arguments, and on values that
-            are no tensors, alone: its run that shows the structure is then spared in most calls.
+        encoder_input: What the encoder sees: by default the observed values in the plate, at all entries of further
+            plates inside of it even where a call draws some of them; or the name of a model argument, a list of names,
+            or a function of the model's arguments, run inside the plate so that ``pyro.subsample`` works in it. Of an
+            argument that is seen to hold the data of a whole subsampled plate the encoder gets those of the datapoints
+            at hand. What it sees may not depend on which entries of a further plate were drawn, or the loss would be no
+            bound. A name may also be that of a global latent :math:`\theta`, flattened and repeated for every
+            datapoint: then q is :math:`q(\theta) \prod_n q(z_n \mid x_n, \theta)`, with the draw of the same call, and
+            with the median in the diagnostics and in refinement. Several inputs are passed as positional arguments.
+            To say what is encoded is also a promise, that the structure of the model depends on the shapes of the
+            arguments, and on values that are no tensors, alone: the run that shows it is then spared in most calls.
         global_guide: A function from a model to an autoguide, for the latents outside the plate.
         create_plates: A function of the model's arguments that returns the plates to use, as in Pyro's autoguides.
         init_loc_fn: Where q starts, one of Pyro's initialisation functions.

@@ -27,7 +27,8 @@ from pyro_amortized.families import Normal, Structured, VariationalFamily, build
 from pyro_amortized.families.base import FamilySpec, check_family_spec
 from pyro_amortized.inference import InferenceStrategy, Refined
 from pyro_amortized.layout import SiteLayout, is_enumerated
-from pyro_amortized.sampling import KeepLogDensity, add_gradient, check_scaled_once, sample_local
+from pyro_amortized.observed import WholeObservations
+from pyro_amortized.sampling import KeepLogDensity, add_gradient, check_scaled_once, log_conditionals, sample_local
 from pyro_amortized.simulated import simulated_call, takes_observations
 from pyro_amortized.structure import Structure, StructureReader, check_observed, check_steady
 from pyro_amortized.tracing import isolated, run_model, untouched
@@ -94,6 +95,7 @@ class LocalGuide(AutoGuide):
         self._hold_all: dict[Any, bool] = {}
         self._global_guide_factory = global_guide
         self._structures = StructureReader(plate, promised=encoder_input is not None)
+        self._whole_observations = WholeObservations()
         self._ready = False
         self._per_step = False
         self._step_families: dict[int, VariationalFamily] = {}
@@ -153,6 +155,10 @@ class LocalGuide(AutoGuide):
             self._like = init_loc.new_empty(0)
             find_parents = partial(self._parents, call)
             self.family = build_family(self._family_spec, structure.layout.latent_dim, find_parents).to(init_loc)
+            if structure.layout.shared and structure.layout.sites:
+                log_conditionals(
+                    structure.layout, self.family, init_loc.new_zeros(1, self.family.num_params), init_loc[:1]
+                )
         self._global_sites = structure.global_sites
         if structure.global_sites:
             self._build_global_guide(call)
@@ -318,6 +324,7 @@ class LocalGuide(AutoGuide):
             known=self._hold_all,
             show_masks=self._shows_masks,
             but=self._hidden,
+            whole=self._whole_observations,
         )
 
     def _condition(self, call: Call) -> None:
@@ -464,7 +471,9 @@ class LocalGuide(AutoGuide):
         with call.plates[layout.plate]:
             result = sample_local(layout, self._sampling_family, phi, call.plates, f"{self._pyro_name}_latent")
             if call.signal is not None:
-                add_gradient(f"{self._pyro_name}_signal", layout.batch(-call.signal.unsqueeze(-1)).squeeze(-1))
+                add_gradient(
+                    f"{self._pyro_name}_signal", layout.spread(layout.batch(-call.signal.unsqueeze(-1)).squeeze(-1))
+                )
         return result
 
     @property

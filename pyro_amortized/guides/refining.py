@@ -127,10 +127,11 @@ class RefiningGuide(AmortizedGuide):
         return LocalObjective(log_joint, self._family, self._estimator, self._graphs)
 
     def _choose_mode(self, log_joint: LocalLogJoint) -> bool:
-        """Whether many draws may be evaluated in one run of the model."""
+        """Whether many draws may be evaluated in one run of the model; refuses those that leave sites out."""
         shape = (2, log_joint.num_datapoints, log_joint.layout.latent_dim)
         z = torch.linspace(-0.5, 0.5, math.prod(shape), dtype=self._like.dtype, device=self._like.device).reshape(shape)
         with untouched():
+            log_joint.check_outside(z)
             return log_joint.choose_mode(z)
 
     def _refined_from(

@@ -218,7 +218,7 @@ class VectorQuantizedGuide(AmortizedGuide):
         value = code_value(call.structure, codes)
         with call.plates[frame.name], ExitStack() as stack:
             add_gradient(f"{self._pyro_name}_commitment", commitment.reshape(-1, *(1,) * (-frame.dim - 1)))
-            for name in site.logits.plates:
+            for name in site.logits.inner_plates:
                 stack.enter_context(call.plates[name])
             stack.enter_context(site.weight.handlers())
             return {site.name: pyro.sample(site.name, dist.Delta(value, event_dim=code_place(site).event_dim))}

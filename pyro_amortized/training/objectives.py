@@ -160,9 +160,12 @@ class CapacityELBO(_LocalKLELBO):
         return max(kl.weight for kl in kls) * self.gamma * (total - self.capacity).abs()
 
 
+_PARTICLES = "num_particles_vectorized"
+
+
 def _without_particles(site: Site) -> Site:
     """The site without the plate that Pyro puts around everything for ``vectorize_particles``."""
-    stack = tuple(frame for frame in site["cond_indep_stack"] if frame.name != "num_particles_vectorized")
+    stack = tuple(frame for frame in site["cond_indep_stack"] if frame.name != _PARTICLES)
     return {**site, "cond_indep_stack": stack}
 
 
@@ -184,8 +187,8 @@ def _site_kl(name: str, guide_site: Site, model_site: Site, plate: str | None) -
             "normals or log-normals, or KLAnnealing, which works for every guide."
         ) from error
     rank = kl.dim() - model_site["fn"].event_dim
-    inner = {frame.dim for frame in model_site["cond_indep_stack"] if frame.name != plate}
-    averaged = [axis for axis in range(rank) if axis - rank not in inner]
+    outer = {frame.dim for frame in guide_site["cond_indep_stack"] if frame.name in (plate, _PARTICLES)}
+    averaged = [axis for axis in range(rank) if axis - rank in outer]
     count = torch.Size([kl.shape[axis] for axis in averaged]).numel()
     return _SiteKL(kl.mean(averaged), count * float(guide_site["scale"]))
 
