@@ -26,6 +26,12 @@ __all__ = ["Function", "GraphCache", "Use"]
 _MAX_MISSES = 8
 """Uses in a row without a graph that agrees, after which tracing is given up: something changes in every call."""
 
+_STRICT = 1e-5
+"""Relative difference in single precision up to which a graph agrees in a use."""
+
+_LOOSE = 1e-3
+"""Tolerance in single precision of what is compared when a graph is made: second derivatives, regressions."""
+
 _MAX_STATES = 4
 """States of a model, such as training and evaluation, for which graphs are kept beside each other."""
 
@@ -67,25 +73,28 @@ class Use:
     def _of_one(self) -> tuple[Tensor, ...]:
         return self._plainly([x[:1] if i == self.draws else x for i, x in enumerate(self.leaves())])
 
+    def _repeated(self) -> list[Tensor]:
+        """The first draw in place of all: only numbers differ, so that no graph has to be compiled for it."""
+        return [x[:1].expand_as(x).contiguous() if i == self.draws else x for i, x in enumerate(self.leaves())]
+
     def _plainly(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         with untouched(), torch.set_grad_enabled(self.derivatives):
             return self.function(*inputs)
 
-    def agrees(self, graph: Function, whole: bool) -> bool:
+    def agrees(self, graph: Function, whole: bool, tolerance: float) -> bool:
         """Whether a graph gives the numbers of the function: for all draws, or for one.
 
         Args:
             graph: A graph of the function.
             whole: Whether to compare all draws and results.
+            tolerance: In single precision, relative to the numbers of a row.
         """
         self.results = None
         if whole or self.draws is None:
             with untouched():  # what is random is run once more for the caller
                 self.results = graph(*self.inputs)
-            return _close(self.results, self._of_all)
-        repeated = [x[:1].expand_as(x).contiguous() if i == self.draws else x for i, x in enumerate(self.inputs)]
-        with torch.no_grad():
-            return _close(graph(*repeated)[:1], self._of_one[:1])
+            return _close(self.results, self._of_all, tolerance)
+        return _close(graph(*self._repeated())[:1], self._of_one[:1], tolerance)
 
     @cached_property
     def touched(self) -> frozenset[int]:
@@ -106,7 +115,7 @@ class Use:
                 leaves = self.leaves()
                 sources = [x for x in (*leaves, *captured) if x.requires_grad]
                 gradients.append(_gradients(candidate(*leaves), sources))
-        return _close(gradients[0], gradients[1], tolerance=1e-3)
+        return _close(gradients[0], gradients[1], _LOOSE)
 
 
 def _gradients(outputs: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Tensor]:
@@ -132,8 +141,8 @@ def _leaves(outputs: Sequence[Tensor]) -> Iterator[Tensor]:
             pending += [source for source, _ in node.next_functions]
 
 
-def _close(actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = 1e-4) -> bool:
-    """Whether results are equal up to rounding, relative to the largest number of each; read off the device once."""
+def _close(actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> bool:
+    """Whether results are equal up to rounding; read off the device once."""
     if [x.shape for x in actual] != [x.shape for x in expected]:
         return False
     return not actual or bool(
@@ -142,10 +151,14 @@ def _close(actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance: floa
 
 
 def _is_close(actual: Tensor, expected: Tensor, tolerance: float) -> Tensor:
+    """Whether no number differs by more than a part of its row, or of the median row, in which sums may cancel."""
     actual, expected = actual.detach(), expected.detach()
-    tolerance = 1e-8 if expected.dtype == torch.float64 else tolerance
-    size = expected.abs().nan_to_num(0.0, 0.0).amax() if expected.numel() else 0.0
-    close = ((actual - expected).abs() <= tolerance * (1.0 * (size < 1.0) + size)) | (actual == expected)
+    tolerance = {torch.float64: 1e-8, torch.float32: tolerance}.get(expected.dtype, 2e-2)
+    sizes = expected.abs().nan_to_num(0.0, 0.0)
+    if sizes.dim() > 1 and sizes.numel():
+        sizes = sizes.amax(-1, keepdim=True)
+    least = sizes.median().clamp(min=0.1) if sizes.numel() else sizes
+    close = (actual - expected).abs() <= tolerance * torch.maximum(sizes, least)
     return (close | ~(actual.isfinite() | expected.isfinite())).all()
 
 
@@ -179,7 +192,7 @@ class _Entry:
         """Whether the graph gives the function's numbers in a use, from the tensors that the function now uses."""
         if self.graph is None or (use.derivatives and self.flags != self.flags_of(use)):
             return False
-        if not use.agrees(self.graph, whole or self.is_random):
+        if not use.agrees(self.graph, whole or self.is_random, _LOOSE if whole else _STRICT):
             return False
         if self.is_random:
             use.results = None  # the caller's run draws from the caller's generator
@@ -191,10 +204,11 @@ class _Entry:
 
 @dataclass
 class _Known:
-    """The graphs of a function, newest first, and how often it has been used."""
+    """The graphs of a function, newest first, and how often it has been used and traced."""
 
     entries: list[_Entry] = field(default_factory=list)
     uses: int = 0
+    traces: int = 0
 
     @property
     def is_due(self) -> bool:
@@ -246,10 +260,10 @@ class GraphCache:
                 self._misses = 0
                 return self._permitted(entry, use)
         self._misses += 1
-        if self._misses > _MAX_MISSES and not known.is_due:
+        if (self._misses > _MAX_MISSES or known.traces > _MAX_MISSES + known.uses // 16) and not known.is_due:
             self._warn("some number, flag or tensor that it uses is replaced in every call (pass it as a tensor)")
             return None
-        entry = self._trace(use, owner)
+        entry, known.traces = self._trace(use, owner), known.traces + 1
         known.entries = [entry, *known.entries[: _MAX_STATES - 1]]
         return self._permitted(entry, use)
 
@@ -279,8 +293,12 @@ class GraphCache:
         except Exception as error:  # models may do anything
             self._warn(_reason(error))
             return _Entry(owner)
-        if self.compile and _serves(compiled, use, whole=True):
+        if not self.compile:
+            return entry
+        if _serves(compiled, use, whole=True) and compiled.is_differentiable == entry.is_differentiable:
             return compiled
+        self._warn("the compiled graph gives other numbers")
+        use.results = None
         return entry
 
     def _warn(self, reason: str) -> None:

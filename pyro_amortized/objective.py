@@ -215,14 +215,17 @@ class LocalObjective:
 
     def prepare(self, phi: Tensor, noise: Tensor | int, curvature: bool = False) -> None:
         """Traces the gradient, if it is to be traced, before it is first run."""
-        self._run(_curvature if curvature else _gradient, phi, noise)
+        with torch.random.fork_rng():
+            self._run(_curvature if curvature else _gradient, phi, noise, again=False)
 
-    def _run(self, program: Callable[..., tuple[Tensor, ...]], phi: Tensor, noise: Tensor | int) -> tuple[Tensor, ...]:
+    def _run(
+        self, program: Callable[..., tuple[Tensor, ...]], phi: Tensor, noise: Tensor | int, again: bool = True
+    ) -> tuple[Tensor, ...]:
         """Runs a program: the first time to find out whether it can be traced, and then as it was found."""
         inputs, count = ([phi], noise) if isinstance(noise, int) else ([phi, noise], None)
         key = (program, count if isinstance(noise, int) else noise.shape, torch.is_grad_enabled())
         if key in self._programs:
-            return self._programs[key](*inputs)
+            return self._programs[key](*inputs) if again else ()
         family, estimator = self.family, self.estimator
 
         def run(log_joint: LocalLogJoint, phi: Tensor, *noise_tensor: Tensor) -> tuple[Tensor, ...]:
