@@ -133,6 +133,8 @@ def to_dataset(name: str, group: Group, structure: Structure, attributes: Mappin
     import xarray
 
     sizes = {dim: size for dims, values in group.values() for dim, size in zip(dims, values.shape, strict=True)}
+    if name == "constant_data":  # whose axes other batches may tell to be those of plates
+        sizes |= {frame.name: frame.size for frame in structure.frames.values()}
     coords = {dim: _coordinates(dim, size, structure) for dim, size in sizes.items()}
     dataset = xarray.Dataset(group, coords, dict(attributes))
     for variable in dataset.data_vars if name in ("log_likelihood", "sample_stats") else ():
@@ -155,7 +157,8 @@ def join_group(name: str, parts: list[xarray.Dataset], plate: str | None) -> xar
         ValueError: If other sizes or observed values outside the plate differ between batches.
     """
     if len(parts) == 1:
-        return parts.pop()
+        part = parts.pop()
+        return part[list(part.data_vars)]
     if name == "constant_data":
         parts = _named_alike(parts)
     first = parts[0]
