@@ -70,24 +70,24 @@ class Arguments:
             leaves[position] = taken[key] if key in taken else taken.setdefault(key, _take(leaf, axis, rows))
         return self.with_leaves(leaves)
 
-    def change(self, axes: Sequence[Axis], positions: Tensor, part: Tensor, noise: bool = True) -> CallArguments:
+    def change(self, axes: Sequence[Axis], changed: Tensor, sources: Tensor, noise: bool = True) -> CallArguments:
         """The arguments with the data of some datapoints changed.
 
         They get those of other datapoints, which the model can be run on, and, where these may be equal, noise.
 
         Args:
             axes: The axes of the datapoints, at most one per argument.
-            positions: Which entries along them are those of the datapoints, ``(N,)``.
-            part: Which datapoints to change.
+            changed: Which entries along them to change.
+            sources: The entries whose data they get, as many.
             noise: Whether to add noise to floating-point numbers.
         """
         leaves = dict(enumerate(self.leaves))
         for position, axis in axes:
             leaf = leaves[position]
             entries = torch.arange(leaf.shape[axis])
-            entries[positions[part]] = positions.flip(0)[part]
+            entries[changed] = sources
             leaf = _take(leaf, axis, entries)
-            leaves[position] = _with_noise(leaf, axis, positions[part]) if noise else leaf
+            leaves[position] = _with_noise(leaf, axis, changed) if noise else leaf
         return self.with_leaves(leaves)
 
 

@@ -56,17 +56,24 @@ def matters(
     parts = [(positions, part) for part in order.tensor_split(2)]
     found = None
     for own, part in [*parts, (rest, torch.arange(len(rest)))]:
-        if len(part) == 0:
-            continue
-        try:
-            changed = evaluate(arguments.change(axes, own, part))
-        except Exception:  # a model may fail in any way on data that it is not made for
-            changed = evaluate(arguments.change(axes, own, part, noise=False))
-        others = torch.isin(positions, own[part], invert=True)
-        if not close(changed[others], reference[others]):
-            return False
-        found = found or (None if close(changed, reference) else True)
+        for sources in (own.flip(0), own.roll(1)) if len(part) else ():
+            changed = _changed(arguments, axes, own[part], sources[part], evaluate)
+            others = torch.isin(positions, own[part], invert=True)
+            if not close(changed[others], reference[others]):
+                return False
+            if not close(changed, reference):
+                found = True
+                break
     return found
+
+
+def _changed(
+    arguments: Arguments, axes: Sequence[Axis], changed: Tensor, sources: Tensor, evaluate: Callable[..., Tensor]
+) -> Tensor:
+    try:
+        return evaluate(arguments.change(axes, changed, sources))
+    except Exception:  # a model may fail in any way on data that it is not made for
+        return evaluate(arguments.change(axes, changed, sources, noise=False))
 
 
 Evaluate = Callable[[CallArguments, Tensor], Tensor]

@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_amortized import AmortizedGuide, MLPEncoder, PerDatapointGuide, estimate_gaps, log_evidence, to_arviz
 from pyro_amortized.arguments import Arguments
@@ -388,3 +389,18 @@ def test_exported_axes_are_those_that_matter() -> None:
     assert constant["coefficients"].dims == ("coefficients_dim_0", "coefficients_dim_1")
     assert np.array_equal(constant["order"], arguments[3][index])
     assert constant["data_argument"].dims == ("data_dim_0",)
+
+
+def test_batches_whose_data_do_not_tell_are_named_as_others() -> None:
+    """Equal groups in the first batch, and a single datapoint in the last, show nothing."""
+
+    def model(x: Tensor, group: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + torch.tensor([0.0, 3.0])[group], 1.0), obs=x)
+
+    group = torch.tensor([1, 1, 1, 0, 1, 1, 0])
+    loader = DataLoader(TensorDataset(torch.randn(7), group), batch_size=3)
+    constant = to_arviz(model, AmortizedGuide(model), loader, num_samples=2)["constant_data"]
+    assert constant["group"].dims == ("data",)
+    assert np.array_equal(constant["group"], group)

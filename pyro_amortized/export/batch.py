@@ -162,12 +162,12 @@ class Batch:
                 dims, value = label(name, value, self.runs.sites[name], self.structure.frames)
                 self.groups["observed_data"][name] = (dims, to_numpy(value))
 
-    def add_arguments(self, arguments: Mapping[str, Any], known: Group) -> None:
-        """Arguments that are not observed; ``known`` are those of an earlier batch."""
+    def add_arguments(self, arguments: Mapping[str, Any]) -> None:
+        """Arguments that are not observed."""
         if "constant_data" in self.groups:
             observed, runs = list(self.runs.data.values()), self.runs
             log_probs = PlateLogProbs(runs.model, Arguments(runs.args, runs.kwargs), self.structure.indices)
-            self.groups["constant_data"] = label_arguments(arguments, self.structure, observed, known, log_probs)
+            self.groups["constant_data"] = label_arguments(arguments, self.structure, observed, log_probs)
 
     # Storing
 

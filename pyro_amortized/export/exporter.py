@@ -14,7 +14,7 @@ from pyro_amortized.diagnostics.noise import draw, generator, seeded
 from pyro_amortized.diagnostics.problem import bind
 from pyro_amortized.encoder_inputs import named_arguments
 from pyro_amortized.export.batch import Batch, Options
-from pyro_amortized.export.groups import Group, to_dataset
+from pyro_amortized.export.groups import to_dataset
 from pyro_amortized.export.runs import Draws, Mode, ModelRuns
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.structure import Structure
@@ -69,7 +69,6 @@ class Exporter:
         self._globals: dict[str, Tensor] | None = None
         self._prior_globals: dict[str, Tensor] = {}
         self._modes: dict[Any, dict[str, Mode]] = {}
-        self._arguments: Group = {}
 
     @torch.no_grad()
     def export(
@@ -93,8 +92,7 @@ class Exporter:
                 found = batch.add_prior(self._prior_globals)
                 self._prior_globals = self._prior_globals or found
         batch.add_observed()
-        batch.add_arguments(named_arguments(self.model, args, kwargs), self._arguments)
-        self._arguments = self._arguments or batch.groups.get("constant_data", {})
+        batch.add_arguments(named_arguments(self.model, args, kwargs))
         self._number += 1
         self.plate = structure.plate
         attributes = self._attributes(structure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,7 +66,6 @@ def label_arguments(
     arguments: Mapping[str, Any],
     structure: Structure,
     observed: Iterable[Tensor],
-    known: Mapping[str, Variable],
     log_probs: PlateLogProbs,
 ) -> Group:
     """The tensors among a model's arguments that are neither observed values nor indices of a plate.
@@ -77,7 +77,6 @@ def label_arguments(
         arguments: The arguments by name.
         structure: The structure of the call.
         observed: The observed values.
-        known: The same of an earlier batch, whose names of axes are kept where these data do not tell.
         log_probs: Log-probabilities of this call.
     """
     group: Group = {}
@@ -87,8 +86,6 @@ def label_arguments(
             continue
         variable = f"{name}_argument" if name in structure.frames else name  # an axis of that name has coordinates
         dims, value = _label_argument(name, value, structure, log_probs)
-        if variable in known and _fits(known[variable], dims, value, structure):
-            dims = known[variable][0]
         if not any(_same(value, other) for other in taken):
             group[variable] = (dims, to_numpy(value))
     return group
@@ -123,15 +120,6 @@ def _positions(frame: PlateFrame, structure: Structure, length: int) -> Iterator
         yield index
 
 
-def _fits(known: Variable, dims: tuple[str, ...], value: Tensor, structure: Structure) -> bool:
-    """Whether an earlier batch told all that this one does, and no more than its sizes allow."""
-    sizes = [structure.frames[dim].size if dim in structure.frames else None for dim in known[0]]
-    return len(sizes) == value.dim() and all(
-        size in (None, length) and (found == dim or found not in structure.frames)
-        for size, length, found, dim in zip(sizes, value.shape, dims, known[0], strict=True)
-    )
-
-
 def _same(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors hold the same numbers, whatever their shape and dtype."""
     if first.numel() != second.numel():
@@ -145,6 +133,8 @@ def to_dataset(name: str, group: Group, structure: Structure, attributes: Mappin
     import xarray
 
     sizes = {dim: size for dims, values in group.values() for dim, size in zip(dims, values.shape, strict=True)}
+    if name == "constant_data":  # whose axes other batches may tell to be those of plates
+        sizes |= {frame.name: frame.size for frame in structure.frames.values()}
     coords = {dim: _coordinates(dim, size, structure) for dim, size in sizes.items()}
     dataset = xarray.Dataset(group, coords, dict(attributes))
     for variable in dataset.data_vars if name in ("log_likelihood", "sample_stats") else ():
@@ -167,7 +157,10 @@ def join_group(name: str, parts: list[xarray.Dataset], plate: str | None) -> xar
         ValueError: If other sizes or observed values outside the plate differ between batches.
     """
     if len(parts) == 1:
-        return parts.pop()
+        part = parts.pop()
+        return part[list(part.data_vars)]
+    if name == "constant_data":
+        parts = _named_alike(parts)
     first = parts[0]
     along = [v for v in first.data_vars if plate in first[v].dims]
     once = [v for v in first.data_vars if v not in along]
@@ -184,6 +177,22 @@ def join_group(name: str, parts: list[xarray.Dataset], plate: str | None) -> xar
     parts.clear()
     joined = join(slices, str(plate))
     return kept.merge(joined)
+
+
+def _named_alike(parts: list[xarray.Dataset]) -> list[xarray.Dataset]:
+    """Names axes in all batches as in the one whose data tell most of them, wherever sizes allow it."""
+    for name in map(str, parts[0].data_vars):
+        found = [part[name].variable for part in parts if name in part]
+        dims = min((x.dims for x in found), key=lambda dims: sum(str(dim).startswith(f"{name}_dim_") for dim in dims))
+        if len(found) == len(parts) and all(map(partial(_has_sizes, dims), found, parts)):
+            pairs = zip(parts, found, strict=True)
+            parts = [part.drop_vars(name).assign({name: (dims, value.values)}) for part, value in pairs]
+    return parts
+
+
+def _has_sizes(dims: Sequence[Any], value: xarray.Variable, part: xarray.Dataset) -> bool:
+    pairs = zip(dims, value.shape, strict=False)
+    return len(dims) == value.ndim and all(part.sizes.get(dim, size) == size for dim, size in pairs)
 
 
 def _check_sizes(name: str, parts: Sequence[xarray.Dataset], plate: str | None) -> None:
