@@ -24,6 +24,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import AffineTransform, ComposeTransform, IndependentTransform, Transform, biject_to
 
+from pyro_amortized.periodic import check_periodic
 from pyro_amortized.tracing import PlateFrame, Site, sample_sites, size_at
 from pyro_amortized.weights import NEUTRAL, SiteWeight, site_weight
 
@@ -526,6 +527,7 @@ def _local_site(name: str, site: dict[str, Any], inner: list[PlateFrame], start:
                 f"Cannot fold plate {frame.name!r} of local site {name!r} into the datapoint because it is subsampled; "
                 "try running the model over all of that plate, or make it the datapoint plate."
             )
+    check_periodic(name, site)
     support = site["fn"].support
     try:
         with helpful_support_errors(site):
