@@ -607,11 +607,11 @@ def test_models_without_local_latents_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_samples": 1}, "Cannot use num_samples=1 because at least 2"),
-        ({"max_pairs": 1}, "Cannot use max_pairs=1 because at least 2"),
-        ({"threshold": 0.0}, "Cannot use threshold=0.0 because it must be positive"),
-        ({"epsilon": -1.0}, "Cannot use epsilon=-1.0 because it must be positive"),
-        ({"delta": 1.0}, "Cannot use delta=1.0 because it is a share"),
+        ({"num_samples": 1}, "Cannot use num_samples=1 because it must be an integer of at least 2"),
+        ({"max_pairs": 1}, "Cannot use max_pairs=1 because it must be an integer of at least 2"),
+        ({"threshold": 0.0}, "Cannot use threshold=0.0 because it must be a positive number"),
+        ({"epsilon": -1.0}, "Cannot use epsilon=-1.0 because it must be a positive number"),
+        ({"delta": 1.0}, "Cannot use delta=1.0 because it must be a share"),
     ],
 )
 def test_settings_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:

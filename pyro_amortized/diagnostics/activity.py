@@ -4,9 +4,9 @@ Latents are measured against the spread of their own prior,
 
 .. math:: w_{nd} = \frac{u_{nd} - m_{nd}}{s_{nd}},
 
-with m and s the median and the scaled interquartile range of the prior of datapoint n, found from draws: moments need not
-exist, and a prior may depend on other latents or on the datapoint. In these units a guide that answers with the prior
-gives every datapoint the same distribution.
+with m and s the median and the scaled interquartile range of the prior of datapoint n, found from draws: moments need
+not exist, and a prior may depend on other latents or on the datapoint. In these units a guide that answers with the
+prior gives every datapoint the same distribution.
 """
 
 from __future__ import annotations
@@ -59,11 +59,10 @@ class PriorSpread:
             values = draw(problem.objective.family, problem.phi[:1], 1, rng)[0] if before is None else before.values
             log_p = [p.log_p for _, ps in site_priors(log_joint, values.expand(1, size, -1)) for p in ps]
             densities = torch.cat(log_p, -1)[0]
-            same = torch.allclose(densities, densities[:1].expand_as(densities), rtol=1e-4, atol=1e-5, equal_nan=True)
+            same = _are_close(densities, densities[:1].expand_as(densities))
             shared = densities[0].double().cpu() if same else None
-            if before is not None and shared is not None and before.shared is not None:
-                if torch.allclose(shared, before.shared, rtol=1e-4, atol=1e-5, equal_nan=True):
-                    return cls(before.loc[:1].expand(size, -1), before.scale[:1].expand(size, -1), shared, values)
+            if before is not None and _are_close(before.shared, shared):
+                return cls(before.loc[:1].expand(size, -1), before.scale[:1].expand(size, -1), shared, values)
             wanted = 40_000 // size if same else 20_000_000 // (size * values.shape[-1])
             draws = prior_draws(log_joint, min(1000, max(200, wanted))).double().cpu()
         ordered = (draws.flatten(0, 1).unsqueeze(1) if same else draws).sort(0).values
@@ -71,6 +70,12 @@ class PriorSpread:
         scale = ((high - low) / _IQR_OF_NORMAL).nan_to_num(1.0, 1.0).clamp(min=1e-30)
         loc = torch.where(loc.isfinite(), loc, 0.0)
         return cls(loc.expand(size, -1), scale.expand(size, -1), shared, values)
+
+
+def _are_close(first: Tensor | None, second: Tensor | None) -> bool:
+    if first is None or second is None:
+        return False
+    return torch.allclose(first, second, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 @torch.no_grad()

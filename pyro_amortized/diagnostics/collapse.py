@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_amortized.batches import ModelArgs, calls, num_calls
+from pyro_amortized.checks import check_count, check_positive, check_real, check_seed
 from pyro_amortized.diagnostics.activity import PriorSpread, dimension_information, least_information
 from pyro_amortized.diagnostics.codes import code_verdict, codes_dataset, find_codes
 from pyro_amortized.diagnostics.divergence import Divergence, local_divergence, mutual_information
@@ -292,7 +293,13 @@ def collapse_report(
         Don't Blame the ELBO! A Linear VAE Perspective on Posterior Collapse, James Lucas, George Tucker, Roger Grosse,
         Mohammad Norouzi (2019), https://arxiv.org/abs/1911.02469
     """
-    _check_settings(num_samples, threshold, epsilon, delta, max_pairs)
+    num_samples, max_pairs = (
+        check_count("num_samples", num_samples, 2, 200),
+        check_count("max_pairs", max_pairs, 2, 1000),
+    )
+    threshold, epsilon = check_positive("threshold", threshold, 0.01), check_positive("epsilon", epsilon, 0.1)
+    delta = check_real("delta", delta, "a share of the datapoints, at least 0 and below 1", lambda x: 0 <= x < 1, 0.01)
+    seed = check_seed(seed)
     settings = {"threshold": threshold, "epsilon": epsilon, "delta": delta, "num_samples": num_samples, "seed": seed}
     if isinstance(guide, VectorQuantizedGuide):
         codes = find_codes(model, guide, model_args, model_kwargs, progress)
@@ -306,17 +313,6 @@ def collapse_report(
             bar.update()
     _check_enough(len(found.join("kl")))
     return CollapseReport(_to_dataset(found, settings))
-
-
-def _check_settings(num_samples: int, threshold: float, epsilon: float, delta: float, max_pairs: int) -> None:
-    for name, value, least in (("num_samples", num_samples, 2), ("max_pairs", max_pairs, 2)):
-        if value < least:
-            raise ValueError(f"Cannot use {name}={value} because at least {least} are needed; try the default.")
-    for name, number in (("threshold", threshold), ("epsilon", epsilon)):
-        if not number > 0:
-            raise ValueError(f"Cannot use {name}={number} because it must be positive; try the default.")
-    if not 0 <= delta < 1:
-        raise ValueError(f"Cannot use delta={delta} because it is a share of the datapoints below 1; try 0.01.")
 
 
 def _check_enough(num_datapoints: int) -> None:
