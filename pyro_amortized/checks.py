@@ -99,11 +99,9 @@ def check_probabilities(values: Any) -> list[float]:
         ValueError: If they are none.
     """
     with suppress(TypeError, ValueError, RuntimeError):
-        tensor = torch.as_tensor(values, dtype=torch.float64).reshape(
-            -1 if isinstance(values, int | float) else len(values)
-        )
-        if len(tensor) and bool(((tensor >= 0) & (tensor <= 1)).all()):
-            return [float(x) for x in tensor.tolist()]
+        tensor = torch.as_tensor(values, dtype=torch.float64)
+        if tensor.dim() <= 1 and tensor.numel() and bool(((tensor >= 0) & (tensor <= 1)).all()):
+            return [float(x) for x in tensor.flatten()]
     raise ValueError(
         f"Cannot take quantiles {values!r} because these must lie between 0 and 1, one after the other; try "
         "(0.05, 0.5, 0.95)."

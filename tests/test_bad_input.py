@@ -480,7 +480,9 @@ case(
     "the ELBO of its phi is another one",
 )
 case(
-    "optimum of several", lambda: log_evidence(model, shared(), [(X,), (X,)], optimum=optimum()), "belongs to one call"
+    "optimum of several",
+    lambda: log_evidence(model, shared(), iter([(X,), (X,)]), optimum=optimum()),
+    "belongs to one call",
 )
 
 # Refinement

@@ -377,10 +377,9 @@ def unobserved_setup() -> None:
 
 def inner(**options: Any) -> Callable[[Tensor], None]:
     def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x), dim=-2):
-            with pyro.plate("columns", 2, dim=-1, **options) as index:
-                z = pyro.sample("z", dist.Normal(0.0, 1.0))
-                pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, index])
+        with pyro.plate("data", len(x), dim=-2), pyro.plate("columns", 2, dim=-1, **options) as index:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, index])
 
     return model
 

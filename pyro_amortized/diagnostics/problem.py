@@ -21,7 +21,7 @@ from pyro_amortized.structure import Structure
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["LocalProblem", "bind", "check_effort", "check_same_model", "progress_bar", "to_dataset"]
+__all__ = ["LocalProblem", "bind", "check_effort", "check_model", "check_same_model", "progress_bar", "to_dataset"]
 
 
 @dataclass
@@ -87,11 +87,7 @@ def bind(
             f"Cannot call the model with model_args=<{type(model_args).__name__}> because the arguments of a single "
             "call are wanted; try a tuple with those of one batch."
         )
-    if not callable(model):
-        raise ValueError(
-            f"Cannot diagnose a guide of {model!r} because that is no model; try the Pyro model that the guide was "
-            "made with, as the first argument."
-        )
+    check_model(model)
     args, kwargs = next(calls(model_args, model_kwargs))
     with torch.no_grad(), seeded(generator(seed, 10)):
         guide.setup(*args, **kwargs)
@@ -109,6 +105,15 @@ def bind(
     return LocalProblem(
         LocalObjective(log_joint, guide.family), phi.detach(), frame.name, index.cpu(), structure.global_sites
     )
+
+
+def check_model(model: Any) -> None:
+    """Raises a ValueError unless a model can be called."""
+    if not callable(model):
+        raise ValueError(
+            f"Cannot diagnose a guide of {model!r} because that is no model; try the Pyro model that the guide was "
+            "made with, as the first argument."
+        )
 
 
 def check_same_model(model: Any, guide: LocalGuide, args: Any, kwargs: Any, structure: Structure) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_amortized.diagnostics.noise import draw, generator, seeded
-from pyro_amortized.diagnostics.problem import bind, check_same_model
+from pyro_amortized.diagnostics.problem import bind, check_model, check_same_model
 from pyro_amortized.encoder_inputs import named_arguments
 from pyro_amortized.export.batch import Batch, Options
 from pyro_amortized.export.groups import Group, to_dataset
@@ -55,6 +55,7 @@ class Exporter:
     """
 
     def __init__(self, model: Callable[..., Any], guide: LocalGuide, options: Options) -> None:
+        check_model(model)
         self.model = model
         self.guide = guide
         self.options = options

@@ -21,7 +21,7 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
-from pyro_amortized.checks import check_probabilities
+from pyro_amortized.checks import check_count, check_probabilities
 from pyro_amortized.dependence import posterior_parents
 from pyro_amortized.encoder_inputs import Call, EncoderInput, encoder_inputs
 from pyro_amortized.families import Normal, Structured, VariationalFamily, build_family
@@ -657,6 +657,7 @@ class LocalGuide(AutoGuide):
         """
         from pyro_amortized.guides.semi_amortized import SemiAmortizedGuide
 
+        num_particles = check_count("num_particles", num_particles, 1, 32)
         if not self._ready:
             raise ValueError(
                 "Cannot refine this guide because it has not been set up; try training it, or guide.setup(...)."
