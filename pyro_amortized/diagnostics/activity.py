@@ -63,8 +63,8 @@ class PriorSpread:
             shared = densities[0].double().cpu() if same else None
             if before is not None and _are_close(before.shared, shared):
                 return cls(before.loc[:1].expand(size, -1), before.scale[:1].expand(size, -1), shared, values)
-            wanted = 40_000 // size if same else 20_000_000 // (size * values.shape[-1])
-            draws = prior_draws(log_joint, min(1000, max(200, wanted))).double().cpu()
+            num_draws = max(2, 40_000 // size) if same else max(200, 20_000_000 // (size * values.shape[-1]))
+            draws = prior_draws(log_joint, min(1000, num_draws)).double().cpu()
         ordered = (draws.flatten(0, 1).unsqueeze(1) if same else draws).sort(0).values
         low, loc, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.25, 0.5, 0.75))
         scale = ((high - low) / _IQR_OF_NORMAL).nan_to_num(1.0, 1.0).clamp(min=1e-30)

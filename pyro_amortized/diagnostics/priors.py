@@ -114,7 +114,8 @@ def prior_draws(log_joint: LocalLogJoint, num_draws: int) -> Tensor:
     """Unconstrained draws ``(K, N, D)`` from the prior of every datapoint, with global latents at their values."""
     if not log_joint.vectorized:
         return torch.stack([_flatten_sites(log_joint, _sites(log_joint, {}, None))[0] for _ in range(num_draws)])
-    return _flatten_sites(log_joint, _sites(log_joint, {}, num_draws))
+    sizes = [piece.stop - piece.start for piece in chunks(num_draws, log_joint.num_datapoints)]
+    return torch.cat([_flatten_sites(log_joint, _sites(log_joint, {}, size)) for size in sizes])
 
 
 def _flatten_sites(log_joint: LocalLogJoint, found: list[Site]) -> Tensor:

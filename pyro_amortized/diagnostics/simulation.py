@@ -184,7 +184,10 @@ class Simulator:
             rows = torch.arange(self.num_datapoints)
         part = self.log_joint if _is_range(rows, self.num_datapoints) else self.log_joint.select(rows, once=True)
         if part is None:
-            raise ValueError(f"Cannot simulate rows {rows.tolist()[:5]}... on their own; try rows of choose_rows.")
+            raise ValueError(
+                f"Cannot simulate rows {rows.tolist()[:5]} because the model cannot be run on a part of its data; "
+                "try all."
+            )
         trace, places, arguments = self._draw(part, rng)
         nodes: dict[str, Any] = trace.nodes
         observed = {name: nodes[name]["value"] for name in places}
