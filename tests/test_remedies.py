@@ -861,7 +861,7 @@ case(
 )
 case(
     "refinement in JitTrace_ELBO",
-    lambda: train(guide_class=SemiAmortizedGuide, num_steps=2, elbo=JitTrace_ELBO()),
+    lambda: train(guide_class=SemiAmortizedGuide, num_steps=2, elbo=JitTrace_ELBO(ignore_jit_warnings=True)),
     "Trace_ELBO, and compile=True",
     lambda: train(guide_class=SemiAmortizedGuide, num_steps=2),
 )
@@ -915,7 +915,7 @@ case(
 )
 case(
     "a codebook under a compiled ELBO",
-    lambda: quantized(4, elbo=JitTrace_ELBO()),
+    lambda: quantized(4, elbo=JitTrace_ELBO(ignore_jit_warnings=True)),
     "Trace_ELBO instead",
     lambda: quantized(4),
 )
