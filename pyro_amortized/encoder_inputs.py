@@ -131,8 +131,8 @@ def _argument(name: str, model: Callable[..., Any] | None, call: Call, known: Mu
         raise ValueError(
             f"Cannot use encoder_input={name!r} because the model has no argument of that name; try "
             + (
-                f"one of {known}, or a function"
-                if (known := [*arguments, *call.structure.global_sites])
+                f"one of {names}, or a function"
+                if (names := [*arguments, *call.structure.global_sites])
                 else "a function"
             )
             + " of the model's arguments."
