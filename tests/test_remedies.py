@@ -1200,7 +1200,9 @@ def _texts(source: str) -> list[str]:
     """The texts of all ValueErrors that are raised, with what they insert as code."""
     calls = [node.exc for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Raise)]
     texts = [ast.unparse(c) for c in calls if isinstance(c, ast.Call) and getattr(c.func, "id", "") == "ValueError"]
-    return [text for text in texts if not text.startswith("ValueError('it ")]  # which are caught in the package
+    return [
+        text for text in texts if not text.startswith(("ValueError('it ", "ValueError('the "))
+    ]  # which are caught in the package
 
 
 ROOT = Path(pyro_amortized.__file__).parent
