@@ -418,7 +418,10 @@ OTHERS: dict[str, tuple[Any, str]] = {
         with_latent("z", lambda: dist.LogNormal(torch.zeros(2), 1.0).to_event(1)),
         r"the model's \{'z': '\(2,\) through",
     ),
-    "plate": (with_latent("z", lambda: dist.Normal(torch.zeros(2), 1.0).to_event(1), "rows"), "real in plate rows"),
+    "plate": (
+        with_latent("z", lambda: dist.Normal(torch.zeros(2), 1.0).to_event(1), "rows"),
+        "in plate 'data', in which this model observes nothing",
+    ),
     "global": (with_global, "'scale': 'global'"),
     "none": (None, "that is no model"),
 }

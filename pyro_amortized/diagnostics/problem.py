@@ -16,7 +16,7 @@ from pyro_amortized.graphs import GraphCache
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.log_joint import LocalLogJoint
 from pyro_amortized.objective import LocalObjective
-from pyro_amortized.structure import Structure
+from pyro_amortized.structure import Structure, StructureReader
 
 if TYPE_CHECKING:
     import xarray
@@ -120,7 +120,17 @@ def check_same_model(model: Any, guide: LocalGuide, args: Any, kwargs: Any, stru
     """Raises a ValueError that says what differs if a guide was made for a model with other latents."""
     if model == guide._model_at_hand:
         return
-    other = guide._structures.look(model, args, kwargs, structure.indices)
+    reader = StructureReader(structure.plate, discrete=guide._structures.discrete)
+    try:
+        other = reader.look(model, args, kwargs, structure.indices)
+    except ValueError as error:
+        if not str(error).startswith("Cannot use plate"):
+            raise
+        raise ValueError(
+            "Cannot diagnose this guide on this model because the guide was made for another one, whose datapoints lie "
+            f"in plate {structure.plate!r}, in which this model observes nothing; try the model that the guide was made "
+            "with."
+        ) from error
     mine, theirs = _latents(structure), _latents(other)
     held = set(structure.global_sites) - set(other.global_sites)  # which the model may be conditioned on
     if {name: mine[name] for name in mine if name not in held} != theirs:
