@@ -128,8 +128,8 @@ def check_same_model(model: Any, guide: LocalGuide, args: Any, kwargs: Any, stru
             raise
         raise ValueError(
             "Cannot diagnose this guide on this model because the guide was made for another one, whose datapoints lie "
-            f"in plate {structure.plate!r}, in which this model observes nothing; try the model that the guide was made "
-            "with."
+            f"in plate {structure.plate!r}, in which this model observes nothing; try the model that the guide was "
+            "made with."
         ) from error
     mine, theirs = _latents(structure), _latents(other)
     held = set(structure.global_sites) - set(other.global_sites)  # which the model may be conditioned on
