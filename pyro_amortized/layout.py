@@ -530,9 +530,7 @@ def check_continuous(name: str, site: Site, by: str = "this guide") -> None:
         remedy = f"DiscreteAmortizedGuide, or {remedy}"
     if not site["fn"].has_enumerate_support:
         remedy = "a Categorical over the values that matter, which can be summed out"
-    raise ValueError(
-        f"Cannot guide latent {name!r} by {by} because it is discrete, a {type(site['fn']).__name__}; try {remedy}."
-    )
+    raise ValueError(f"Cannot guide latent {name!r} by {by} because it is discrete; try {remedy}.")
 
 
 def _local_site(name: str, site: dict[str, Any], inner: list[PlateFrame], start: int) -> LocalSite:
