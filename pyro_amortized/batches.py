@@ -52,6 +52,12 @@ def calls(
     Raises:
         ValueError: If the argument is a bare tensor, a loader shuffles, or there is no batch.
     """
+    if not isinstance(model_kwargs, Mapping | None):
+        raise ValueError(
+            f"Cannot call the model with model_kwargs=<{type(model_kwargs).__name__}> because keyword arguments are "
+            "passed "
+            'as a dict; try {"x": x}.'
+        )
     kwargs = dict(model_kwargs or {})
     if isinstance(model_args, Tensor | Mapping | str):
         raise ValueError(
@@ -61,6 +67,11 @@ def calls(
     if is_single(model_args):
         yield tuple(model_args), kwargs
         return
+    if not isinstance(model_args, Iterable):
+        raise ValueError(
+            f"Cannot call the model with model_args=<{type(model_args).__name__}> because positional arguments are "
+            "passed as a tuple; try (x,)."
+        )
     if isinstance(model_args, DataLoader) and _is_shuffled(model_args):
         raise ValueError(
             "Cannot tell which datapoint a result belongs to because the DataLoader shuffles; try shuffle=False."

@@ -17,7 +17,7 @@ from pyro_amortized.influence import PlateLogProbs
 from pyro_amortized.observed import WholeObservations
 from pyro_amortized.structure import Structure
 
-__all__ = ["Call", "EncoderInput", "encoder_inputs", "named_arguments", "named_function"]
+__all__ = ["Call", "EncoderInput", "check_finite_inputs", "encoder_inputs", "named_arguments", "named_function"]
 
 EncoderInput = str | Sequence[str] | Callable[..., Any] | None
 """None (the observed values), the name of an argument or a global latent, several, or a function of the arguments."""
@@ -97,7 +97,25 @@ def encoder_inputs(
     else:
         known = {} if known is None else known
         found = [_argument(name, model, call, known) for name in ([spec] if isinstance(spec, str) else spec)]
-    return tuple(found) if isinstance(found, list | tuple) else (found,)
+    inputs = tuple(found) if isinstance(found, list | tuple) else (found,)
+    kinds = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in inputs]
+    if not inputs or not all(isinstance(x, Tensor) and x.numel() for x in inputs) or not any(kinds):
+        raise ValueError(
+            f"Cannot encode {kinds}, what encoder_input={spec!r} gives, because tensors (N, ...) are wanted, with a "
+            "row for each datapoint; try torch.as_tensor(...) in a function of the model's arguments, or "
+            "encoder_input=None for the observed values."
+        )
+    return inputs
+
+
+def check_finite_inputs(inputs: tuple[Tensor, ...]) -> None:
+    """Raises a ValueError if the inputs that an encoder is fitted to hold NaN or infinite values."""
+    for number, x in enumerate(inputs):
+        if not x.isfinite().all():
+            raise ValueError(
+                f"Cannot set up an encoder because its input number {number} holds NaN or infinite values; try "
+                "dropping or imputing them, or an encoder_input that fills them in."
+            )
 
 
 def _argument(name: str, model: Callable[..., Any] | None, call: Call, known: MutableMapping[Any, bool]) -> Any:
@@ -111,8 +129,13 @@ def _argument(name: str, model: Callable[..., Any] | None, call: Call, known: Mu
         return call.global_values[name].reshape(1, -1).expand(call.structure.datapoints.size, -1)  # type: ignore[index]
     if name not in arguments:
         raise ValueError(
-            f"Cannot use encoder_input={name!r} because the model has no argument of that name; try one of "
-            f"{[*arguments, *call.structure.global_sites]}, or a function of the model's arguments."
+            f"Cannot use encoder_input={name!r} because the model has no argument of that name; try "
+            + (
+                f"one of {names}, or a function"
+                if (names := [*arguments, *call.structure.global_sites])
+                else "a function"
+            )
+            + " of the model's arguments."
         )
     value, frame = arguments[name], call.structure.datapoints
     if call.index is None or not isinstance(value, Tensor) or not value.dim() or len(value) != frame.full_size:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from pyro_amortized.checks import check_count, check_flag, check_function, check_widths
 
 __all__ = ["DeepSetEncoder", "MLPEncoder"]
 
@@ -65,6 +68,26 @@ def _check_width(module: nn.Module, x: Tensor, input_dim: int) -> None:
         )
 
 
+def _check_sizes(input_dim: Any, activation: Any, standardize: Any) -> int:
+    check_function(
+        "activation", activation, "the class of an activation, or a function that makes one", "torch.nn.ReLU"
+    )
+    check_flag("standardize", standardize)
+    return check_count("input_dim", input_dim, 1, "x[0].numel()")
+
+
+def _check_inputs(module: nn.Module, inputs: tuple[Any, ...], least_dim: int = 1) -> None:
+    """Raises a ValueError unless there are inputs, real tensors of equally many rows."""
+    kinds = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in inputs]
+    usable = all(isinstance(x, Tensor) and x.dim() >= least_dim and not x.is_complex() for x in inputs)
+    if not inputs or not usable or len({len(x) for x in inputs}) > 1:
+        raise ValueError(
+            f"Cannot encode inputs {kinds} by {type(module).__name__} because real tensors of at least "
+            f"{least_dim} dimensions are wanted, with a row for each datapoint; try torch.as_tensor(x), and "
+            "x.unsqueeze(0) for a single datapoint."
+        )
+
+
 class StandardizedEncoder(nn.Module):
     """Base class of encoders that shift and scale their inputs by what they saw in :meth:`fit`."""
 
@@ -99,7 +122,8 @@ class MLPEncoder(StandardizedEncoder):
         standardize: bool = True,
     ) -> None:
         super().__init__()
-        self.input_dim = input_dim
+        self.input_dim = input_dim = _check_sizes(input_dim, activation, standardize)
+        hidden_dims = check_widths("hidden_dims", hidden_dims)
         self.standardize = Standardize(input_dim) if standardize else None
         self.layers = _layers(input_dim, hidden_dims, activation)
 
@@ -110,6 +134,7 @@ class MLPEncoder(StandardizedEncoder):
         return flat[0] if len(flat) == 1 else torch.cat(flat, -1)
 
     def _matrix(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        _check_inputs(self, inputs)
         x = self.flatten(*inputs)
         _check_width(self, x, self.input_dim)
         dtype = next((t.dtype for t in chain(self.parameters(), self.buffers())), torch.get_default_dtype())
@@ -158,7 +183,9 @@ class DeepSetEncoder(StandardizedEncoder):
         standardize: bool = True,
     ) -> None:
         super().__init__()
-        self.input_dim = input_dim
+        self.input_dim = input_dim = _check_sizes(input_dim, activation, standardize)
+        hidden_dims = check_widths("hidden_dims", hidden_dims, least=1)
+        output_dims = check_widths("output_dims", output_dims)
         self.standardize = Standardize(input_dim) if standardize else None
         self.element_layers = _layers(input_dim, hidden_dims, activation)
         self.set_layers = _layers(hidden_dims[-1] + 1, output_dims, activation)
@@ -168,22 +195,43 @@ class DeepSetEncoder(StandardizedEncoder):
         _check_width(self, x, self.input_dim)
         return x
 
+    def _mask(self, x: Tensor, *inputs: Tensor | None) -> Tensor | None:
+        """The mask among the further inputs, if there is one."""
+        _check_inputs(self, (x,), 2)
+        if len(inputs) > 1 or not isinstance(mask := (*inputs, None)[0], Tensor | None):
+            raise ValueError(
+                f"Cannot encode {1 + len(inputs)} inputs by DeepSetEncoder because it takes a set and, if need be, a "
+                "mask; try encoder_input=... with the name of one argument, or an encoder of your own."
+            )
+        if mask is None:
+            return None
+        looked_at = mask.dtype != torch.bool and not torch.compiler.is_compiling() and not torch._C._get_tracing_state()
+        if mask.shape != x.shape[:2] or (looked_at and not ((mask == 0) | (mask == 1)).all()):
+            raise ValueError(
+                f"Cannot read the second input of DeepSetEncoder, of shape {tuple(mask.shape)}, as a mask because a "
+                f"mask says by True and False, or 1 and 0, which of the elements {tuple(x.shape[:2])} belong to the "
+                "set; try encoder_input=... with the name of one argument, or of one and its mask."
+            )
+        return mask
+
     def fit(self, *inputs: Tensor) -> None:
         """Takes the standardisation from elements ``(N, M, F)``, those under a mask ``(N, M)`` if it is given."""
+        mask = self._mask(*inputs)
+        x = self._elements(inputs[0])
         if self.standardize is not None:
-            x = self._elements(inputs[0])
-            self.standardize.fit(x if len(inputs) == 1 else x[inputs[1].bool()])
+            self.standardize.fit(x if mask is None else x[mask.bool()])
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *inputs: Tensor | None) -> Tensor:
         """Features of sets.
 
         Args:
             x: Elements of shape ``(N, M, F)``, or ``(N, M)`` for scalar ones.
-            mask: Which elements belong to the set, shape ``(N, M)``; all of them if None.
+            *inputs: A mask: which elements belong to the set, shape ``(N, M)``, boolean or 1 and 0; by default all.
 
         Returns:
             Features of shape ``(N, H)``; they do not depend on the order of the elements nor on those masked out.
         """
+        mask = self._mask(x, *inputs)
         x = self._elements(x)
         member = x.new_ones(x.shape[:2]) if mask is None else mask.to(x.dtype)
         x = x if mask is None else x.masked_fill(member.unsqueeze(-1) == 0, 0.0)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 from torch.utils.checkpoint import checkpoint
 
+from pyro_amortized.checks import check_count
 from pyro_amortized.families import VariationalFamily
 from pyro_amortized.updates import Curvature, UpdateRule
 
@@ -31,7 +32,7 @@ __all__ = [
     "PerDatapoint",
     "Prior",
     "Refined",
-    "check_count",
+    "check_output",
 ]
 
 
@@ -88,6 +89,26 @@ class InferenceStrategy(nn.Module):
         raise NotImplementedError
 
 
+def check_output(output: Any, *, pair: bool | None = None) -> None:
+    """Raises a ValueError unless an encoder's output is floating: features, or a tuple.
+
+    Args:
+        output: The output.
+        pair: Whether a pair is wanted, or features; None for either.
+    """
+    parts = output if isinstance(output, tuple) else (output,)
+    floating = all(isinstance(part, Tensor) and part.is_floating_point() for part in parts)
+    if floating and (pair is None or (isinstance(output, tuple) and len(output) == 2) == pair):
+        return
+    kinds = [str(part.dtype) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+    given = f"({', '.join(kinds)})" if isinstance(output, tuple) else kinds[0]
+    before = {None: "", True: " as the pair (loc, scale) that it gave at first", False: " as features"}[pair]
+    raise ValueError(
+        f"Cannot use the encoder's output, {given},{before} because floating tensors are wanted; try an encoder that "
+        "returns features of shape (N, H), as .float(), in every call."
+    )
+
+
 class Encoded(InferenceStrategy):
     """phi from a network, as in the variational autoencoder.
 
@@ -113,6 +134,9 @@ class Encoded(InferenceStrategy):
     def forward(self, inputs: tuple[Tensor, ...], index: Tensor | None, objective: Objective | None = None) -> Tensor:
         """phi of shape ``(N, P)``; ``index`` and ``objective`` are not needed."""
         features = self.encoder(*inputs)
+        check_output(features, pair=self.head is None)
+        if self.head is not None:
+            self._check_width(features)
         if self.head is not None and features.dim() == 3:
             phi = self.head(features)
             size = (phi.shape[-1] - self.num_couplings) // 2
@@ -121,6 +145,14 @@ class Encoded(InferenceStrategy):
             return self.head(features)
         loc, scale = features
         return torch.cat([loc, scale.log()], -1)
+
+    def _check_width(self, features: Tensor) -> None:
+        width = getattr(self.head, "in_features", None)
+        if width is not None and features.shape[-1:] != (width,):
+            raise ValueError(
+                f"Cannot use the encoder's features of shape {tuple(features.shape)} because there were {width} for "
+                f"each datapoint when the guide was set up; try an encoder that returns (N, {width}) in every call."
+            )
 
 
 class PerDatapoint(InferenceStrategy):
@@ -232,12 +264,11 @@ class Refined(InferenceStrategy):
                 f"Cannot use encoder_gradient={encoder_gradient!r} because it is none of {ENCODER_GRADIENTS}; try "
                 '"unrolled".'
             )
-        check_count("num_particles", num_particles, 1)
         self.initial = initial
         self.update = update
         self.num_steps = num_steps
         self.encoder_gradient = encoder_gradient
-        self.num_particles = num_particles
+        self.num_particles = check_count("num_particles", num_particles, 1, 8)
         self.fixed_noise = fixed_noise
         self.keep_best = keep_best
         self.checkpoint = checkpoint
@@ -260,8 +291,7 @@ class Refined(InferenceStrategy):
 
     @num_steps.setter
     def num_steps(self, value: int) -> None:
-        check_count("num_steps", value, 0)
-        self._num_steps = int(value)
+        self._num_steps = check_count("num_steps", value, 0, 5)
 
     def forward(self, inputs: tuple[Tensor, ...], index: Tensor | None, objective: Objective | None = None) -> Tensor:
         """The refined phi ``(N, P)``."""
@@ -446,11 +476,3 @@ def _kl(objective: Objective, first: Tensor, second: Tensor) -> Tensor:
     except NotImplementedError:
         z = q.rsample((8,))
         return (q.log_prob(z) - p.log_prob(z)).mean(0)
-
-
-def check_count(name: str, value: Any, least: int) -> None:
-    """Raises a ValueError unless a setting is an integer that is large enough."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(
-            f"Cannot refine with {name}={value!r} because it must be an integer of at least {least}; try {name}=5."
-        )

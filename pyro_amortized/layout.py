@@ -24,6 +24,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import AffineTransform, ComposeTransform, IndependentTransform, Transform, biject_to
 
+from pyro_amortized.periodic import check_periodic
 from pyro_amortized.tracing import PlateFrame, Site, sample_sites, size_at
 from pyro_amortized.weights import NEUTRAL, SiteWeight, site_weight
 
@@ -31,6 +32,7 @@ __all__ = [
     "LocalSite",
     "SiteLayout",
     "bounds",
+    "check_continuous",
     "datapoint_plate",
     "inner_dimensions",
     "is_data",
@@ -265,13 +267,13 @@ def datapoint_plate(trace: Trace, frames: Mapping[str, PlateFrame], requested: s
             )
         return next(iter(outermost), None)
     if requested not in frames:
-        raise ValueError(
-            f"Cannot use plate {requested!r} because the model has no plate of that name; try one of {sorted(holders)}."
-        )
+        found = f"one of {sorted(holders)}" if holders else f"`with pyro.plate({requested!r}, ...):` in the model"
+        raise ValueError(f"Cannot use plate {requested!r} because the model has no plate of that name; try {found}.")
     if requested not in holders:
         raise ValueError(
-            f"Cannot use plate {requested!r} as the datapoint plate because no observed site lies in it; "
-            f"try one of {sorted(holders)}, or call the guide with the data that the model observes."
+            f"Cannot use plate {requested!r} as the datapoint plate because no observed site lies in it; try "
+            + (f"one of {sorted(holders)}, or " if holders else "")
+            + "calling the guide with the data that the model observes."
         )
     return requested
 
@@ -519,6 +521,18 @@ def _check_local_site(name: str, site: Site, frame: PlateFrame) -> None:
         )
 
 
+def check_continuous(name: str, site: Site, by: str = "this guide") -> None:
+    """Raises a ValueError if a latent is discrete, which a density in unconstrained space cannot be of."""
+    if not site["fn"].support.is_discrete:
+        return
+    remedy = 'summing it out in the model, infer={"enumerate": "parallel"} under TraceEnum_ELBO'
+    if by == "this guide":
+        remedy = f"DiscreteAmortizedGuide, or {remedy}"
+    if not site["fn"].has_enumerate_support:
+        remedy = "a Categorical over the values that matter, which can be summed out"
+    raise ValueError(f"Cannot guide latent {name!r} by {by} because it is discrete; try {remedy}.")
+
+
 def _local_site(name: str, site: dict[str, Any], inner: list[PlateFrame], start: int) -> LocalSite:
     for frame in inner:
         if frame.subsampled:
@@ -526,6 +540,8 @@ def _local_site(name: str, site: dict[str, Any], inner: list[PlateFrame], start:
                 f"Cannot fold plate {frame.name!r} of local site {name!r} into the datapoint because it is subsampled; "
                 "try running the model over all of that plate, or make it the datapoint plate."
             )
+    check_periodic(name, site)
+    check_continuous(name, site)
     support = site["fn"].support
     try:
         with helpful_support_errors(site):

@@ -76,8 +76,13 @@ class LocalObjective:
             estimator = "stl" if family.fast_log_prob else "plain"
         if estimator not in ESTIMATORS or (estimator == "analytic_kl" and not isinstance(family, Normal)):
             raise ValueError(
-                f"Cannot estimate gradients of a {type(family).__name__} family by {estimator!r}; try one of "
-                f'{ESTIMATORS} (the last for family="normal" only).'
+                f"Cannot estimate gradients of a {type(family).__name__} family by {estimator!r} because "
+                + (
+                    f"it is none of {ESTIMATORS}"
+                    if estimator not in ESTIMATORS
+                    else "there is no closed form of its KL"
+                )
+                + '; try estimator="stl".'
             )
         self.log_joint = log_joint
         self.family = family

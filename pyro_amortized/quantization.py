@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_amortized.checks import check_count, check_real
+
 __all__ = ["Codebook", "Quantized", "perplexity"]
 
 _LLOYD_STEPS = 10
@@ -159,18 +161,9 @@ class Codebook(nn.Module):
 
     def __init__(self, num_codes: int, dim: int, *, decay: float = 0.99, revive_below: float = 0.02) -> None:
         super().__init__()
-        for name, value, least in (("num_codes", num_codes, 2), ("dim", dim, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"Cannot make a Codebook with {name}={value!r} because it must be an integer of at least {least}; "
-                    f"try Codebook(num_codes=64, dim=16)."
-                )
-        for name, share in (("decay", decay), ("revive_below", revive_below)):
-            if not 0 <= share < 1:
-                raise ValueError(
-                    f"Cannot make a Codebook with {name}={share!r} because it must be at least 0 and below 1; try the "
-                    "default."
-                )
+        num_codes, dim = check_count("num_codes", num_codes, 2, 64), check_count("dim", dim, 1, 16)
+        for name, share, usual in (("decay", decay, 0.99), ("revive_below", revive_below, 0.02)):
+            check_real(name, share, "at least 0 and below 1", lambda x: 0 <= x < 1, usual)
         self.num_codes, self.dim, self.decay, self.revive_below = num_codes, dim, decay, revive_below
         self.register_buffer("embeddings", torch.randn(num_codes, dim))
         self.register_buffer("counts", torch.ones(num_codes))
@@ -201,14 +194,23 @@ class Codebook(nn.Module):
             model has not overwritten them.
 
         Raises:
-            ValueError: If the codes are no integers.
+            ValueError: If the codes are no integers, or none of this codebook.
         """
+        if not isinstance(codes, Tensor):
+            raise ValueError(f"Cannot look up codes {codes!r} because they are no tensor; try torch.as_tensor(codes).")
         if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
             raise ValueError(
                 f"Cannot look up codes of type {codes.dtype} because they are positions in the codebook; try integers, "
                 "as a Categorical draws them."
             )
-        vectors = F.embedding(codes.long(), self.embeddings)
+        try:
+            vectors = F.embedding(codes.long(), self.embeddings)
+        except IndexError as error:
+            raise ValueError(
+                f"Cannot look up codes from {int(codes.min())} to {int(codes.max())} because this Codebook holds "
+                f"codes 0 to {self.num_codes - 1}; try Categorical(logits=torch.zeros({self.num_codes})) as their "
+                "prior."
+            ) from error
         quantized = self._quantized if torch.is_grad_enabled() else None
         rows = None if quantized is None else quantized.rows(codes)
         if quantized is None or rows is None:
@@ -383,8 +385,8 @@ class Codebook(nn.Module):
         if bad.any():
             raise ValueError(
                 f"Cannot quantize the features of {int(bad.sum())} datapoints (first: "
-                f"{bad.nonzero().flatten()[:10].tolist()}) because they are NaN or infinite; try a look at the data, a "
-                "smaller learning rate or clipped gradients."
+                f"{bad.nonzero().flatten()[:10].tolist()}) because they are NaN or infinite; try a look at the data, "
+                "a smaller learning rate, and pyro.optim.ClippedAdam if gradients are not clipped yet."
             )
 
     # Saving

@@ -78,7 +78,12 @@ class KeepLogDensity(Messenger):
         name = msg["name"]
         weight = self.weights.get(name, self.weights.get(name.removesuffix("_unconstrained"), NEUTRAL))
         joint = msg["infer"].get("is_auxiliary") and not name.endswith("_unconstrained")
-        if joint or weight.within_event:
+        if weight.within_event:
+            raise ValueError(
+                f"Cannot guide global site {name!r} because parts of its events are masked; try a mask for whole "
+                "events, `dist.to_event(...).mask(present)`, or a plate in place of to_event."
+            )
+        if joint:
             raise ValueError(
                 f"Cannot guide global sites {sorted(self.weights)} jointly, as {name!r} does, because the model "
                 "masks or scales them; try global_guide=AutoNormal."

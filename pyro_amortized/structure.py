@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pyro_amortized.discrete import DiscreteSite, discrete_sites
 from pyro_amortized.layout import SiteLayout, bounds, datapoint_plate, is_data, is_enumerated, latent_sites
+from pyro_amortized.periodic import check_periodic
 from pyro_amortized.tracing import (
     PlateFrame,
     batch_depth,
@@ -464,6 +465,8 @@ class StructureReader:
             layout = None
         local |= set() if layout is None else {site.name for site in layout.sites}
         global_sites = {name: site for name, site in latent_sites(trace).items() if name not in local}
+        for name, site in global_sites.items():
+            check_periodic(name, site)
         observed, present = ({}, {}) if plate is None else observed_values(trace, frames[plate])
         weights = {name: site_weight(site) for name, site in global_sites.items()}
         return Structure(

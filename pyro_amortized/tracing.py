@@ -218,6 +218,13 @@ def run_model(
             stack.enter_context(handler)
         try:
             model(*args, **kwargs)
+        except (TypeError, IndexError) as error:
+            if "0-d tensor" not in str(error) and "0-dim" not in str(error):
+                raise
+            raise ValueError(
+                f"Cannot run the model because it treats a tensor without dimensions as data of several datapoints "
+                f"({error}); try x.reshape(1) for a single datapoint."
+            ) from error
         except ZeroDivisionError as error:
             if "size cannot be zero" not in str(error):
                 raise

@@ -11,10 +11,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from pyro_amortized.checks import check_function, check_positive, check_real, check_widths
 from pyro_amortized.families import MultivariateNormal, Normal, VariationalFamily
 
 __all__ = [
@@ -120,16 +122,13 @@ class _SteppedRule(UpdateRule):
         max_norm: Longest gradient of a datapoint, in the Euclidean norm; longer ones are shortened. None for no limit.
     """
 
+    _usual_step: ClassVar[float]
+
     def __init__(self, step_size: float, learned: bool, max_norm: float | None) -> None:
         super().__init__()
-        if not (step_size > 0 and math.isfinite(step_size)):
-            raise ValueError(
-                f"Cannot refine with step_size={step_size} because it must be a positive number; try {_TYPICAL}."
-            )
-        if max_norm is not None and not max_norm > 0:
-            raise ValueError(
-                f"Cannot clip gradients to max_norm={max_norm} because a norm is positive; try 10.0, or None."
-            )
+        check_positive("step_size", step_size, self._usual_step)
+        if max_norm is not None:
+            check_positive("max_norm", max_norm, 10.0)
         self.max_norm = max_norm
         self._step_size = float(step_size)
         self.log_step_size = nn.Parameter(torch.tensor(math.log(step_size))) if learned else None
@@ -153,14 +152,8 @@ class _SteppedRule(UpdateRule):
 
 
 def _check_limits(max_shift: float, max_log_ratio: float) -> None:
-    if not (max_shift > 0 and max_log_ratio > 0):
-        raise ValueError(
-            f"Cannot refine with max_shift={max_shift} and max_log_ratio={max_log_ratio} because both must be "
-            "positive; try 3.0 and 0.5."
-        )
-
-
-_TYPICAL = "0.7 for Newton, 0.5 for NaturalGradient, 0.05 for Adam, 0.01 for GradientAscent"
+    check_positive("max_shift", max_shift, 3.0)
+    check_positive("max_log_ratio", max_log_ratio, 0.5)
 
 
 class GradientAscent(_SteppedRule):
@@ -180,12 +173,13 @@ class GradientAscent(_SteppedRule):
         Rush (2018), https://arxiv.org/abs/1802.02550
     """
 
+    _usual_step = 0.01
+
     def __init__(
         self, step_size: float = 0.01, momentum: float = 0.5, *, max_norm: float | None = None, learned: bool = False
     ) -> None:
         super().__init__(step_size, learned, max_norm)
-        if not 0 <= momentum < 1:
-            raise ValueError(f"Cannot refine with momentum={momentum} because it must be in [0, 1); try 0.5.")
+        check_real("momentum", momentum, "in [0, 1)", lambda x: 0 <= x < 1, 0.5)
         self.momentum = momentum
 
     def init(self, phi: Tensor, features: Tensor | None = None) -> State:
@@ -217,6 +211,8 @@ class Adam(_SteppedRule):
         https://arxiv.org/abs/1412.6980
     """
 
+    _usual_step = 0.05
+
     def __init__(
         self,
         step_size: float = 0.05,
@@ -227,8 +223,11 @@ class Adam(_SteppedRule):
         learned: bool = False,
     ) -> None:
         super().__init__(step_size, learned, max_norm)
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"Cannot refine with betas={betas} because they must be in [0, 1); try (0.9, 0.999).")
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise ValueError(f"Cannot use betas={betas!r} because there must be two; try betas=(0.9, 0.999).")
+        for beta, usual in zip(betas, (0.9, 0.999), strict=True):
+            check_real("beta", beta, "in [0, 1)", lambda x: 0 <= x < 1, usual)
+        check_positive("eps", eps, 1e-8)
         self.betas = betas
         self.eps = eps
 
@@ -266,6 +265,8 @@ class NaturalGradient(_SteppedRule):
         Conjugate-Computation Variational Inference, Mohammad Emtiyaz Khan, Wu Lin (2017),
         https://arxiv.org/abs/1703.04265
     """
+
+    _usual_step = 0.5
 
     def __init__(
         self, step_size: float = 0.5, *, max_shift: float = 3.0, max_log_ratio: float = 0.5, learned: bool = False
@@ -325,6 +326,7 @@ class Newton(_SteppedRule):
         The Variational Gaussian Approximation Revisited, Manfred Opper, Cédric Archambeau (2009).
     """
 
+    _usual_step = 0.7
     uses_curvature = True
 
     def __init__(
@@ -443,7 +445,8 @@ class LearnedUpdate(UpdateRule):
 
     def __init__(self, hidden_dims: Sequence[int] = (200, 200), activation: Callable[[], nn.Module] = nn.ELU) -> None:
         super().__init__()
-        self.hidden_dims = tuple(hidden_dims)
+        self.hidden_dims = check_widths("hidden_dims", hidden_dims)
+        check_function("activation", activation, "the class of an activation", "torch.nn.ELU")
         self.activation = activation
         self.network: nn.Sequential | None = None
         self.natural: NaturalGradient | None = None

@@ -433,6 +433,107 @@ def test_a_model_that_takes_one_draw_at_a_time() -> None:
     assert abs(report.dataset["kl"].values[2] - expected) < 4 * report.dataset["kl_se"].values[2]
 
 
+# Activity does not depend on units
+
+
+def scaled(scale: Tensor, constrained: bool = False) -> Callable[[Tensor], None]:
+    """A latent of three dimensions in given units; the data see the first two, in units of the prior."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            prior = dist.Normal(x.new_zeros(3), scale)
+            z = pyro.sample("z", (dist.LogNormal(x.new_zeros(3), scale) if constrained else prior).to_event(1))
+            unit = (z.log() if constrained else z) / scale
+            pyro.sample("x", dist.Normal(unit[..., :2], 1.0).to_event(1), obs=x)
+
+    return model
+
+
+@pytest.mark.parametrize("constrained", [False, True])
+def test_activity_does_not_depend_on_units(constrained: bool) -> None:
+    x = make_data()
+    expected = collapse_report(independent, AmortizedGuide(independent, Linear(WEIGHTS, SCALE)), (x,))
+    for scale in (torch.full((3,), 0.05), torch.tensor([1e-3, 1.0, 20.0])):
+        model = scaled(scale, constrained)
+        report = collapse_report(model, AmortizedGuide(model, Linear(WEIGHTS * scale, SCALE * scale)), (x,))
+        assert report.dataset["active"].values.tolist() == [True, False, False]
+        close(report.dataset["relative_variance"], (x @ WEIGHTS).var(0), rtol=0.1)
+        close(report.dataset["information"], expected.dataset["information"], atol=1e-3)
+        close(report.mutual_information, expected.mutual_information, rtol=1e-3)
+
+
+def test_information_of_a_dimension_against_quadrature() -> None:
+    x = make_data()
+    report = collapse_report(independent, AmortizedGuide(independent, Linear(WEIGHTS, SCALE)), (x,))
+    z = torch.linspace(-6, 6, 4001)
+    p = dist.Normal((x @ WEIGHTS)[:, 0], SCALE[0]).log_prob(z[:, None]).exp()
+    exact = torch.trapezoid(torch.special.xlogy(p, p / p.mean(-1, keepdim=True)).mean(-1), z)
+    found = float(report.dataset["information"][0])
+    assert 0.97 * exact - 0.01 < found < exact + 0.01
+    assert report.dataset["information"].values[1] < 1e-3
+
+
+def test_a_narrow_posterior_under_a_wide_prior_is_active_and_one_like_the_prior_is_not() -> None:
+    x = make_data()
+    model = scaled(torch.full((3,), 1e3))
+    report = collapse_report(model, AmortizedGuide(model, Linear(WEIGHTS, SCALE)), (x,))
+    assert report.dataset["active"].values.tolist() == [True, False, False]
+    jitter = AmortizedGuide(model, Linear(torch.ones(2, 3), torch.full((3,), 1e3)))
+    dead = collapse_report(model, jitter, (x,))
+    assert dead.dataset["posterior_mean_variance"].values.min() > 1
+    assert "Collapsed: none of the 3" in dead.verdict
+
+
+def cauchy(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        scale = pyro.sample("scale", dist.HalfCauchy(1.0))
+        z = pyro.sample("z", dist.StudentT(1.0, 0.0, 0.01 * scale))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def test_priors_without_moments_that_depend_on_other_latents() -> None:
+    x = make_data()
+    guide = AmortizedGuide(cauchy, Linear(torch.tensor([[0.0, 0.01], [0.0, 0.0]]), torch.tensor([1.0, 0.003])))
+    guide._encoder_input = lambda _: x
+    report = collapse_report(cauchy, guide, (x[:, 0],))
+    assert report.dataset["active"].values.tolist() == [False, True]
+    assert np.isfinite(report.dataset["relative_variance"]).all()
+
+
+def test_what_a_prior_of_each_datapoint_tells_is_no_information_of_the_data() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(3 * x, 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 10.0).to_event(1), obs=x)
+
+    x = make_data()
+    same = collapse_report(model, AmortizedGuide(model, Linear(3 * torch.eye(2), torch.ones(2))), (x,))
+    assert "Collapsed" in same.verdict
+    assert same.mutual_information < 0.01
+    assert abs(same.dataset.attrs["aggregate_kl"]) < 0.01
+    moved = collapse_report(model, AmortizedGuide(model, Linear(2 * torch.eye(2), torch.ones(2))), (x,))
+    assert "No collapse" in moved.verdict
+
+
+def test_information_that_no_dimension_holds_by_itself_is_told() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.prod(-1), 1.0), obs=x)
+
+    x = make_data()[:, 0]
+    angle = x.sign() * 1.3
+    phi = torch.stack([torch.zeros_like(x)] * 2 + [torch.zeros_like(x), angle.cos().abs().log(), angle.tan()], -1)
+    table = PerDatapointGuide(model, family="multivariate_normal")
+    table.setup(x)
+    with torch.no_grad():
+        table.inference.table.copy_(phi)
+    report = collapse_report(model, table, (x,))
+    assert report.active_units == 0
+    assert report.mutual_information > 0.3
+    assert "None of the 2 latent dimensions is active by itself, yet together they hold" in report.verdict
+
+
 # The report
 
 
@@ -506,11 +607,11 @@ def test_models_without_local_latents_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_samples": 1}, "Cannot use num_samples=1 because at least 2"),
-        ({"max_pairs": 1}, "Cannot use max_pairs=1 because at least 2"),
-        ({"threshold": 0.0}, "Cannot use threshold=0.0 because it must be positive"),
-        ({"epsilon": -1.0}, "Cannot use epsilon=-1.0 because it must be positive"),
-        ({"delta": 1.0}, "Cannot use delta=1.0 because it is a share"),
+        ({"num_samples": 1}, "Cannot use num_samples=1 because it must be an integer of at least 2"),
+        ({"max_pairs": 1}, "Cannot use max_pairs=1 because it must be an integer of at least 2"),
+        ({"threshold": 0.0}, "Cannot use threshold=0.0 because it must be a positive number"),
+        ({"epsilon": -1.0}, "Cannot use epsilon=-1.0 because it must be a positive number"),
+        ({"delta": 1.0}, "Cannot use delta=1.0 because it must be a share"),
     ],
 )
 def test_settings_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:

@@ -400,7 +400,7 @@ def test_families_beside_discrete_latents(family: str) -> None:
     [
         (binary_code, {}, "Cannot enumerate discrete local site 'y' because its values are joined by `to_event`"),
         (mixture, {"temperature": 1.0}, "Cannot relax discrete local site 'y' because no gradient flows"),
-        (mixture, {"temperature": 0.0}, "temperature must be above 0"),
+        (mixture, {"temperature": 0.0}, "temperature=0.0 because it must be a positive number"),
         (mixture, {"encoder": nn.Flatten(0)}, "heads are added to its features"),
     ],
 )

@@ -751,7 +751,7 @@ def test_bad_arguments(oracle: LinearGaussian) -> None:
         to_arviz(oracle.full, exact(oracle), x)
     with pytest.raises(ValueError, match=r"the DataLoader shuffles"):
         to_arviz(oracle.full, exact(oracle), DataLoader(x, shuffle=True))
-    with pytest.raises(ValueError, match="Cannot evaluate the model .* sites \\['z'\\] are not latent in this model"):
+    with pytest.raises(ValueError, match="the guide was made for another one"):
         to_arviz(
             pyro.condition(oracle.full, {"z": torch.zeros(POINTS, LATENTS)}), exact(oracle), (x,), groups="posterior"
         )

@@ -51,8 +51,8 @@ def test_double_phi_through_networks_of_single_precision() -> None:
     [
         ({"transform": "glow"}, "no transform has that name; try one of"),
         ({"transform": "affine_coupling"}, "there is nothing to couple"),
-        ({"num_transforms": 0}, "both must be positive"),
-        ({"context_dim": 0}, "both must be positive"),
+        ({"num_transforms": 0}, "num_transforms=0 because it must be an integer of at least 1"),
+        ({"context_dim": 0}, "context_dim=0 because it must be an integer of at least 1"),
     ],
 )
 def test_flows_that_cannot_be_are_refused(options: dict[str, object], match: str) -> None:

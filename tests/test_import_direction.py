@@ -11,12 +11,13 @@ import pytest
 import pyro_amortized
 
 LAYERS: list[set[str]] = [
+    {"checks"},
     {"arguments", "batches", "families", "encoders", "quantization"},
     {"updates"},
     {"inference"},
     {"tracing"},
     {"recording"},
-    {"graphs", "influence", "weights"},
+    {"graphs", "influence", "periodic", "weights"},
     {"layout"},
     {"discrete", "dependence"},
     {"structure"},
@@ -30,7 +31,7 @@ LAYERS: list[set[str]] = [
     {"training", "export"},
 ]
 """From low to high: a module imports from lower layers only. ``__init__`` gathers them all."""
-WITHOUT_PYRO = {"arguments", "batches", "families", "encoders", "quantization", "updates", "inference"}
+WITHOUT_PYRO = {"arguments", "checks", "batches", "families", "encoders", "quantization", "updates", "inference"}
 """Modules that know torch, not Pyro, but for its distributions."""
 
 ROOT = Path(pyro_amortized.__file__).parent

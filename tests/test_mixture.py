@@ -208,8 +208,8 @@ def test_far_tails_have_finite_gradients() -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"num_components": 0}, "num_components=0 because it needs a component; try 4"),
-        ({"spread": 0.0}, "spread=0.0 because components that start in one place stay equal; try 1.0"),
+        ({"num_components": 0}, "num_components=0 because it must be an integer of at least 1; try num_components=4"),
+        ({"spread": 0.0}, "spread=0.0 because it must be a positive number; try spread=1.0"),
     ],
 )
 def test_mixtures_that_cannot_be_are_refused(options: dict[str, float], match: str) -> None:

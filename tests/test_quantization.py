@@ -880,7 +880,7 @@ def test_wrong_guides() -> None:
     model = VQVAE()
     with pytest.raises(ValueError, match="because it is no Codebook; try the Codebook"):
         VectorQuantizedGuide(model, nn.Linear(2, 2))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="commitment=-1 because it must be finite, 0 or more"):
+    with pytest.raises(ValueError, match="commitment=-1 because it must be a finite number, 0 or more"):
         VectorQuantizedGuide(model, model.codebook, commitment=-1)
     with pytest.raises(ValueError, match="Cannot use a family with vector-quantised codes"):
         VectorQuantizedGuide(model, model.codebook, family="normal")

@@ -301,7 +301,7 @@ def test_calls_and_guides_that_cannot_be_simulated_are_refused() -> None:
             simulate(oracle.full, guide, (x,))
     with pytest.raises(ValueError, match=r"plates \['data'\] draw another subsample.*try pyro.plate"):
         simulate(oracle.random, AmortizedGuide(oracle.random), (x,))
-    with pytest.raises(ValueError, match=r"Cannot simulate 0 datapoints.*try 100"):
+    with pytest.raises(ValueError, match=r"Cannot use num_datapoints=0 .*try num_datapoints=100"):
         simulate(oracle.full, AmortizedGuide(oracle.full), (x,), None, 0)
     guide = AmortizedGuide(oracle.full, encoder_input=lambda _: x)
     with pytest.raises(ValueError, match=r"inputs of the guide's encoder do not change.*try an encoder_input"):

@@ -75,7 +75,7 @@ def test_schedules() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: linear_schedule(0), "Cannot use num_steps=0 because it must be positive"),
+        (lambda: linear_schedule(0), "Cannot use num_steps=0 because it must be a positive number"),
         (lambda: linear_schedule(10, start=-1.0), "Cannot scale the KL divergence by beta=-1.0"),
         (lambda: sigmoid_schedule(5, 0), "Cannot use width=0"),
         (lambda: cyclical_schedule(10, num_cycles=0), "Cannot use num_cycles=0"),
@@ -409,10 +409,10 @@ def test_divergences_without_a_closed_form_are_refused(model: Any, make: Any, ob
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: FreeBitsELBO(-1.0), "Cannot use free_bits=-1.0 because it must not be negative"),
+        (lambda: FreeBitsELBO(-1.0), "Cannot use free_bits=-1.0 because it must be a number of nats"),
         (lambda: FreeBitsELBO(1.0, per="pixel"), "Cannot give free bits per 'pixel'"),
-        (lambda: CapacityELBO(-1.0), "Cannot use capacity=-1.0 because it must not be negative"),
-        (lambda: CapacityELBO(1.0, 0.0), "Cannot use gamma=0.0 because it must be positive"),
+        (lambda: CapacityELBO(-1.0), "Cannot use capacity=-1.0 because it must be a number of nats"),
+        (lambda: CapacityELBO(1.0, 0.0), "Cannot use gamma=0.0 because it must be a positive number"),
     ],
 )
 def test_objectives_out_of_range_are_refused(make: Callable[[], Any], message: str) -> None:
@@ -513,5 +513,5 @@ def test_wrong_arguments_of_the_aggressive_encoder_are_refused() -> None:
     with pytest.raises(ValueError, match="Cannot train a AutoNormal aggressively"):
         AggressiveEncoder(gamma, AutoNormal(gamma), optimizer, Trace_ELBO())
     for name in ("window", "max_encoder_steps"):
-        with pytest.raises(ValueError, match=f"Cannot use {name}=0 because at least one step"):
+        with pytest.raises(ValueError, match=f"Cannot use {name}=0 because it must be an integer of at least 1"):
             AggressiveEncoder(gamma, AmortizedGuide(gamma), optimizer, Trace_ELBO(), **{name: 0})

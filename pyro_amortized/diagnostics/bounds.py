@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pyro_amortized.checks import check_count
 from pyro_amortized.diagnostics.evidence import adapted_proposals, estimate_evidence, log_weights_at
 from pyro_amortized.diagnostics.local_optimum import solve
 from pyro_amortized.diagnostics.noise import generator
-from pyro_amortized.diagnostics.problem import bind, to_dataset
+from pyro_amortized.diagnostics.problem import bind, check_effort, to_dataset
 from pyro_amortized.diagnostics.simulation import simulate
 from pyro_amortized.guides import LocalGuide
 
@@ -77,6 +78,9 @@ def evidence_bounds(
         Importance Weighted Hierarchical Variational Inference, Artem Sobolev, Dmitry Vetrov (2019),
         https://arxiv.org/abs/1905.03290
     """
+    num_simulations = check_count("num_simulations", num_simulations, 1, 100)
+    num_samples = check_count("num_samples", num_samples, 1, 2000)
+    tolerance, max_samples, seed = check_effort(tolerance, max_samples, seed)
     simulation = simulate(model, guide, model_args, model_kwargs, num_simulations, seed=seed)
     problem = bind(model, guide, simulation.args, simulation.kwargs, seed, compile)
     optimum = solve(problem, tolerance, seed, progress)

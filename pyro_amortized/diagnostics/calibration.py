@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_amortized.batches import ModelArgs, calls, num_calls
+from pyro_amortized.checks import check_count, check_seed
 from pyro_amortized.diagnostics.calibration_plots import draw_coverage, draw_ecdf, draw_ranks
 from pyro_amortized.diagnostics.findings import DENSITY, JOINT, LEVEL, TARP, advice, findings
 from pyro_amortized.diagnostics.noise import generator
@@ -203,15 +204,9 @@ def calibrate(
         Sampling-Based Accuracy Testing of Posterior Estimators for General Inference, Pablo Lemos, Adam Coogan, Yashar
         Hezaveh, Laurence Perreault-Levasseur (2023), https://arxiv.org/abs/2302.03026
     """
-    for name, value, least in (
-        ("num_simulations", num_simulations, _LEAST_SIMULATIONS),
-        ("num_samples", num_samples, _LEAST_SAMPLES),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(
-                f"Cannot calibrate with {name}={value!r} because it must be an integer of at least {least}; "
-                f"try {name}={10 * least}."
-            )
+    num_simulations = check_count("num_simulations", num_simulations, _LEAST_SIMULATIONS, 10 * _LEAST_SIMULATIONS)
+    num_samples = check_count("num_samples", num_samples, _LEAST_SAMPLES, 10 * _LEAST_SAMPLES)
+    seed = check_seed(seed)
     rng, parts = generator(seed, 21), []
     with progress_bar(num_simulations, "calibration", progress) as bar:
         for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs)):

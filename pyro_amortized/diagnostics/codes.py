@@ -145,6 +145,8 @@ def codes_dataset(found: Codes, epsilons: np.ndarray, settings: Mapping[str, Any
             "usage": (("latent", "code"), usage.numpy()),
             "posterior_mean_variance": ("latent", variance),
             "posterior_mean_variance_se": ("latent", zero),
+            "relative_variance": ("latent", variance),
+            "information": ("latent", perplexity(usage).log().numpy()),
             "active": ("latent", variance > settings["threshold"]),
             "collapsed": ("latent", (kl < settings["epsilon"]).mean(0) >= 1 - settings["delta"]),
             "share_below": (("latent", "epsilon"), (kl[..., None] < epsilons).mean(0)),

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from pyro_amortized.batches import ModelArgs, calls, num_calls
+from pyro_amortized.checks import check_count, check_positive, check_real, check_seed
+from pyro_amortized.diagnostics.activity import PriorSpread, dimension_information, least_information
 from pyro_amortized.diagnostics.codes import code_verdict, codes_dataset, find_codes
 from pyro_amortized.diagnostics.divergence import Divergence, local_divergence, mutual_information
 from pyro_amortized.diagnostics.noise import generator
@@ -42,15 +44,20 @@ class CollapseReport(Report):
             its Monte Carlo standard error, 0 where there is a closed form.
             ``posterior_mean_variance``: variance over the datapoints of the posterior mean, in unconstrained space;
             ``posterior_mean_variance_se`` its Monte Carlo standard error.
-            ``active``: whether that variance exceeds ``threshold`` (Burda et al.).
+            ``relative_variance``: the same with the latent in units of its prior's spread (interquartile range), from
+            the median of the datapoint's own prior.
+            ``information``: mutual information of datapoint and dimension by itself, beyond what a prior that differs
+            between datapoints tells, nats; a lower bound of at most log 32.
+            ``active``: whether the information exceeds that of a normal whose mean varies over the datapoints by
+            ``threshold`` times its own variance (Burda et al., in units of the posterior).
             ``collapsed``: whether the KL divergence is below ``epsilon`` for a share of at least 1 - ``delta`` of the
             datapoints (Lucas et al.).
             ``share_below``, also over the dimension ``epsilon``: the share of datapoints whose divergence is below.
 
             For vector-quantised codes the dimensions are the positions (``code[0]``). The KL divergence is
             -log p(code), and the variance that of the posterior mean of the code's indicator vector, summed over its
-            entries. Beside these, ``usage``, also over the dimension ``code``, is the share of datapoints with that
-            code, and ``perplexity`` the exponential of its entropy.
+            entries; above ``threshold`` the position is active. Beside these, ``usage``, also over the dimension
+            ``code``, is the share of datapoints with that code, and ``perplexity`` the exponential of its entropy.
 
             Its attributes hold ``active_units``, ``mutual_information``, ``num_datapoints``, ``total_kl``,
             ``aggregate_kl``, their standard errors ``<name>_se`` and the settings.
@@ -102,15 +109,18 @@ class CollapseReport(Report):
         lines = [
             f"Posterior collapse over {self.num_datapoints} datapoints of plate {attrs['plate']!r} "
             f"({attrs['family']} family)",
-            f"{'':{width}s}{'KL, nats':>10s}{'var of mean':>13s}{'active':>8s}{'collapsed':>11s}"
+            f"{'':{width}s}{'KL, nats':>10s}{'var of mean':>13s}{'tells, nats':>13s}{'active':>8s}{'collapsed':>11s}"
             + (f"{'perplexity':>12s}" if "perplexity" in data else ""),
         ]
         for i, name in enumerate(data["latent"].values):
             flags = ("yes" if data[flag].values[i] else "no" for flag in ("active", "collapsed"))
-            kl, variance = (data[key].values[i] for key in ("kl", "posterior_mean_variance"))
-            line = "{:{}s}{:10.4f}{:13.4f}{:>8s}{:>11s}".format(name, width, kl, variance, *flags)
+            numbers = (data[key].values[i] for key in ("kl", "relative_variance", "information"))
+            line = "{:{}s}{:10.4f}{:13.4f}{:13.4f}{:>8s}{:>11s}".format(name, width, *numbers, *flags)
             lines.append(line + (f"{data['perplexity'].values[i]:12.2f}" if "perplexity" in data else ""))
         lines += [
+            "The variance of the posterior mean is in units of the prior's."
+            if "perplexity" not in data
+            else "The variance is that of the indicator of the code.",
             f"KL of the whole latent: {attrs['total_kl']:.3f} nats per datapoint; active units: {self.active_units} of "
             f"{data.sizes['latent']}",
             _surgery(attrs),
@@ -197,7 +207,7 @@ def _verdict(data: xarray.Dataset) -> list[str]:
         return [f"No collapse: all {count} latent dimensions are active; together they hold {information}."]
     shown = ", ".join(map(str, names[dead][:10])) + (", ..." if dead.sum() > 10 else "")
     if dead.all():
-        lines = [f"Collapsed: none of the {count} latent dimensions is active; z tells nothing of x. Try {_REMEDIES}."]
+        lines = [f"{_nothing_active(attrs, count)} Try {_REMEDIES}."]
     else:
         lines = [
             f"{dead.sum()} of {count} latent dimensions are dead: {shown}. If the model should use them, try "
@@ -210,6 +220,16 @@ def _verdict(data: xarray.Dataset) -> list[str]:
             "same: q differs from the prior in the same way everywhere; try a prior with learned parameters."
         )
     return lines
+
+
+def _nothing_active(attrs: Mapping[str, Any], count: int) -> str:
+    information = attrs["mutual_information"]
+    if information > 0.05 + 3 * attrs["mutual_information_se"]:
+        return (
+            f"None of the {count} latent dimensions is active by itself, yet together they hold {information:.2f} nats "
+            "of information on the datapoint: a little in each, or in how q couples them."
+        )
+    return f"Collapsed: none of the {count} latent dimensions is active; z tells next to nothing of x."
 
 
 def collapse_report(
@@ -240,7 +260,8 @@ def collapse_report(
     nearest neighbours, with linear dependence on earlier sites taken into account; expect errors of some 0.02 nats.
 
     The mutual information of datapoint and latent, and the KL divergence of the aggregate posterior from the prior, add
-    up to the KL divergence of the whole latent ("ELBO surgery"): a divergence without information is no use.
+    up to the KL divergence of the whole latent ("ELBO surgery"): a divergence without information is no use. Whether a
+    dimension is active does not depend on its units, nor on those of the others.
 
     Args:
         model: The Pyro model. The scales of ``poutine.scale`` are left out.
@@ -249,7 +270,8 @@ def collapse_report(
         model_args: The model's positional arguments, or a ``DataLoader`` of batches.
         model_kwargs: The model's keyword arguments.
         num_samples: Number of draws per datapoint.
-        threshold: Variance of the posterior mean above which a dimension is active.
+        threshold: Variance of the posterior mean, in units of the posterior's variance, above which a dimension is
+            active; where the posteriors differ otherwise, by as much information.
         epsilon: KL divergence below which a datapoint counts as collapsed, nats.
         delta: Share of datapoints that may exceed it in a collapsed dimension.
         max_pairs: Most datapoints, drawn at random, for the mutual information: its cost is quadratic in their number.
@@ -271,7 +293,13 @@ def collapse_report(
         Don't Blame the ELBO! A Linear VAE Perspective on Posterior Collapse, James Lucas, George Tucker, Roger Grosse,
         Mohammad Norouzi (2019), https://arxiv.org/abs/1911.02469
     """
-    _check_settings(num_samples, threshold, epsilon, delta, max_pairs)
+    num_samples, max_pairs = (
+        check_count("num_samples", num_samples, 2, 200),
+        check_count("max_pairs", max_pairs, 2, 1000),
+    )
+    threshold, epsilon = check_positive("threshold", threshold, 0.01), check_positive("epsilon", epsilon, 0.1)
+    delta = check_real("delta", delta, "a share of the datapoints, at least 0 and below 1", lambda x: 0 <= x < 1, 0.01)
+    seed = check_seed(seed)
     settings = {"threshold": threshold, "epsilon": epsilon, "delta": delta, "num_samples": num_samples, "seed": seed}
     if isinstance(guide, VectorQuantizedGuide):
         codes = find_codes(model, guide, model_args, model_kwargs, progress)
@@ -285,17 +313,6 @@ def collapse_report(
             bar.update()
     _check_enough(len(found.join("kl")))
     return CollapseReport(_to_dataset(found, settings))
-
-
-def _check_settings(num_samples: int, threshold: float, epsilon: float, delta: float, max_pairs: int) -> None:
-    for name, value, least in (("num_samples", num_samples, 2), ("max_pairs", max_pairs, 2)):
-        if value < least:
-            raise ValueError(f"Cannot use {name}={value} because at least {least} are needed; try the default.")
-    for name, number in (("threshold", threshold), ("epsilon", epsilon)):
-        if not number > 0:
-            raise ValueError(f"Cannot use {name}={number} because it must be positive; try the default.")
-    if not 0 <= delta < 1:
-        raise ValueError(f"Cannot use delta={delta} because it is a share of the datapoints below 1; try 0.01.")
 
 
 def _check_enough(num_datapoints: int) -> None:
@@ -312,6 +329,7 @@ class _Found:
     def __init__(self, max_pairs: int) -> None:
         self.max_pairs = max_pairs
         self.parts: list[Divergence] = []
+        self.spreads: list[PriorSpread] = []
         self.problem: LocalProblem | None = None
         self.phi = torch.empty(0)
         self.keys = torch.empty(0, dtype=torch.float64)
@@ -321,6 +339,8 @@ class _Found:
         """Adds a batch; keeps phi of those datapoints that are, so far, among the ``max_pairs`` with lowest keys."""
         start = sum(len(part.kl) for part in self.parts)
         self.parts.append(divergence)
+        before = self.spreads[-1] if self.spreads else None
+        self.spreads.append(PriorSpread.of(problem, generator(seed, 14, number), before))
         keys = torch.rand(len(problem.phi), generator=generator(seed, 12, number), dtype=torch.float64)
         rows = torch.arange(start, start + len(keys))
         phi = problem.phi if self.problem is None else torch.cat([self.phi, problem.phi])
@@ -333,6 +353,10 @@ class _Found:
         """One attribute of the divergences, over all datapoints."""
         return torch.cat([getattr(part, name) for part in self.parts])
 
+    def units(self) -> tuple[Tensor, Tensor]:
+        """Location and scale of the priors of all datapoints, ``(N, D)`` each."""
+        return torch.cat([part.loc for part in self.spreads]), torch.cat([part.scale for part in self.spreads])
+
 
 def _to_dataset(found: _Found, settings: Mapping[str, Any]) -> xarray.Dataset:
     import xarray
@@ -342,9 +366,13 @@ def _to_dataset(found: _Found, settings: Mapping[str, Any]) -> xarray.Dataset:
     count = len(kl)
     variance, variance_se = _variance_of_mean(mean, mean_se)
     share = (kl[..., None] < EPSILONS).mean(0)
-    active = variance > settings["threshold"]
+    loc, scale = found.units()
+    relative, _ = _variance_of_mean((mean - loc.numpy()) / scale.numpy(), mean_se / scale.numpy())
+    units = loc[found.rows], scale[found.rows]
     family: VariationalFamily = problem.objective.family
-    information, information_se = mutual_information(family, found.phi, generator(settings["seed"], 13))
+    of_dimension = dimension_information(family, found.phi, *units, generator(settings["seed"], 15)).numpy()
+    active = of_dimension > least_information(settings["threshold"])
+    information, information_se = mutual_information(family, found.phi, generator(settings["seed"], 13), units=units)
     total, total_se = found.join("total").numpy(), found.join("total_se").numpy()
     chosen = found.rows.numpy()
     held = ", ".join(problem.global_sites)
@@ -370,6 +398,8 @@ def _to_dataset(found: _Found, settings: Mapping[str, Any]) -> xarray.Dataset:
             "kl_se": ("latent", _error_of_mean(found.join("kl_se").numpy())),
             "posterior_mean_variance": ("latent", variance),
             "posterior_mean_variance_se": ("latent", variance_se),
+            "relative_variance": ("latent", relative),
+            "information": ("latent", of_dimension),
             "active": ("latent", active),
             "collapsed": ("latent", (kl < settings["epsilon"]).mean(0) >= 1 - settings["delta"]),
             "share_below": (("latent", "epsilon"), share),

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_amortized.batches import ModelArgs, calls, num_calls
 from pyro_amortized.diagnostics.gaps import QUANTITIES, GapEstimate, decompose, warn_of_violations
 from pyro_amortized.diagnostics.noise import batch_seed
-from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar
+from pyro_amortized.diagnostics.problem import LocalProblem, bind, check_effort, progress_bar
 from pyro_amortized.diagnostics.report import Report, fill, new_axes
 from pyro_amortized.graphs import GraphCache
 from pyro_amortized.guides import LocalGuide
@@ -195,6 +195,7 @@ def compare_gaps(
     data: Mapping[str, ModelArgs] = model_args if isinstance(model_args, Mapping) else {"data": model_args}
     if not by_name or not data:
         raise ValueError("Cannot compare gaps because there is no guide or no data set; try at least one of each.")
+    tolerance, max_samples, seed = check_effort(tolerance, max_samples, seed)
     graphs = GraphCache(compile)  # of the log-joint, which is the same for all guides
     parts: dict[tuple[str, str], list[GapEstimate]] = {(guide, d): [] for d in data for guide in by_name}
     counts = [num_calls(own_args) for own_args in data.values()]

@@ -168,7 +168,11 @@ def _mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def mutual_information(
-    family: VariationalFamily, phi: Tensor, rng: torch.Generator, num_samples: int | None = None
+    family: VariationalFamily,
+    phi: Tensor,
+    rng: torch.Generator,
+    num_samples: int | None = None,
+    units: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[float, float]:
     r"""How much the latent tells of which datapoint it belongs to.
 
@@ -181,6 +185,8 @@ def mutual_information(
         rng: Source of the draws.
         num_samples: Number of draws per datapoint, at least 2; by default such that there are 20000 in all, or fewer
             where their densities under all datapoints would take long.
+        units: A location and a scale for each datapoint, ``(N, D)`` each: z is measured from the one, in units of the
+            other. Where the prior differs from datapoint to datapoint, this leaves out what it tells by itself.
 
     Returns:
         The estimate in nats, and its Monte Carlo standard error.
@@ -196,9 +202,14 @@ def mutual_information(
         num_samples = max(2, min(1000, 20_000 // size, pairs // size**2))
     z = draw(family, phi, num_samples, rng)
     own = q.log_prob(z)
+    loc, scale = (None, None) if units is None else (part.to(z) for part in units)
+    if loc is None or scale is None or (loc == loc[:1]).all() and (scale == scale[:1]).all():
+        loc, scale = z.new_zeros(1, dim), z.new_ones(1, dim)
+    log_scale = scale.log().sum(-1)
     step = max(1, 100 * MAX_ROWS // size // dim)
-    rows = z.reshape(-1, 1, dim).split(step)
-    aggregate = torch.cat([q.log_prob(part.expand(-1, size, -1)).logsumexp(-1) for part in rows]).reshape(own.shape)
+    rows = ((z - loc) / scale).reshape(-1, 1, dim).split(step)
+    densities = [(q.log_prob(loc + scale * part.expand(-1, size, -1)) + log_scale).logsumexp(-1) for part in rows]
+    own, aggregate = own + log_scale, torch.cat(densities).reshape(own.shape)
     values = (own - aggregate).double() + math.log(size)
     error = (values.var(0) / num_samples).sum().sqrt() / size
     return values.mean().item(), error.item()

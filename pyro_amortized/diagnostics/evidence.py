@@ -21,8 +21,8 @@ from pyro_amortized.batches import ModelArgs, calls, is_single
 from pyro_amortized.diagnostics.annealing import anneal
 from pyro_amortized.diagnostics.importance import psis
 from pyro_amortized.diagnostics.local_optimum import LocalOptimum, solve
-from pyro_amortized.diagnostics.noise import batch_seed, generator, widening
-from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar, to_dataset
+from pyro_amortized.diagnostics.noise import batch_seed, draw, generator, widening
+from pyro_amortized.diagnostics.problem import LocalProblem, bind, check_effort, progress_bar, to_dataset
 from pyro_amortized.diagnostics.proposal import Proposal, first_proposal
 from pyro_amortized.diagnostics.report import join
 from pyro_amortized.graphs import GraphCache
@@ -101,26 +101,49 @@ def log_evidence(
         raise ValueError(
             "Cannot use one optimum for several batches because it belongs to one call; try leaving it out."
         )
+    tolerance, max_samples, seed = check_effort(tolerance, max_samples, seed)
     graphs, parts, num_annealed = GraphCache(compile), [], 0
     for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs)):
         own_seed = batch_seed(seed, number)
         problem = bind(model, guide, args, kwargs, own_seed, graphs=graphs)
-        phi = (solve(problem, tolerance, own_seed, progress) if optimum is None else optimum).phi
+        if optimum is None:
+            phi = solve(problem, tolerance, own_seed, progress).phi
+        else:
+            phi = _checked_optimum(problem, optimum, own_seed)
         evidence = estimate_evidence(problem, phi, tolerance, max_samples, own_seed, progress)
         num_annealed += int(evidence.pop("annealed").sum())
         parts.append(to_dataset(problem, evidence, tolerance=tolerance, max_samples=max_samples, seed=seed))
     return join(parts, problem.plate).assign_attrs(num_annealed=num_annealed)
 
 
+@torch.no_grad()
+def _checked_optimum(problem: LocalProblem, optimum: Any, seed: int) -> Tensor:
+    """phi of an optimum that is that of this call: its ELBO must be what it was found to be."""
+    cause = None
+    if not isinstance(optimum, LocalOptimum):
+        cause = f"it is a {type(optimum).__name__}"
+    elif optimum.phi.shape != problem.phi.shape:
+        cause = f"its phi has shape {tuple(optimum.phi.shape)}, and this call's {tuple(problem.phi.shape)}"
+    else:
+        family, phi = problem.objective.family, optimum.phi.to(problem.phi)
+        z = draw(family, phi, 100, generator(seed, 16))
+        values = (problem.objective.log_joint(z) - family(phi).log_prob(z)).double().cpu()
+        error = torch.hypot(values.std(0) / 10, optimum.elbo_se.double().cpu())
+        off = (values.mean(0) - optimum.elbo.double().cpu()).abs() > 8 * error + 1e-3 * (1 + values.mean(0).abs())
+        if off.any():
+            cause = f"at {int(off.sum())} datapoints the ELBO of its phi is another one now"
+    if cause is not None:
+        raise ValueError(
+            f"Cannot use this optimum because it belongs to another call: {cause}; try optimize_local(...) with the "
+            "arguments of this call, or leaving it out."
+        )
+    return optimum.phi
+
+
 def estimate_evidence(
     problem: LocalProblem, phi: Tensor, tolerance: float, max_samples: int, seed: int, progress: bool
 ) -> dict[str, Tensor]:
     """:func:`log_evidence` of a call that is bound already, from the optimal phi ``(N, P)``."""
-    if tolerance < 0 or max_samples < 1:
-        raise ValueError(
-            f"Cannot estimate the evidence with tolerance={tolerance} and max_samples={max_samples} because the first "
-            "must not be negative and the second be at least 1; try tolerance=0.02 and max_samples=20000."
-        )
     results = []
     with progress_bar(len(phi), "log evidence", progress) as bar:
         for number, (part, part_phi) in enumerate(_parts(problem, phi)):

@@ -16,10 +16,11 @@ import numpy as np
 from torch import Tensor
 
 from pyro_amortized.batches import ModelArgs, calls, is_single, num_calls
+from pyro_amortized.checks import check_count
 from pyro_amortized.diagnostics.evidence import estimate_evidence
 from pyro_amortized.diagnostics.local_optimum import solve
 from pyro_amortized.diagnostics.noise import batch_seed
-from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar, to_dataset
+from pyro_amortized.diagnostics.problem import LocalProblem, bind, check_effort, progress_bar, to_dataset
 from pyro_amortized.diagnostics.report import Report, fill, join, new_axes
 from pyro_amortized.graphs import GraphCache
 from pyro_amortized.guides import LocalGuide
@@ -136,13 +137,13 @@ class GapEstimate(Report):
             Their part of :attr:`dataset`; its coordinate says which datapoints they are.
 
         Raises:
-            ValueError: If there is no such variable.
+            ValueError: If there is no such variable, or ``n`` is no count.
         """
         if by not in self.dataset:
             raise ValueError(
                 f"Cannot sort datapoints by {by!r} because there is no such variable; try one of {list(QUANTITIES)}."
             )
-        order = np.argsort(-self.dataset[by].values, kind="stable")[:n]
+        order = np.argsort(-self.dataset[by].values, kind="stable")[: check_count("n", n, 1, 10)]
         return self.dataset.isel({self.plate: order})
 
     def plot(self, ax: Axes | None = None) -> Axes:
@@ -238,6 +239,7 @@ def estimate_gaps(
         Inference Suboptimality in Variational Autoencoders, Chris Cremer, Xuechen Li, David Duvenaud (2018),
         https://arxiv.org/abs/1801.03558
     """
+    tolerance, max_samples, seed = check_effort(tolerance, max_samples, seed)
     graphs = GraphCache(compile)
     estimates = []
     single = is_single(model_args)

@@ -111,6 +111,11 @@ def reliability_threshold(num_samples: int) -> float:
 
 
 def _check_log_weights(log_weights: torch.Tensor) -> None:
+    if not isinstance(log_weights, torch.Tensor):
+        raise ValueError(
+            f"Cannot smooth a {type(log_weights).__name__} because a tensor is wanted; try "
+            "torch.as_tensor(log_weights)."
+        )
     if log_weights.dim() == 0 or log_weights.numel() == 0:
         raise ValueError(
             f"Cannot smooth log_weights of shape {tuple(log_weights.shape)} because it holds no samples; "

@@ -16,7 +16,7 @@ from pyro_amortized.diagnostics.elbo import estimate_elbo, log_weights
 from pyro_amortized.diagnostics.laplace import covariance_root, find_modes, hessian, moments
 from pyro_amortized.diagnostics.lbfgs import minimize_rows
 from pyro_amortized.diagnostics.noise import generator, quasi_normal, seeded
-from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar, to_dataset
+from pyro_amortized.diagnostics.problem import LocalProblem, bind, check_effort, progress_bar, to_dataset
 from pyro_amortized.diagnostics.proposal import all_modes
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.log_joint import chunks
@@ -113,6 +113,7 @@ def optimize_local(
         Inference Suboptimality in Variational Autoencoders, Chris Cremer, Xuechen Li, David Duvenaud (2018),
         https://arxiv.org/abs/1801.03558
     """
+    tolerance, _, seed = check_effort(tolerance, 1, seed)
     return solve(bind(model, guide, model_args, model_kwargs, seed, compile), tolerance, seed, progress)
 
 

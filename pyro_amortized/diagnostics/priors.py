@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,7 +27,7 @@ from pyro_amortized.layout import LocalSite, is_enumerated
 from pyro_amortized.log_joint import LocalLogJoint, chunks
 from pyro_amortized.tracing import Site, isolated, run_model
 
-__all__ = ["SitePrior", "site_priors"]
+__all__ = ["SitePrior", "prior_draws", "site_priors"]
 
 
 @dataclass
@@ -110,10 +110,36 @@ class _Capture(Messenger):
                 raise _AllSeen
 
 
+def prior_draws(log_joint: LocalLogJoint, num_draws: int) -> Tensor:
+    """Unconstrained draws ``(K, N, D)`` from the prior of every datapoint, with global latents at their values."""
+    if not log_joint.vectorized:
+        return torch.stack([_flatten_sites(log_joint, _sites(log_joint, {}, None))[0] for _ in range(num_draws)])
+    sizes = [piece.stop - piece.start for piece in chunks(num_draws, log_joint.num_datapoints)]
+    return torch.cat([_flatten_sites(log_joint, _sites(log_joint, {}, size)) for size in sizes])
+
+
+def _flatten_sites(log_joint: LocalLogJoint, found: list[Site]) -> Tensor:
+    values = {site["name"]: site["value"] for site in found}
+    parts = []
+    for site in log_joint.layout.sites:
+        unconstrained = site.transform.inv(values[site.name])
+        lead = (1,) * (log_joint.depth + 1 + len(site.shape) - unconstrained.dim())
+        parts.append(_flatten(unconstrained.reshape(lead + unconstrained.shape), site, log_joint))
+    return torch.cat(parts, -1)
+
+
 def _run(log_joint: LocalLogJoint, z: Tensor) -> list[SitePrior]:
-    layout, depth, together = log_joint.layout, log_joint.depth, log_joint.vectorized
-    parts = layout.split(z, depth) if together else layout.split(z[0])
+    layout, together = log_joint.layout, log_joint.vectorized
+    parts = layout.split(z, log_joint.depth) if together else layout.split(z[0])
     values = {site.name: site.transform(parts[site.name]) for site in layout.sites}
+    extra = [poutine.enum(first_available_dim=-log_joint.depth - 2)] if log_joint.structure.enumerated else []
+    return _read(log_joint, _sites(log_joint, values, len(z) if together else None, extra), parts)
+
+
+def _sites(
+    log_joint: LocalLogJoint, values: Mapping[str, Tensor], num_draws: int | None, extra: Sequence[Any] = ()
+) -> list[Site]:
+    """Runs the model up to its last local site, with values that are given, in a plate of draws unless None."""
     capture = _Capture(log_joint)
 
     def prior(*args: Any, **kwargs: Any) -> None:
@@ -121,14 +147,12 @@ def _run(log_joint: LocalLogJoint, z: Tensor) -> list[SitePrior]:
             log_joint.model(*args, **kwargs)
 
     handlers: list[Any] = [capture]
-    if together:
+    if num_draws is not None:
         with isolated():
-            handlers.append(pyro.plate("_prior_draws", len(z), dim=-depth - 1))
-    if log_joint.structure.enumerated:
-        handlers.append(poutine.enum(first_available_dim=-depth - 2))
+            handlers.append(pyro.plate("_prior_draws", num_draws, dim=-log_joint.depth - 1))
     given = {**log_joint.global_values, **log_joint.structure.indices, **values}
-    run_model(prior, log_joint.args, log_joint.kwargs, given, handlers)
-    return _read(log_joint, capture.found, parts)
+    run_model(prior, log_joint.args, log_joint.kwargs, given, [*handlers, *extra])
+    return capture.found
 
 
 def _read(log_joint: LocalLogJoint, found: list[Site], parts: dict[str, Tensor]) -> list[SitePrior]:

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_amortized.batches import is_single
+from pyro_amortized.batches import calls, is_single
+from pyro_amortized.checks import check_count, check_real, check_seed
 from pyro_amortized.diagnostics.noise import draw, generator, seeded
 from pyro_amortized.graphs import GraphCache
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.log_joint import LocalLogJoint
 from pyro_amortized.objective import LocalObjective
-from pyro_amortized.structure import Structure
+from pyro_amortized.structure import Structure, StructureReader
 
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["LocalProblem", "bind", "progress_bar", "to_dataset"]
+__all__ = ["LocalProblem", "bind", "check_effort", "check_model", "check_same_model", "progress_bar", "to_dataset"]
 
 
 @dataclass
@@ -86,11 +87,13 @@ def bind(
             f"Cannot call the model with model_args=<{type(model_args).__name__}> because the arguments of a single "
             "call are wanted; try a tuple with those of one batch."
         )
-    args, kwargs = tuple(model_args), dict(model_kwargs or {})
+    check_model(model)
+    args, kwargs = next(calls(model_args, model_kwargs))
     with torch.no_grad(), seeded(generator(seed, 10)):
         guide.setup(*args, **kwargs)
     with torch.no_grad(), seeded(generator(seed, 10)), guide._repeatable():
         structure, phi = guide._infer(args, kwargs)
+        check_same_model(model, guide, args, kwargs, structure)
         _check_unscaled(structure)
         _check_repeatable(guide, args, kwargs, structure, phi)
         global_values = guide.global_median(*args, **kwargs)
@@ -101,6 +104,58 @@ def bind(
     index = torch.arange(frame.size) if structure.positions is None else structure.positions
     return LocalProblem(
         LocalObjective(log_joint, guide.family), phi.detach(), frame.name, index.cpu(), structure.global_sites
+    )
+
+
+def check_model(model: Any) -> None:
+    """Raises a ValueError unless a model can be called."""
+    if not callable(model):
+        raise ValueError(
+            f"Cannot diagnose a guide of {model!r} because that is no model; try the Pyro model that the guide was "
+            "made with, as the first argument."
+        )
+
+
+def check_same_model(model: Any, guide: LocalGuide, args: Any, kwargs: Any, structure: Structure) -> None:
+    """Raises a ValueError that says what differs if a guide was made for a model with other latents."""
+    if model == guide._model_at_hand:
+        return
+    reader = StructureReader(structure.plate, discrete=guide._structures.discrete)
+    try:
+        other = reader.look(model, args, kwargs, structure.indices)
+    except ValueError as error:
+        if not str(error).startswith("Cannot use plate"):
+            raise
+        raise ValueError(
+            "Cannot diagnose this guide on this model because the guide was made for another one, whose datapoints lie "
+            f"in plate {structure.plate!r}, in which this model observes nothing; try the model that the guide was "
+            "made with."
+        ) from error
+    mine, theirs = _latents(structure), _latents(other)
+    held = set(structure.global_sites) - set(other.global_sites)  # which the model may be conditioned on
+    if {name: mine[name] for name in mine if name not in held} != theirs:
+        raise ValueError(
+            f"Cannot diagnose this guide on this model because the guide was made for another one: its latents are "
+            f"{mine}, and the model's {theirs}; try the model that the guide was made with."
+        )
+
+
+def _latents(structure: Structure) -> dict[str, str]:
+    """The latents of a structure by name: shape and support in unconstrained space, and plates."""
+    found = {name: "global" for name in structure.global_sites}
+    for site in structure.layout.sites if structure.layout is not None else ():
+        support = "real" if site.is_real else f"through {site.transform}"
+        plates = [structure.plate, *(f"{n} of {size}" for n, (_, size) in zip(site.plates, site.inner, strict=True))]
+        found[site.name] = f"{tuple(site.shape)} {support} in plate {', '.join(map(str, plates))}"
+    return found
+
+
+def check_effort(tolerance: Any, max_samples: Any, seed: Any) -> tuple[float, int, int]:
+    """The settings that diagnostics share, or a ValueError before any work starts."""
+    return (
+        check_real("tolerance", tolerance, "a number of nats, 0 or more", lambda x: x >= 0, 0.02),
+        check_count("max_samples", max_samples, 1, 20000),
+        check_seed(seed),
     )
 
 

@@ -6,7 +6,7 @@ import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,16 +30,62 @@ class Report:
     dataset: xarray.Dataset
 
     def to_netcdf(self, path: str | os.PathLike[str]) -> None:
-        """Saves the dataset; :meth:`from_netcdf` reads it again."""
-        self.dataset.to_netcdf(path)
+        """Saves the dataset; :meth:`from_netcdf` reads it again.
+
+        Raises:
+            ValueError: If the file cannot be written.
+        """
+        _check_path(path)
+        try:
+            self.dataset.assign_attrs(report=type(self).__name__).to_netcdf(path)
+        except OSError as error:
+            raise ValueError(
+                f"Cannot save this report at {os.fspath(path)!r} because it cannot be written "
+                f"({error.strerror or error}); "
+                'try a file in a directory of your own, to_netcdf("report.nc").'
+            ) from error
 
     @classmethod
     def from_netcdf(cls, path: str | os.PathLike[str]) -> Self:
-        """Reads what :meth:`to_netcdf` saved."""
+        """Reads what :meth:`to_netcdf` saved.
+
+        Raises:
+            ValueError: If the file cannot be read, or holds no report of this kind.
+        """
         import xarray
 
-        with xarray.open_dataset(path) as dataset:
-            return cls(dataset.load())
+        _check_path(path)
+        try:
+            with xarray.open_dataset(path) as opened:
+                dataset = opened.load()
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"Cannot read a report from {os.fspath(path)!r} because it is no file that xarray can read; try the "
+                "path that to_netcdf was given."
+            ) from error
+        kind = dataset.attrs.pop("report", None)
+        if kind != cls.__name__:
+            raise ValueError(
+                f"Cannot read a {cls.__name__} from {os.fspath(path)!r} because it holds "
+                f"{'no report of this package' if kind is None else f'a {kind}'}; try the path that to_netcdf was given"
+                + ("." if kind is None else f", or {kind}.from_netcdf.")
+            )
+        return cls(dataset)
+
+
+def _check_path(path: Any) -> None:
+    """Raises a ValueError unless this is the path of a file in a directory that exists."""
+    cause = None
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        cause = "it is no path"
+    elif os.path.isdir(path):
+        cause = "it is a directory"
+    elif not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        cause = "its directory does not exist"
+    if cause is not None:
+        raise ValueError(
+            f'Cannot use path {path!r} because {cause}; try a file in a directory that exists, "report.nc".'
+        )
 
 
 def join(datasets: Sequence[xarray.Dataset], plate: str) -> xarray.Dataset:
@@ -65,6 +111,11 @@ def fill(text: str, width: int = 92) -> list[str]:
 def new_axes(ax: Axes | None, figsize: tuple[float, float] = (7, 4)) -> Axes:
     """The axes given, or new ones."""
     if ax is not None:
+        if not hasattr(ax, "get_xlim"):
+            raise ValueError(
+                f"Cannot draw on a {type(ax).__name__} because matplotlib axes are wanted; try plt.subplots()[1], or "
+                "None."
+            )
         return ax
     import matplotlib.pyplot as plt
 

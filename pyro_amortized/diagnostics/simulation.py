@@ -19,6 +19,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_amortized.arguments import CallArguments, OwnArguments, Place
+from pyro_amortized.checks import check_count, check_seed
 from pyro_amortized.diagnostics.noise import generator, seeded
 from pyro_amortized.diagnostics.problem import LocalProblem, bind
 from pyro_amortized.diagnostics.substitution import SampleDatapoints
@@ -95,12 +96,13 @@ def simulate(
         >>> simulation.args[0].shape, simulation.latents.shape
         (torch.Size([500]), torch.Size([500, 1]))
     """
+    if num_datapoints is not None:
+        num_datapoints = check_count("num_datapoints", num_datapoints, 1, 100)
+    seed = check_seed(seed)
     simulator = Simulator(bind(model, guide, model_args, model_kwargs, seed), guide)
     rng = generator(seed, 20)
     if num_datapoints is None:
         return simulator.run(None, rng)
-    if num_datapoints < 1:
-        raise ValueError(f"Cannot simulate {num_datapoints} datapoints because it takes at least one; try 100.")
     rows = simulator.choose_rows(num_datapoints, rng)
     if rows is None:
         raise ValueError(
@@ -182,7 +184,10 @@ class Simulator:
             rows = torch.arange(self.num_datapoints)
         part = self.log_joint if _is_range(rows, self.num_datapoints) else self.log_joint.select(rows, once=True)
         if part is None:
-            raise ValueError(f"Cannot simulate rows {rows.tolist()[:5]}... on their own; try rows of choose_rows.")
+            raise ValueError(
+                f"Cannot simulate rows {rows.tolist()[:5]} because the model cannot be run on a part of its data; "
+                "try all."
+            )
         trace, places, arguments = self._draw(part, rng)
         nodes: dict[str, Any] = trace.nodes
         observed = {name: nodes[name]["value"] for name in places}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_amortized.diagnostics.noise import draw, generator, seeded
-from pyro_amortized.diagnostics.problem import bind
+from pyro_amortized.diagnostics.problem import bind, check_model, check_same_model
 from pyro_amortized.encoder_inputs import named_arguments
 from pyro_amortized.export.batch import Batch, Options
 from pyro_amortized.export.groups import to_dataset
@@ -23,7 +23,7 @@ from pyro_amortized.tracing import isolated, run_model
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["Exporter", "check_guide", "check_number"]
+__all__ = ["Exporter", "check_guide"]
 
 
 def check_guide(guide: Any) -> None:
@@ -33,12 +33,6 @@ def check_guide(guide: Any) -> None:
             f"Cannot export the posterior of a {type(guide).__name__} because it is no guide of this package; try an "
             "AmortizedGuide, which serves the latents outside of its plate by global_guide=...."
         )
-
-
-def check_number(name: str, value: Any, least: int) -> None:
-    """Raises a ValueError unless this is a whole number, large enough."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"Cannot use {name}={value!r} because it must be a whole number from {least} on; try 1000.")
 
 
 def _version() -> str:
@@ -61,6 +55,7 @@ class Exporter:
     """
 
     def __init__(self, model: Callable[..., Any], guide: LocalGuide, options: Options) -> None:
+        check_model(model)
         self.model = model
         self.guide = guide
         self.options = options
@@ -132,11 +127,14 @@ class Exporter:
                 structure = guide._prepare(args, kwargs).structure
             if structure.random_plates:
                 structure = guide._look_at(structure, args, kwargs)
+            check_same_model(self.model, guide, args, kwargs, structure)
             return structure, None
         if self.options.weighs and self._number == 0:
             self._check(args, kwargs)
         with guide._repeatable():
-            return guide._infer(args, kwargs)
+            structure, phi = guide._infer(args, kwargs)
+        check_same_model(self.model, guide, args, kwargs, structure)
+        return structure, phi
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Makes sure, in the first batch, that log-densities can be trusted."""

@@ -6,9 +6,10 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pyro_amortized.batches import ModelArgs, calls, num_calls
+from pyro_amortized.checks import check_count, check_seed
 from pyro_amortized.diagnostics.problem import progress_bar
 from pyro_amortized.export.batch import Options
-from pyro_amortized.export.exporter import Exporter, check_guide, check_number
+from pyro_amortized.export.exporter import Exporter, check_guide
 from pyro_amortized.export.groups import join_group
 from pyro_amortized.guides import LocalGuide
 
@@ -122,15 +123,21 @@ def _checked(
     seed: int,
 ) -> Options:
     num_prior_samples = num_samples if num_prior_samples is None else num_prior_samples
-    for name, value in (("num_samples", num_samples), ("num_prior_samples", num_prior_samples)):
-        check_number(name, value, 1)
+    num_samples = check_count("num_samples", num_samples, 1, 1000)
+    num_prior_samples = check_count("num_prior_samples", num_prior_samples, 1, 1000)
+    if groups is not None and not isinstance(groups, Collection):
+        raise ValueError(
+            f"Cannot make groups {groups!r} because names are wanted; try some of {[*GROUPS, *PRIOR_GROUPS]}."
+        )
     asked = frozenset((groups,) if isinstance(groups, str) else GROUPS if groups is None else groups)
     unknown = sorted(asked.difference(GROUPS, PRIOR_GROUPS))
     if unknown:
         raise ValueError(
             f"Cannot make groups {unknown} because they are unknown; try some of {[*GROUPS, *PRIOR_GROUPS]}."
         )
-    return Options(num_samples, num_prior_samples, resample, asked.union(PRIOR_GROUPS if prior else ()), seed)
+    return Options(
+        num_samples, num_prior_samples, resample, asked.union(PRIOR_GROUPS if prior else ()), check_seed(seed)
+    )
 
 
 def _inference_data(groups: Mapping[str, xarray.Dataset]) -> Any:

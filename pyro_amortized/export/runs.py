@@ -108,16 +108,6 @@ class ModelRuns:
         self.depth = batch_depth(trace, structure.frames)
         self.num_elements = max([1, *(site["fn"].shape().numel() for site in found.values())])
         self.modes: dict[str, Mode] = {}
-        self._check_latents()
-
-    def _check_latents(self) -> None:
-        local = () if self.structure.layout is None else self.structure.layout.sites
-        missing = [site.name for site in local if site.name not in self.latent]
-        if missing:
-            raise ValueError(
-                f"Cannot evaluate the model at the guide's draws because local sites {missing} are not latent in this "
-                "model; try the model that the guide was made for, called with the data that it observes."
-            )
 
     # What a run gives
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pyro_amortized.batches import ModelArgs, calls, num_calls
+from pyro_amortized.checks import check_count, check_probabilities, check_seed
 from pyro_amortized.diagnostics.problem import progress_bar
 from pyro_amortized.export.batch import Options
-from pyro_amortized.export.exporter import Exporter, check_guide, check_number
+from pyro_amortized.export.exporter import Exporter, check_guide
 from pyro_amortized.export.groups import join_group
 from pyro_amortized.guides import LocalGuide
 
@@ -70,7 +71,7 @@ def posterior_summary(
     """
     check_guide(guide)
     probs = _checked(quantiles)
-    check_number("num_samples", num_samples, 0)
+    num_samples, seed = check_count("num_samples", num_samples, 0, 1000), check_seed(seed)
     names = {"quantiles", "posterior"} if num_samples else {"quantiles"}
     exporter = Exporter(model, guide, Options(num_samples, 0, False, frozenset(names), seed, probs))
     parts: dict[str, list[xarray.Dataset]] = {name: [] for name in names}
@@ -87,8 +88,8 @@ def posterior_summary(
 
 
 def _checked(quantiles: Sequence[float]) -> tuple[float, ...]:
-    probs = tuple(float(q) for q in quantiles)
-    if not probs or not all(0.0 < q < 1.0 for q in probs):
+    probs = tuple(check_probabilities(quantiles))
+    if not all(0.0 < q < 1.0 for q in probs):
         raise ValueError(
             f"Cannot take quantiles {list(probs)} because these must lie between 0 and 1; try (0.05, 0.5, 0.95)."
         )

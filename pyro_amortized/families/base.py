@@ -9,6 +9,8 @@ from typing import Any
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_amortized.checks import check_count
+
 __all__ = ["FamilySpec", "VariationalFamily", "build_family", "register_family"]
 
 
@@ -49,7 +51,7 @@ class VariationalFamily(nn.Module, ABC):
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
-        self.latent_dim = latent_dim
+        self.latent_dim = check_count("latent_dim", latent_dim, 1, 2)
 
     @abstractmethod
     def forward(self, phi: Tensor) -> TorchDistribution:
@@ -245,6 +247,11 @@ def check_family_spec(spec: FamilySpec) -> None:
         raise ValueError(
             f"Cannot use family {spec!r} because no variational family has that name; "
             f"try one of {sorted(_REGISTRY)} or pass a VariationalFamily."
+        )
+    if isinstance(spec, type) and not issubclass(spec, VariationalFamily):
+        raise ValueError(
+            f"Cannot use family {spec.__name__} of {spec.__module__} because it is no VariationalFamily; try one of "
+            f"{sorted(_REGISTRY)}, or a class of pyro_amortized."
         )
     if not isinstance(spec, str) and not callable(spec):
         raise ValueError(

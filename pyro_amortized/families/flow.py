@@ -11,6 +11,7 @@ import pyro.distributions.transforms as transforms
 import torch
 from torch import Tensor, nn
 
+from pyro_amortized.checks import check_count, check_widths
 from pyro_amortized.families.base import VariationalFamily, register_family
 
 __all__ = ["Flow"]
@@ -79,11 +80,9 @@ class Flow(VariationalFamily):
                 f"{sorted(_TRANSFORMS)}, {_ZUKO}NSF, or a function of latent_dim and context_dim to a conditional "
                 "transform."
             )
-        if num_transforms < 1 or context_dim < 1:
-            raise ValueError(
-                f"Cannot build a flow with num_transforms={num_transforms} and context_dim={context_dim} because both "
-                "must be positive; try the defaults."
-            )
+        num_transforms = check_count("num_transforms", num_transforms, 1, 3)
+        context_dim = check_count("context_dim", context_dim, 1, 16)
+        hidden_dims = check_widths("hidden_dims", hidden_dims)
         layers: list[nn.Module]
         if isinstance(transform, str) and transform.startswith(_ZUKO):
             flow = _zuko_flow(transform.removeprefix(_ZUKO))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_amortized.checks import check_count, check_positive
 from pyro_amortized.families.base import VariationalFamily, register_family
 
 __all__ = ["Mixture"]
@@ -61,15 +62,8 @@ class Mixture(VariationalFamily):
 
     def __init__(self, latent_dim: int, num_components: int = 4, spread: float = 1.0) -> None:
         super().__init__(latent_dim)
-        if num_components < 1:
-            raise ValueError(
-                f"Cannot build a mixture with num_components={num_components} because it needs a component; try 4."
-            )
-        if not spread > 0:
-            raise ValueError(
-                f"Cannot build a mixture with spread={spread} because components that start in one place stay equal; "
-                "try 1.0."
-            )
+        num_components = check_count("num_components", num_components, 1, 4)
+        check_positive("spread", spread, 1.0)  # components that start in one place stay equal
         self.num_components = num_components
         self.spread = spread
         self.num_params = num_components * (2 * latent_dim + 1)

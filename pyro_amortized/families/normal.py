@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_amortized.checks import check_count
 from pyro_amortized.families.base import VariationalFamily, register_family
 
 __all__ = ["LowRankMultivariateNormal", "MultivariateNormal", "Normal"]
@@ -180,9 +181,7 @@ class LowRankMultivariateNormal(_Gaussian):
 
     def __init__(self, latent_dim: int, rank: int | None = None) -> None:
         super().__init__(latent_dim)
-        self.rank = int((latent_dim - 1) ** 0.5) + 1 if rank is None else rank
-        if self.rank < 1:
-            raise ValueError(f"Cannot use rank={rank} because a low-rank factor needs a column; try rank=1.")
+        self.rank = int((self.latent_dim - 1) ** 0.5) + 1 if rank is None else check_count("rank", rank, 1)
         self.num_params = 2 * latent_dim + latent_dim * self.rank
         self.noise_dim = latent_dim + self.rank
 

@@ -212,7 +212,10 @@ class Structured(_Gaussian):
             ValueError: If there are kinds of couplings that this family does not have.
         """
         if self.step_size is None:
-            raise ValueError("Cannot change the number of steps of a family that was not made by Structured.shared.")
+            raise ValueError(
+                "Cannot change the number of steps of this family because its steps share no head; try "
+                "family.shared(...)."
+            )
         return self._with_kinds(latent_dim, parents, self.step_size, self.kinds)
 
     @classmethod

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from pyro_amortized.encoder_inputs import check_finite_inputs
 from pyro_amortized.encoders import MLPEncoder, StandardizedEncoder
 from pyro_amortized.families import Normal, Structured
 from pyro_amortized.guides.base import GuideOptions, LocalGuide
-from pyro_amortized.inference import Encoded, InferenceStrategy
+from pyro_amortized.inference import Encoded, InferenceStrategy, check_output
 from pyro_amortized.structure import Structure
 
 __all__ = ["AmortizedGuide"]
@@ -130,13 +131,27 @@ class AmortizedGuide(LocalGuide):
         return Encoded(encoder, head, num_couplings)
 
     def _first_features(self, encoder: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+        check_finite_inputs(inputs)
         if isinstance(encoder, StandardizedEncoder):
             encoder.fit(*inputs)
-        return _first_output(encoder, inputs)
+        features = _first_output(encoder, inputs)
+        check_output(features)
+        if not all(part.isfinite().all() for part in (features if isinstance(features, tuple) else (features,))):
+            raise ValueError(
+                "Cannot build a guide on this encoder because what it returned at first holds NaN or infinite values; "
+                "try a look at its weights and at its inputs, which are finite."
+            )
+        return features
 
     def _check_features(self, features: Tensor, inputs: tuple[Tensor, ...], structure: Structure) -> None:
         size = structure.datapoints.size
-        if features.dim() != 2 or len(features) != size:
+        frame = structure.datapoints
+        if frame.kind == "unsized" and features.dim() == 2 and len(features) != size:
+            raise ValueError(
+                f"Cannot tell the latents of {len(features)} datapoints apart because plate {frame.name!r} has no "
+                f"size to expand their prior to; try `pyro.plate({frame.name!r}, {len(features)})`."
+            )
+        if features.dim() != 2 or len(features) != size or not features.shape[1]:
             raise ValueError(
                 f"Cannot encode the {size} datapoints of plate {structure.datapoints.name!r} because the "
                 f"encoder returned features of shape {tuple(features.shape)} for inputs of shapes "
@@ -147,12 +162,17 @@ class AmortizedGuide(LocalGuide):
         if not inputs:
             raise ValueError(
                 "Cannot build a default encoder because no site in the datapoint plate is observed with values; "
-                "try encoder_input=..."
+                "try encoder_input=... with the name of an argument, or a function of the model's arguments."
             )
         return MLPEncoder(MLPEncoder.flatten(*inputs).shape[1], **options).to(init_loc)
 
     def _check_pair(self, pair: tuple[Tensor, ...], init_loc: Tensor) -> None:
         shapes = [tuple(part.shape) for part in pair]
+        if shapes == [tuple(init_loc.shape)] * 2 and not (pair[1] > 0).all():
+            raise ValueError(
+                "Cannot use the encoder's (loc, scale) pair because some scales are not positive; try "
+                "torch.nn.functional.softplus(scale), or scale.exp()."
+            )
         if not isinstance(self.family, Normal) or shapes != [tuple(init_loc.shape)] * 2:
             raise ValueError(
                 f"Cannot use the encoder's output, a tuple of tensors of shapes {shapes}, because a (loc, scale) pair "

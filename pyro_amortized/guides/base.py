@@ -21,12 +21,14 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
+from pyro_amortized.checks import check_count, check_probabilities
 from pyro_amortized.dependence import posterior_parents
 from pyro_amortized.encoder_inputs import Call, EncoderInput, encoder_inputs
 from pyro_amortized.families import Normal, Structured, VariationalFamily, build_family
 from pyro_amortized.families.base import FamilySpec, check_family_spec
+from pyro_amortized.guides.options import check_initial, check_initial_value, check_options, check_state, created_plates
 from pyro_amortized.inference import InferenceStrategy, Refined
-from pyro_amortized.layout import SiteLayout, is_enumerated
+from pyro_amortized.layout import SiteLayout, check_continuous, is_enumerated
 from pyro_amortized.observed import WholeObservations
 from pyro_amortized.sampling import KeepLogDensity, add_gradient, check_scaled_once, log_conditionals, sample_local
 from pyro_amortized.simulated import simulated_call, takes_observations
@@ -82,8 +84,7 @@ class LocalGuide(AutoGuide):
         if not callable(model):
             raise ValueError(f"Cannot guide {model!r} because it is not callable; try passing the Pyro model itself.")
         check_family_spec(family)
-        if not init_scale > 0:
-            raise ValueError(f"Cannot use init_scale={init_scale} because a scale must be positive; try 0.1.")
+        check_options(plate, encoder_input, global_guide, create_plates, init_loc_fn, init_scale, name)
         super().__init__(model, create_plates=create_plates)
         if name is not None:
             self._pyro_name = name
@@ -152,6 +153,7 @@ class LocalGuide(AutoGuide):
         init_loc = torch.empty(0)
         if structure.layout is not None:
             init_loc = structure.layout.flatten({s.name: nodes[s.name]["value"] for s in structure.layout.sites})
+            check_initial(init_loc, structure.layout.names)
             self._like = init_loc.new_empty(0)
             find_parents = partial(self._parents, call)
             self.family = build_family(self._family_spec, structure.layout.latent_dim, find_parents).to(init_loc)
@@ -173,12 +175,21 @@ class LocalGuide(AutoGuide):
         self._built_structure = structure.without_tensors()
         self._ready = True
         if self._pending_state:
-            state, self._pending_state = self._pending_state, {}
-            self.load_state_dict(state)
+            try:
+                self.load_state_dict(self._pending_state)
+            except ValueError:
+                self._ready = False
+                self._forget_global_guide()
+                raise
+            self._pending_state = {}
 
     def _initial(self, site: Any) -> Tensor | None:
         """Where a latent starts; sites enumerated in the model, and discrete ones, are left to the model."""
-        return None if is_enumerated(site) or site["fn"].support.is_discrete else self.init_loc_fn(site)
+        if is_enumerated(site) or site["fn"].support.is_discrete:
+            return None
+        value = self.init_loc_fn(site)
+        check_initial_value(site, value)
+        return value
 
     def _stored_globals(self) -> list[str]:
         """Names of parameters in Pyro's store that belong to a global guide of this guide's name."""
@@ -197,7 +208,17 @@ class LocalGuide(AutoGuide):
             InitMessenger(self.init_loc_fn)(poutine.block(self.model, expose=expose))
         )
         with isolated(), torch.no_grad(), untouched():
-            self.global_guide(*call.args, **call.kwargs)  # makes its parameters
+            try:
+                self.global_guide(*call.args, **call.kwargs)  # makes its parameters
+            except ValueError as error:
+                if "discrete sample site" in str(error):
+                    self._refuse_discrete(call)
+                raise
+
+    def _refuse_discrete(self, call: Call) -> None:
+        nodes: dict[str, Any] = run_model(self.model, call.args, call.kwargs, call.structure.indices).nodes
+        for name in call.structure.global_sites:
+            check_continuous(name, nodes[name], f"global_guide={type(self.global_guide).__name__}")
 
     @property
     def _model_at_hand(self) -> Callable[..., Any] | None:
@@ -305,8 +326,7 @@ class LocalGuide(AutoGuide):
             return plates
         plates = {}
         if self.create_plates is not None:
-            created = self.create_plates(*args, **kwargs)
-            plates = {plate.name: plate for plate in ([created] if isinstance(created, pyro.plate) else created)}
+            plates = created_plates(self.create_plates(*args, **kwargs), structure.frames)
         for name in structure.latent_plates:
             if name not in plates:
                 plates[name] = structure.frames[name].create(structure.indices.get(name))
@@ -418,7 +438,8 @@ class LocalGuide(AutoGuide):
         bad = wrong.any(-1).flatten().nonzero().squeeze(-1).tolist()
         if not bad:
             return
-        cause, remedy = "its parameters have diverged", "a smaller learning rate or clipped gradients"
+        cause = "its parameters have diverged"
+        remedy = "a smaller learning rate, and pyro.optim.ClippedAdam if gradients are not clipped yet"
         if isinstance(self._modules["inference"], Refined):
             cause = "refinement has diverged, the data hold invalid values, or the encoder has diverged"
             remedy = (
@@ -538,7 +559,7 @@ class LocalGuide(AutoGuide):
             if call.structure.layout is None:
                 raise ValueError(
                     "Cannot give variational parameters per datapoint because the model has no local latents; "
-                    "try guide.global_guide."
+                    "try guide.global_median(...), or guide.quantiles(...), of the global ones."
                 )
             structure = call.structure
             if any(name not in structure.indices for name in structure.random_plates):
@@ -580,13 +601,17 @@ class LocalGuide(AutoGuide):
         its coordinates. The same convention as Pyro's autoguides.
 
         Args:
-            quantiles: Q probabilities between 0 and 1.
+            quantiles: Q probabilities from 0 to 1.
             *args: The model's arguments.
             **kwargs: The model's keyword arguments.
 
         Returns:
             Quantiles by site name, of shape ``(Q, *batch, *event)``.
+
+        Raises:
+            ValueError: If the probabilities are none.
         """
+        quantiles = check_probabilities(quantiles)
         result: dict[str, Tensor] = {}
         with isolated():
             call = self._prepare(args, kwargs)
@@ -632,6 +657,7 @@ class LocalGuide(AutoGuide):
         """
         from pyro_amortized.guides.semi_amortized import SemiAmortizedGuide
 
+        num_particles = check_count("num_particles", num_particles, 1, 32)
         if not self._ready:
             raise ValueError(
                 "Cannot refine this guide because it has not been set up; try training it, or guide.setup(...)."
@@ -697,6 +723,15 @@ class LocalGuide(AutoGuide):
             model = types.MethodType(model.__func__, memo[id(holder)])
         copied.__dict__["_model"] = None if model is None else (memo.get(id(model), model),)
         return copied
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads parameters and buffers, in the first call if nothing has been built yet.
+
+        Raises:
+            ValueError: If they are those of another guide; nothing is loaded then.
+        """
+        check_state(self, state_dict, strict and self._ready)
+        return super().load_state_dict(state_dict, strict, assign)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Keeps the state for the first call if nothing has been built yet."""

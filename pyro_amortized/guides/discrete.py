@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from pyro_amortized.checks import check_positive
 from pyro_amortized.discrete import DiscreteSite, check_inference, mode, one_hot, sample_discrete
 from pyro_amortized.encoder_inputs import Call
 from pyro_amortized.guides.amortized import AmortizedGuide
@@ -103,8 +104,8 @@ class DiscreteAmortizedGuide(AmortizedGuide):
         **options: Unpack[GuideOptions],
     ) -> None:
         super().__init__(model, encoder, **options)
-        if temperature is not None and not temperature > 0:
-            raise ValueError(f"temperature must be above 0 because gradients are divided by it, not {temperature}.")
+        if temperature is not None:  # by which gradients are divided
+            check_positive("temperature", temperature, 0.5)
         self.temperature = temperature
         self._structures = StructureReader(options.get("plate"), discrete=True)
         self._discrete: tuple[DiscreteSite, ...] = ()

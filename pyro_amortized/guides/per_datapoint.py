@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from pyro_amortized.checks import check_flag
 from pyro_amortized.guides.base import GuideOptions, LocalGuide
 from pyro_amortized.inference import InferenceStrategy, PerDatapoint
 from pyro_amortized.structure import Structure
@@ -37,6 +38,7 @@ class PerDatapointGuide(LocalGuide):
             raise ValueError(
                 "Cannot use encoder_input with PerDatapointGuide because it has no encoder; try AmortizedGuide."
             )
+        check_flag("sparse", sparse)
         super().__init__(model, **options)
         self.sparse = sparse
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from pyro_amortized.checks import check_count, check_flag
 from pyro_amortized.encoder_inputs import Call
 from pyro_amortized.graphs import GraphCache
 from pyro_amortized.guides.amortized import AmortizedGuide
 from pyro_amortized.guides.base import GuideOptions
-from pyro_amortized.inference import InferenceStrategy, Refined, check_count
+from pyro_amortized.inference import InferenceStrategy, Refined
 from pyro_amortized.log_joint import LocalLogJoint
 from pyro_amortized.objective import ESTIMATORS, LocalObjective
 from pyro_amortized.tracing import call_key, kept_state, untouched
@@ -59,11 +60,16 @@ class RefiningGuide(AmortizedGuide):
         estimator: str | None = None,
         **options: Unpack[GuideOptions],
     ) -> None:
-        check_count("num_steps", num_steps, 0)
-        check_count("num_particles", num_particles, 1)
+        num_steps = check_count("num_steps", num_steps, 0, 5)
+        num_particles = check_count("num_particles", num_particles, 1, 8)
+        for flag_name, flag in (("compile", compile), ("fixed_noise", fixed_noise)):
+            check_flag(flag_name, flag)
+        check_flag("keep_best", keep_best, may_be_none=True)
         check_update(update)
         if initial not in ("encoder", "prior"):
-            raise ValueError(f'Cannot start at {initial!r}; try initial="encoder" or initial="prior".')
+            raise ValueError(
+                f'Cannot start at {initial!r} because there is no such start; try initial="encoder" or initial="prior".'
+            )
         if estimator is not None and estimator not in ESTIMATORS:
             raise ValueError(
                 f"Cannot estimate gradients by {estimator!r} because it is none of {ESTIMATORS}; try {ESTIMATORS[0]!r}."
@@ -88,8 +94,7 @@ class RefiningGuide(AmortizedGuide):
 
     @num_steps.setter
     def num_steps(self, value: int) -> None:
-        check_count("num_steps", value, 0)
-        self._num_steps = value
+        self._num_steps = value = check_count("num_steps", value, 0, 5)
         if "inference" in self._modules:
             self._modules["inference"].num_steps = value  # type: ignore[union-attr]
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from pyro_amortized.checks import check_flag
 from pyro_amortized.families import Normal
 from pyro_amortized.guides.base import LocalGuide
 from pyro_amortized.guides.refining import RefiningGuide, RefiningOptions, check_update
@@ -99,6 +100,7 @@ class SemiAmortizedGuide(RefiningGuide):
                 '"unrolled".'
             )
         check_update(update)
+        check_flag("checkpoint", checkpoint)
         if update is not None and update.is_learned:
             raise ValueError(
                 f"Cannot use {type(update).__name__} in SemiAmortizedGuide because it has to be trained at every step; "

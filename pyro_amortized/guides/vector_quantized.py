@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from pyro_amortized.checks import check_real
 from pyro_amortized.discrete import DiscreteSite
 from pyro_amortized.encoder_inputs import Call
 from pyro_amortized.guides.amortized import AmortizedGuide
@@ -106,8 +107,7 @@ class VectorQuantizedGuide(AmortizedGuide):
                 f"Cannot quantize with {codebook!r} because it is no Codebook; try the Codebook that the model looks "
                 "codes up in."
             )
-        if not 0 <= commitment < float("inf"):
-            raise ValueError(f"Cannot use commitment={commitment} because it must be finite, 0 or more; try 0.25.")
+        check_real("commitment", commitment, "a finite number, 0 or more", lambda x: x >= 0, 0.25)
         if "family" in options:
             raise ValueError(
                 "Cannot use a family with vector-quantised codes because q has one possible value; try leaving it out."

@@ -11,6 +11,7 @@ from pyro.infer import SVI
 from pyro.infer.util import torch_item, zero_grads
 from torch import Tensor
 
+from pyro_amortized.checks import check_count
 from pyro_amortized.diagnostics.divergence import mutual_information
 from pyro_amortized.diagnostics.noise import generator, seeded
 from pyro_amortized.guides import LocalGuide
@@ -76,9 +77,8 @@ class AggressiveEncoder(SVI):
                 f"Cannot train a {type(guide).__name__} aggressively because its variational parameters per datapoint, "
                 "and so the mutual information, are unknown; try an AmortizedGuide."
             )
-        for name, value in (("window", window), ("max_encoder_steps", max_encoder_steps)):
-            if value < 1:
-                raise ValueError(f"Cannot use {name}={value} because at least one step is needed; try the default.")
+        window = check_count("window", window, 1, 10)
+        max_encoder_steps = check_count("max_encoder_steps", max_encoder_steps, 1, 100)
         super().__init__(model, guide, optim, loss)
         self.aggressive = True
         self.window = window

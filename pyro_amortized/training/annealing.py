@@ -10,6 +10,7 @@ import pyro.distributions as dist
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
+from pyro_amortized.checks import check_count, check_positive, check_real
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.layout import is_enumerated
 from pyro_amortized.structure import StructureReader
@@ -32,7 +33,7 @@ def linear_schedule(num_steps: int, start: float = 0.0) -> Schedule:
         Generating Sentences from a Continuous Space, Samuel R. Bowman, Luke Vilnis, Oriol Vinyals, Andrew M. Dai, Rafal
         Jozefowicz, Samy Bengio (2015), https://arxiv.org/abs/1511.06349
     """
-    _check_positive("num_steps", num_steps)
+    check_positive("num_steps", num_steps, 1000)
     _check_beta(start)
     return lambda step: start + (1 - start) * min(1.0, step / num_steps)
 
@@ -49,7 +50,8 @@ def sigmoid_schedule(midpoint: float, width: float) -> Schedule:
         >>> round(schedule(0), 4), schedule(500), round(schedule(1000), 4)
         (0.0, 0.5, 1.0)
     """
-    _check_positive("width", width)
+    check_real("midpoint", midpoint, "a number of steps", lambda _: True, 500)
+    check_positive("width", width, 50)
     return lambda step: 0.5 * (1 + math.tanh(0.5 * (step - midpoint) / width))
 
 
@@ -70,19 +72,15 @@ def cyclical_schedule(num_steps: int, num_cycles: int = 4, ramp: float = 0.5) ->
         Cyclical Annealing Schedule: A Simple Approach to Mitigating KL Vanishing, Hao Fu, Chunyuan Li, Xiaodong Liu,
         Jianfeng Gao, Asli Celikyilmaz, Lawrence Carin (2019), https://arxiv.org/abs/1903.10145
     """
-    for name, value in (("num_steps", num_steps), ("num_cycles", num_cycles), ("ramp", ramp)):
-        _check_positive(name, value)
+    check_positive("num_steps", num_steps, 1000)
+    num_cycles = check_count("num_cycles", num_cycles, 1, 4)
+    check_real("ramp", ramp, "a share of a cycle, above 0 and at most 1", lambda x: 0 < x <= 1, 0.5)
     cycle = num_steps / num_cycles
     return lambda step: 1.0 if step >= num_steps else min(1.0, step % cycle / cycle / ramp)
 
 
-def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"Cannot use {name}={value} because it must be positive; try a positive number.")
-
-
 def _check_beta(beta: float) -> float:
-    if not (isinstance(beta, int | float) and 0 <= beta < math.inf):
+    if isinstance(beta, bool) or not (isinstance(beta, int | float) and 0 <= beta < math.inf):
         raise ValueError(
             f"Cannot scale the KL divergence by beta={beta!r} because that must be a finite number, 0 or more (and no "
             "tensor, which Pyro refuses under enumeration); try a schedule from steps to floats, linear_schedule(1000)."
@@ -140,6 +138,11 @@ class KLAnnealing:
         *,
         plate: str | None = None,
     ) -> None:
+        for name, handled in (("model", model), ("guide", guide)):
+            if not callable(handled):
+                raise ValueError(
+                    f"Cannot anneal the {name} {handled!r} because it is not callable; try the {name} itself."
+                )
         if not callable(schedule):
             raise ValueError(
                 f"Cannot anneal by {schedule!r} because a schedule is a function from steps to beta; try "

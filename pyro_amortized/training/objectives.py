@@ -15,6 +15,7 @@ from pyro.infer.util import torch_item
 from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
+from pyro_amortized.checks import check_positive, check_real
 from pyro_amortized.layout import datapoint_plate, is_enumerated
 from pyro_amortized.tracing import Site, sample_sites
 
@@ -112,10 +113,11 @@ class FreeBitsELBO(_LocalKLELBO):
     """
 
     def __init__(self, free_bits: float, per: str = "dimension", *, plate: str | None = None, **options: Any) -> None:
-        if not free_bits >= 0:
-            raise ValueError(f"Cannot use free_bits={free_bits} because it must not be negative; try 0.25.")
+        check_real("free_bits", free_bits, "a number of nats, 0 or more", lambda x: x >= 0, 0.25)
         if per not in ("dimension", "site"):
-            raise ValueError(f'Cannot give free bits per {per!r}; try per="dimension" or per="site".')
+            raise ValueError(
+                f'Cannot give free bits per {per!r} because there is no such share; try per="dimension" or per="site".'
+            )
         super().__init__(plate=plate, **options)
         self.free_bits = free_bits
         self.per = per
@@ -147,10 +149,8 @@ class CapacityELBO(_LocalKLELBO):
     """
 
     def __init__(self, capacity: float, gamma: float = 10.0, *, plate: str | None = None, **options: Any) -> None:
-        if not capacity >= 0:
-            raise ValueError(f"Cannot use capacity={capacity} because it must not be negative; try 5.0.")
-        if not gamma > 0:
-            raise ValueError(f"Cannot use gamma={gamma} because it must be positive; try 10.0.")
+        check_real("capacity", capacity, "a number of nats, 0 or more", lambda x: x >= 0, 5.0)
+        check_positive("gamma", gamma, 10.0)
         super().__init__(plate=plate, **options)
         self.capacity = capacity
         self.gamma = gamma
