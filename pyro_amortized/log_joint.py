@@ -88,6 +88,7 @@ class LocalLogJoint:
         self.selectable = True
         self._axes: DatapointAxes | None = None
         self._origin: tuple[LocalLogJoint, Tensor] | None = None
+        self._with_priors = True
         self._copies: LocalLogJoint | None = None
 
     @property
@@ -104,6 +105,12 @@ class LocalLogJoint:
         if self.graphs is not None and self._can_run_blocks(z.shape[0] * z.shape[1]):
             return _InBlocks.apply(z, self)
         return self.plain(z)
+
+    def likelihood(self) -> LocalLogJoint:
+        """The same without the local latents' densities: a function of z with other maxima."""
+        part = self.of_call(self.args, self.kwargs, self.structure)
+        part.selectable, part._with_priors = self._is_selectable(), False
+        return part
 
     def plain(self, z: Tensor) -> Tensor:
         """The same without graphs; differentiable any number of times, with respect to everything."""
@@ -164,7 +171,7 @@ class LocalLogJoint:
             if self.structure.enumerated:
                 summed, done = self._sum_out(trace, z.shape[0])
                 log_joint = log_joint + summed
-            for site in self.layout.sites:
+            for site in self.layout.sites if self._with_priors else ():
                 weight = site_weight(trace.nodes[site.name])  # type: ignore[arg-type]
                 if weight.is_masked or not (site.is_real or posteriors):
                     term = site.log_det_and_padding(log_dets[site.name], parts[site.name], weight)
@@ -183,7 +190,7 @@ class LocalLogJoint:
         names, scales = set(), []
         for name, site in sites.items():
             factor = site["packed"]["unscaled_log_prob"]
-            if symbols.isdisjoint(factor._pyro_dims):
+            if symbols.isdisjoint(factor._pyro_dims) or self._is_left_out(name):
                 continue
             if "_enumerate_symbol" not in site["infer"]:
                 factor = packed.scale_and_mask(factor, mask=site["packed"]["mask"])
@@ -248,7 +255,7 @@ class LocalLogJoint:
     ) -> Tensor | float:
         total: Tensor | float = 0.0
         for name, site in sample_sites(trace).items():
-            if name in done:
+            if name in done or self._is_left_out(name):
                 continue
             if not site["is_observed"] and name not in values:
                 raise ValueError(
@@ -269,6 +276,9 @@ class LocalLogJoint:
                     )
                 total = total + self._per_datapoint(term, num_draws)
         return total
+
+    def _is_left_out(self, name: str) -> bool:
+        return not self._with_priors and any(site.name == name for site in self.layout.sites)
 
     def _frame(self, site: Site) -> Any:
         """The datapoint plate in a site's stack, or None."""
@@ -449,6 +459,7 @@ class LocalLogJoint:
         global_values = self.global_values if global_values is None else global_values
         part = LocalLogJoint(self.model, args, kwargs, structure, global_values)
         part.validate, part.vectorized, part.like = self.validate, self.vectorized, self.like
+        part._with_priors = self._with_priors
         return part
 
 

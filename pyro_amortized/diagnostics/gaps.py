@@ -282,7 +282,7 @@ def decompose(
         "inference_gap_se": (log_p_se.square() + optimum.initial_elbo_se.square()).sqrt(),
         "khat": khat,
     }
-    variables["reliable"] = _reliable(variables, tolerance) & optimum.converged
+    variables["reliable"] = _reliable(variables, tolerance) & optimum.converged & evidence["settled"]
     settings = {"tolerance": tolerance, "max_samples": max_samples, "seed": seed}
     return GapEstimate(to_dataset(problem, variables, **settings)), evidence
 
