@@ -33,6 +33,7 @@ from pyro_amortized.outside import check_outside
 from pyro_amortized.programs import run_traced
 from pyro_amortized.structure import Structure
 from pyro_amortized.tracing import Site, isolated, run_model, sample_sites
+from pyro_amortized.unconstrained import unconstrained_log_prob
 from pyro_amortized.weights import SiteWeight, site_weight
 
 __all__ = ["MAX_ROWS", "LocalLogJoint", "chunks"]
@@ -172,7 +173,15 @@ class LocalLogJoint:
                 summed, done = self._sum_out(trace, z.shape[0])
                 log_joint = log_joint + summed
             for site in self.layout.sites if self._with_priors else ():
-                weight = site_weight(trace.nodes[site.name])  # type: ignore[arg-type]
+                node: Site = trace.nodes[site.name]  # type: ignore[assignment]
+                weight = site_weight(node)
+                if not (site.is_real or posteriors or weight.is_masked or site.name in done):
+                    stable = unconstrained_log_prob(node["fn"], site.transform, parts[site.name])
+                    if stable is not None:
+                        term = _scaled(stable, node, self._frame(node))
+                        log_joint = log_joint + self._per_datapoint(term, z.shape[0])
+                        done.add(site.name)
+                        continue
                 if weight.is_masked or not (site.is_real or posteriors):
                     term = site.log_det_and_padding(log_dets[site.name], parts[site.name], weight)
                     log_joint = log_joint + self._per_datapoint(term, z.shape[0])

@@ -16,7 +16,7 @@ LAYERS: list[set[str]] = [
     {"inference"},
     {"tracing"},
     {"recording"},
-    {"graphs", "influence", "weights"},
+    {"graphs", "influence", "weights", "unconstrained"},
     {"layout"},
     {"discrete", "dependence"},
     {"structure"},

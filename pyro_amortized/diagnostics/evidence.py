@@ -169,7 +169,7 @@ def _estimate_rows(rounds: _Rounds, proposal: Proposal, rows: Tensor, seed: tupl
     result["annealed"] = torch.zeros(len(rows), dtype=torch.bool)
     hopeless = (result["khat"] > _HEAVY_TAIL) | (result["log_evidence_se"] > tolerance)
     hopeless = hopeless.nonzero().squeeze(-1)
-    if len(hopeless):
+    if len(hopeless) and 4 * proposal.num_parts <= _ROUND:  # chains take long where there are many modes
         most = _ANNEALING * rounds.max_samples
         weights = anneal(problem, proposal[hopeless], rows[hopeless], tolerance, most, seed)
         _keep_better(result, _checked(_summary(weights), result, hopeless), hopeless)

@@ -39,6 +39,9 @@ _LEAST_SHARE = 1e-3
 """Of the mass of all modes, for a new one to count."""
 _FAR_BELOW = 15.0
 """Nats below the highest mode at which an image is not followed."""
+_FEW_DIMENSIONS, _LIGHT_DROP = 4, 6.0
+"""Dimensions up to which tails may be taken for heavy, and nats by which light ones drop over six standard deviations,
+where a normal density drops by 18."""
 _DF = 10.0
 """Degrees of freedom of the tails that a known mode is credited with."""
 
@@ -52,12 +55,14 @@ class Modes:
         root: Cholesky factors of the inverse of the log-joint's negative Hessian, ``(M, N, D, D)``.
         log_mass: Laplace's approximations of the integral of the joint around each, ``(M, N)``; minus infinity for
             places not in use.
+        heavy: Whether the tails around a mode are heavy, ``(M, N)``.
         settled: Whether the last climbs led to known modes only, ``(N,)``.
     """
 
     loc: Tensor
     root: Tensor
     log_mass: Tensor
+    heavy: Tensor
     settled: Tensor
 
     @property
@@ -131,7 +136,18 @@ class Search:
             self._spread(rows)
         settled = self.count < MAX_MODES
         settled[rows] = False
-        return Modes(self.loc, self.root_of, self.log_mass, settled)
+        return Modes(self.loc, self.root_of, self.log_mass, self._heavy(), settled)
+
+    def _heavy(self) -> Tensor:
+        """Whether the log-joint drops by little, six standard deviations from modes ``(M, N)`` in some direction."""
+        heavy = torch.zeros(self.log_mass.shape, dtype=torch.bool)
+        if self.mean.shape[-1] > _FEW_DIMENSIONS:  # where heavy tails in all directions would hold all draws
+            return heavy
+        for m in range(min(len(heavy), _MAX_FRONTIER)):
+            step = 6.0 * self.root_of[m].permute(2, 0, 1)
+            there = self._heights(self.log_joint, torch.cat([self.loc[m] + step, self.loc[m] - step]))
+            heavy[m] = self.height[m] - there.amax(0) < _LIGHT_DROP
+        return heavy
 
     def _on(self, rows: Tensor) -> tuple[LocalLogJoint, Tensor]:
         """The log-joint of some datapoints and their positions; of all where the model runs only on all its data."""

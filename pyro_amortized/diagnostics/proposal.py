@@ -17,8 +17,10 @@ from torch import Tensor
 from pyro_amortized.diagnostics.modes import Search, as_wide_as, log_volume, mahalanobis
 from pyro_amortized.diagnostics.problem import LocalProblem
 
-__all__ = ["Proposal", "first_proposals"]
+__all__ = ["DF", "Proposal", "first_proposals"]
 
+DF, HEAVY_DF = 10.0, 1.0
+"""Degrees of freedom of components, and of those at modes with heavy tails."""
 _PARTS = 250
 """Shares of the components are multiples of one in this many, so that every round draws the same number from each; of a
 multiple of it, where there are many components."""
@@ -41,24 +43,22 @@ class Proposal:
         scale_tril: ``(C, N, D, D)``, float64.
         parts: Shares of the components in parts, ``(C, N)``, integers whose sum is the same for all datapoints; 0 for
             a component not in use. The last component is as wide as the prior.
-        df: Degrees of freedom.
-        wide_df: Those of the last component, which bounds the weights where the posterior's tails are heavy.
+        df: Degrees of freedom, ``(C, N)``; few where tails are heavy, and of the last component, which bounds the weights.
         has_spare: Whether the last but one is a component that was added to be adapted.
     """
 
     loc: Tensor
     scale_tril: Tensor
     parts: Tensor
-    df: float = 10.0
-    wide_df: float = 1.0
+    df: Tensor
     has_spare: bool = False
 
     def __getitem__(self, rows: Tensor) -> Proposal:
         """That of some datapoints, without the components that none of them uses."""
         used = (self.parts[:, rows] > 0).any(1)
         used[0] = used[-2:] = True
-        own = [x[used][:, rows] for x in (self.loc, self.scale_tril, self.parts)]
-        return replace(self, loc=own[0], scale_tril=own[1], parts=own[2])
+        own = [x[used][:, rows] for x in (self.loc, self.scale_tril, self.parts, self.df)]
+        return replace(self, loc=own[0], scale_tril=own[1], parts=own[2], df=own[3])
 
     @property
     def num_parts(self) -> int:
@@ -100,7 +100,8 @@ class Proposal:
         parts = torch.cat([self.parts[:-1], spare, self.parts[-1:]])
         parts = parts.scatter_add(0, parts.argmax(0, keepdim=True), -spare)
         loc, scale_tril = (torch.cat([x, x[-1:]]) for x in (self.loc, self.scale_tril))
-        return replace(self, loc=loc, scale_tril=scale_tril, parts=parts, has_spare=True)
+        df = torch.cat([self.df[:-1], torch.full_like(self.df[:1], DF), self.df[-1:]])
+        return replace(self, loc=loc, scale_tril=scale_tril, parts=parts, df=df, has_spare=True)
 
     def sample(self, num_draws: int, rng: torch.Generator) -> Tensor:
         """Stratified draws ``(K, N, D)``.
@@ -135,9 +136,9 @@ class Proposal:
         """Norms of standard t vectors of the chosen components ``(K, N)`` at given probabilities ``(K, N)``."""
         from scipy.special import fdtri
 
-        dim, wide = self.loc.shape[-1], chosen == len(self.loc) - 1
+        dim, own = self.loc.shape[-1], self.df.gather(0, chosen)
         squares = torch.empty_like(uniform)
-        for df, where in ((self.df, ~wide), (self.wide_df, wide)):
+        for df, where in ((df, own == df) for df in (DF, HEAVY_DF)):
             squares[where] = torch.from_numpy(fdtri(dim, df, uniform[where].clamp(1e-12, 1 - 1e-12).numpy()))
         return (dim * squares).sqrt()
 
@@ -179,10 +180,10 @@ class Proposal:
         return [(c, rows) for c, rows in used if len(rows)]
 
     def _component(self, c: int, rows: Tensor, z: Tensor) -> Tensor:
-        df, dim = self.wide_df if c == len(self.loc) - 1 else self.df, self.loc.shape[-1]
+        df, dim = self.df[c, rows], self.loc.shape[-1]
         centred = (z - self.loc[c, rows]).permute(1, 2, 0)
         white = torch.linalg.solve_triangular(self.scale_tril[c, rows], centred, upper=False)
-        constant = math.lgamma((df + dim) / 2) - math.lgamma(df / 2) - 0.5 * dim * math.log(df * math.pi)
+        constant = ((df + dim) / 2).lgamma() - (df / 2).lgamma() - 0.5 * dim * (df * math.pi).log()
         log_det = self.scale_tril[c, rows].diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return constant - log_det - 0.5 * (df + dim) * torch.log1p(white.square().sum(1).T / df)
 
@@ -217,6 +218,8 @@ def first_proposals(
     order = torch.cat([torch.zeros_like(order[:1]), order])
     everyone = torch.arange(len(mean))
     wide = as_wide_as(search.draws)
+    heavy = torch.cat([modes.heavy, modes.heavy[:1]])[order, everyone]
+    df = torch.where(torch.cat([heavy, torch.ones_like(heavy[:1])]), HEAVY_DF, DF).double()
     locs, roots = (torch.cat([x[order, everyone], w.unsqueeze(0)]) for x, w in zip((locs, roots), wide, strict=True))
     share = share.gather(0, order)
     count = (share >= _LEAST_SHARE).sum(0)
@@ -224,7 +227,7 @@ def first_proposals(
     for rows in ((count <= _MANY).nonzero().squeeze(-1), (count > _MANY).nonzero().squeeze(-1)):
         if len(rows):
             parts = _parts(share[:, rows], _num_parts(int(count[rows].max())))
-            own = Proposal(locs[:, rows], roots[:, rows], parts)
+            own = Proposal(locs[:, rows], roots[:, rows], parts, df[:, rows])
             groups.append((rows, own[torch.arange(len(rows))], modes.settled[rows]))
     return groups
 
