@@ -110,7 +110,7 @@ class LocalLogJoint:
     def likelihood(self) -> LocalLogJoint:
         """The same without the local latents' densities: a function of z with other maxima."""
         part = self.of_call(self.args, self.kwargs, self.structure)
-        part.selectable, part._with_priors = self._is_selectable(), False
+        part.selectable, part._with_priors = self.selectable, False
         return part
 
     def plain(self, z: Tensor) -> Tensor:

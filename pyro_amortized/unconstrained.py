@@ -12,7 +12,14 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
-from torch.distributions import ExpTransform, IndependentTransform, SigmoidTransform, StickBreakingTransform
+from torch.distributions import (
+    AffineTransform,
+    ComposeTransform,
+    ExpTransform,
+    IndependentTransform,
+    SigmoidTransform,
+    StickBreakingTransform,
+)
 from torch.nn.functional import logsigmoid
 
 __all__ = ["unconstrained_log_prob"]
@@ -29,8 +36,7 @@ def unconstrained_log_prob(fn: Any, transform: Any, u: Tensor) -> Tensor | None:
     if isinstance(fn, torch.distributions.Independent):
         log_prob = unconstrained_log_prob(fn.base_dist, transform, u)
         return None if log_prob is None else sum_rightmost(log_prob, fn.reinterpreted_batch_ndims)
-    while isinstance(transform, IndependentTransform):
-        transform = transform.base_transform
+    transform = _simplest(transform)
     if isinstance(fn, torch.distributions.Beta) and isinstance(transform, SigmoidTransform):
         a, b = fn.concentration1, fn.concentration0
         return a * logsigmoid(u) + b * logsigmoid(-u) + (a + b).lgamma() - a.lgamma() - b.lgamma()
@@ -41,6 +47,23 @@ def unconstrained_log_prob(fn: Any, transform: Any, u: Tensor) -> Tensor | None:
     if isinstance(fn, torch.distributions.Dirichlet) and isinstance(transform, StickBreakingTransform):
         return _dirichlet(fn.concentration, u)
     return None
+
+
+def _simplest(transform: Any) -> Any:
+    """The transform of single values, without the idle affine one that non-negative supports come with."""
+    while isinstance(transform, IndependentTransform):
+        transform = transform.base_transform
+    if isinstance(transform, ComposeTransform):
+        parts = [part for part in map(_simplest, transform.parts) if not _does_nothing(part)]
+        return parts[0] if len(parts) == 1 else transform
+    return transform
+
+
+def _does_nothing(transform: Any) -> bool:
+    if not isinstance(transform, AffineTransform):
+        return False
+    loc, scale = transform.loc, transform.scale
+    return isinstance(loc, int | float) and isinstance(scale, int | float) and loc == 0 and scale == 1
 
 
 def _dirichlet(concentration: Tensor, u: Tensor) -> Tensor:

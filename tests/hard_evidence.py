@@ -340,7 +340,9 @@ def products() -> Hard:
 def sparse_dirichlet() -> Hard:
     """Proportions with most of their mass at the corners, and counts with zeros."""
     concentration = between(0.05, 1.0, 4)
-    x = ((3 * normals(4, seed=1)).softmax(-1) * torch.tensor([2.0, 5.0, 20.0, 100.0, 1000.0]).repeat(5)[:, None]).round()
+    x = (
+        (3 * normals(4, seed=1)).softmax(-1) * torch.tensor([2.0, 5.0, 20.0, 100.0, 1000.0]).repeat(5)[:, None]
+    ).round()
 
     def model(x: Tensor, concentration: Tensor) -> None:
         with pyro.plate("data", len(x)):

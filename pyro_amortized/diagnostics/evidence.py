@@ -2,7 +2,7 @@ r"""The log evidence of every datapoint, :math:`\log p(x_n)`, by importance samp
 
 A proposal is a mixture of multivariate t's: one with the mean of the optimal member of the guide's family and the
 Hessian of the log-joint there, or at the mode that climbing from there leads to, if that is far; and one at every
-further mode that climbing from draws of the prior has found. Where the weights have a heavy tail or vary too much, a
+further mode that a search from many sides has found. Where the weights have a heavy tail or vary too much, a
 proposal is fitted to the weighted draws. Draws are taken in rounds, per datapoint, until the standard error is small
 and the tail of the weights is light.
 """
@@ -32,7 +32,7 @@ from pyro_amortized.log_joint import chunks
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["adapted_proposals", "estimate_evidence", "log_evidence", "log_weights_at"]
+__all__ = ["adapted_proposals", "estimate_evidence", "log_evidence", "log_weights_at", "reliable_evidence"]
 
 _LIGHT_TAIL, _HEAVY_TAIL = 0.5, 0.7
 _ROUND = 1000
@@ -83,7 +83,8 @@ def log_evidence(
     Returns:
         A dataset over the plate's dimension with ``log_evidence`` and ``log_evidence_se`` in nats; ``khat``, the shape
         of the weights' tail (0 or less where no weight exceeds five times the mean: there is no tail then); ``ess``
-        (effective sample size); ``num_samples``. The attribute ``num_annealed`` counts the datapoints whose weights are
+        (effective sample size); ``num_samples``; ``reliable``, whether ``khat`` is below 0.7, the standard error at
+        most ``tolerance``, and the last of several searches for modes has found no further one. The attribute ``num_annealed`` counts the datapoints whose weights are
         those of annealed chains, the last resort. Global latents are held at the guide's median.
 
     Raises:
@@ -108,6 +109,8 @@ def log_evidence(
         phi = (solve(problem, tolerance, own_seed, progress) if optimum is None else optimum).phi
         evidence = estimate_evidence(problem, phi, tolerance, max_samples, own_seed, progress)
         num_annealed += int(evidence.pop("annealed").sum())
+        evidence["reliable"] = reliable_evidence(evidence, tolerance)
+        del evidence["settled"]
         parts.append(to_dataset(problem, evidence, tolerance=tolerance, max_samples=max_samples, seed=seed))
     return join(parts, problem.plate).assign_attrs(num_annealed=num_annealed)
 
@@ -129,6 +132,11 @@ def estimate_evidence(
     return {name: torch.cat([result[name] for result in results]) for name in results[0]}
 
 
+def reliable_evidence(evidence: Mapping[str, Tensor], tolerance: float) -> Tensor:
+    """Where nothing speaks against the results of :func:`estimate_evidence`."""
+    return (evidence["khat"] < _HEAVY_TAIL) & (evidence["log_evidence_se"] <= tolerance) & evidence["settled"]
+
+
 def _parts(problem: LocalProblem, phi: Tensor) -> list[tuple[LocalProblem, Tensor]]:
     """The problem and phi in blocks of datapoints, where the model can be run on each of them."""
     if len(phi) <= _BLOCK:
@@ -147,7 +155,7 @@ def _estimate_block(
     problem: LocalProblem, phi: Tensor, tolerance: float, max_samples: int, seed: tuple[int, ...]
 ) -> dict[str, Tensor]:
     """Results of all datapoints of a block, those with many modes apart from the others."""
-    rounds, result = _Rounds(problem, tolerance, max_samples), {}
+    rounds, result = _Rounds(problem, tolerance, max_samples), dict[str, Tensor]()
     for rows, proposal, settled in first_proposals(problem, phi, seed):
         own = {**_estimate_rows(rounds, proposal, rows, seed), "settled": settled}
         for name, values in own.items():

@@ -20,8 +20,8 @@ _MAX_SWAPS = 45
 class Images:
     """Signed permutations of the flat latent under which a posterior may be invariant.
 
-    Signs of single coordinates, of all, and of pairs; swaps of coordinates; and, where sites have axes of one size, such
-    as the components of a mixture, swaps and signs of their entries in all these sites at once.
+    Signs of single coordinates, of all, and of pairs; swaps of coordinates; and, where sites have axes of one size, as
+    the components of a mixture, swaps and signs of their entries in all these sites at once.
 
     Args:
         layout: The local sites.
@@ -48,10 +48,10 @@ class Images:
             add([(a, b)], [])
             add([], [a, b])
         for entries in _axes(layout):
-            for a, b in list(combinations(range(len(entries[0])), 2))[:_MAX_SWAPS]:
-                add([(entry[a], entry[b]) for entry in entries], [])
-            for a in range(len(entries[0])):
-                add([], [entry[a] for entry in entries])
+            for i, j in list(combinations(range(len(entries[0])), 2))[:_MAX_SWAPS]:
+                add([(entry[i], entry[j]) for entry in entries], [])
+            for i in range(len(entries[0])):
+                add([], [entry[i] for entry in entries])
         self.order = torch.stack([order for order, _ in found.values()])
         self.sign = torch.stack([sign for _, sign in found.values()])
 

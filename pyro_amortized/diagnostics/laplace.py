@@ -30,7 +30,13 @@ def moments(family: Any, phi: Tensor, rng: torch.Generator) -> tuple[Tensor, Ten
 
 
 def find_modes(
-    log_joint: LocalLogJoint, starts: Tensor, scale_tril: Tensor, like: Tensor, *, tolerance: float = 1e-4, max_steps: int = 100
+    log_joint: LocalLogJoint,
+    starts: Tensor,
+    scale_tril: Tensor,
+    like: Tensor,
+    *,
+    tolerance: float = 1e-4,
+    max_steps: int = 100,
 ) -> tuple[Tensor, Tensor]:
     """Climbs from each start to a mode of the log-joint.
 

@@ -174,7 +174,7 @@ class Search:
         return torch.cat(values).double().cpu().nan_to_num(nan=-math.inf, posinf=-math.inf)
 
     def _starts(self, pool: _Pool, rows: Tensor) -> Tensor:
-        """Places to climb from ``(S, n, D)``: as the prior draws them, by weight, and where known modes do not reach."""
+        """Places to climb from ``(S, n, D)``: as the prior draws them, and by weight beyond known modes."""
         z, weight = pool.z[:, rows], pool.log_weight[:, rows]
         plain = z[torch.randint(pool.num_prior, (_NUM_STARTS // 2,), generator=self.rng)]
         uniform = torch.rand(weight.shape, generator=self.rng, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
@@ -310,9 +310,9 @@ class Search:
             return
         where = wanted.nonzero().squeeze(-1)
         there = rows[where]
-        starts = torch.stack(
-            [torch.where(valid[:, None], place, self.loc[0, rows]) for place, valid, _ in climbs]
-        )[:, where]
+        starts = torch.stack([torch.where(valid[:, None], place, self.loc[0, rows]) for place, valid, _ in climbs])[
+            :, where
+        ]
         before = self.count[there].clone()
         self._climb(starts, there)
         grown = self.count[there] > before

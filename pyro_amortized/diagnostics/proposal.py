@@ -43,7 +43,8 @@ class Proposal:
         scale_tril: ``(C, N, D, D)``, float64.
         parts: Shares of the components in parts, ``(C, N)``, integers whose sum is the same for all datapoints; 0 for
             a component not in use. The last component is as wide as the prior.
-        df: Degrees of freedom, ``(C, N)``; few where tails are heavy, and of the last component, which bounds the weights.
+        df: Degrees of freedom, ``(C, N)``; few where tails are heavy, and of the last component: it bounds
+            the weights.
         has_spare: Whether the last but one is a component that was added to be adapted.
     """
 
@@ -188,9 +189,7 @@ class Proposal:
         return constant - log_det - 0.5 * (df + dim) * torch.log1p(white.square().sum(1).T / df)
 
 
-def first_proposals(
-    problem: LocalProblem, phi: Tensor, seed: tuple[int, ...]
-) -> list[tuple[Tensor, Proposal, Tensor]]:
+def first_proposals(problem: LocalProblem, phi: Tensor, seed: tuple[int, ...]) -> list[tuple[Tensor, Proposal, Tensor]]:
     """Rows with few modes, and rows with many: which, their proposals, and for which the search for modes has settled.
 
     The first component lies at the mean of q, where that is close to a mode; else it lies at the mode that climbing
