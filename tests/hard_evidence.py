@@ -117,7 +117,9 @@ def squares_4d() -> Hard:
 
 @developed
 def squares_8d() -> Hard:
-    return squares(8)
+    whole = squares(8)
+    few = slice(8)  # 256 modes each
+    return Hard(whole.model, (whole.args[0][few], whole.args[1][few]), whole.truth[few])
 
 
 @developed
