@@ -84,8 +84,9 @@ def log_evidence(
         A dataset over the plate's dimension with ``log_evidence`` and ``log_evidence_se`` in nats; ``khat``, the shape
         of the weights' tail (0 or less where no weight exceeds five times the mean: there is no tail then); ``ess``
         (effective sample size); ``num_samples``; ``reliable``, whether ``khat`` is below 0.7, the standard error at
-        most ``tolerance``, and the last of several searches for modes has found no further one. The attribute ``num_annealed`` counts the datapoints whose weights are
-        those of annealed chains, the last resort. Global latents are held at the guide's median.
+        most ``tolerance``, and the last climbs have found no further mode. The attribute ``num_annealed`` counts the
+        datapoints whose weights are those of annealed chains, the last resort. Global latents are held at the guide's
+        median.
 
     Raises:
         ValueError: If the log-joint cannot be evaluated, or is not finite, naming the datapoints; if a setting is out
