@@ -678,7 +678,7 @@ def test_infinite_densities_where_numbers_underflow_have_no_weight() -> None:
 
     x = torch.tensor([0.0, 0.0, 1.0, 2.0, 5.0, 10.0, 100.0, 1000.0])
     truth = dist.GammaPoisson(torch.tensor(0.05), 0.1).log_prob(x).numpy()
-    result = log_evidence(model, AmortizedGuide(model), (x,))
+    result = log_evidence(model, AmortizedGuide(model), (x,), tolerance=0.005)
     assert np.abs(result["log_evidence"] - truth).max() < 0.01
 
 

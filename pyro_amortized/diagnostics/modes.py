@@ -31,17 +31,19 @@ _WIDER = 4.0
 """How much wider than the prior."""
 _NUM_STARTS = 8
 """Draws from which one round of climbs starts."""
-_MAX_ROUNDS = 5
+_MAX_ROUNDS = 8
 """Rounds of climbs, at most, that check a search."""
+_SEVERAL, _QUIET = 4, 3
+"""More modes than this, and so many rounds running must find no further one; else a single one."""
 _MAX_LEVELS, _MAX_FRONTIER, _MAX_PICKS = 16, 32, 32
 """Rounds of images, and how many modes of a datapoint they are made of, and how many of them are followed."""
 _LEAST_SHARE = 1e-3
 """Of the mass of all modes, for a new one to count."""
 _FAR_BELOW = 15.0
 """Nats below the highest mode at which an image is not followed."""
-_FEW_DIMENSIONS, _LIGHT_DROP = 4, 6.0
-"""Dimensions up to which tails may be taken for heavy, and nats by which light ones drop over six standard deviations,
-where a normal density drops by 18."""
+_FEW_DIMENSIONS, _RADII, _HEAVY_RATIO = 4, (6.0, 24.0), 2.5
+"""Dimensions up to which tails may be taken for heavy: those where the log-joint drops to the larger of two distances,
+in standard deviations, by less than so many times as to the smaller one (exponential tails: 4; normal ones: 16)."""
 _DF = 10.0
 """Degrees of freedom of the tails that a known mode is credited with."""
 
@@ -128,25 +130,29 @@ class Search:
         starts = [self.mean.unsqueeze(0), self.centres, self._likelihood_maxima(pool), self._starts(pool, rows)]
         self._climb(torch.cat(starts), rows)
         self._spread(rows)
+        quiet = torch.zeros_like(self.count)
         for _ in range(_MAX_ROUNDS):
             found = self._climb(self._starts(pool, rows), rows)
-            rows = rows[found]
+            quiet[rows] = torch.where(found, 0, quiet[rows] + 1)
+            if found.any():
+                self._spread(rows[found])
+            rows = rows[quiet[rows] < torch.where(self.count[rows] > _SEVERAL, _QUIET, 1)]
             if len(rows) == 0:
                 break
-            self._spread(rows)
         settled = self.count < MAX_MODES
         settled[rows] = False
         return Modes(self.loc, self.root_of, self.log_mass, self._heavy(), settled)
 
     def _heavy(self) -> Tensor:
-        """Whether the log-joint drops by little, six standard deviations from modes ``(M, N)`` in some direction."""
+        """Whether tails around modes ``(M, N)`` are heavier than exponential ones in some direction."""
         heavy = torch.zeros(self.log_mass.shape, dtype=torch.bool)
         if self.mean.shape[-1] > _FEW_DIMENSIONS:  # where heavy tails in all directions would hold all draws
             return heavy
         for m in range(min(len(heavy), _MAX_FRONTIER)):
-            step = 6.0 * self.root_of[m].permute(2, 0, 1)
-            there = self._heights(self.log_joint, torch.cat([self.loc[m] + step, self.loc[m] - step]))
-            heavy[m] = self.height[m] - there.amax(0) < _LIGHT_DROP
+            axes = self.root_of[m].permute(2, 0, 1)
+            axes = torch.cat([axes, -axes])
+            near, far = (self.height[m] - self._heights(self.log_joint, self.loc[m] + r * axes) for r in _RADII)
+            heavy[m] = (far < _HEAVY_RATIO * near.clamp(min=0.5)).any(0)
         return heavy
 
     def _on(self, rows: Tensor) -> tuple[LocalLogJoint, Tensor]:
