@@ -79,7 +79,7 @@ def as_it_is(guide: AmortizedGuide, *args: Any) -> LocalOptimum:
 def judged(hard: Hard) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Which estimates are off by more than four standard errors, and which count as reliable."""
     guide = AmortizedGuide(hard.model)
-    result = log_evidence(hard.model, guide, hard.args, optimum=as_it_is(guide, *hard.args), max_samples=8000)
+    result = log_evidence(hard.model, guide, hard.args, optimum=as_it_is(guide, *hard.args), max_samples=4000)
     error = np.abs(result["log_evidence"].values - hard.truth.numpy())
     return (error > 4 * result["log_evidence_se"].values) & (error > 1e-4), result["reliable"].values
 
