@@ -33,6 +33,7 @@ from pyro_amortized.outside import check_outside
 from pyro_amortized.programs import run_traced
 from pyro_amortized.structure import Structure
 from pyro_amortized.tracing import Site, isolated, run_model, sample_sites
+from pyro_amortized.unconstrained import unconstrained_log_prob
 from pyro_amortized.weights import SiteWeight, site_weight
 
 __all__ = ["MAX_ROWS", "LocalLogJoint", "chunks"]
@@ -88,6 +89,7 @@ class LocalLogJoint:
         self.selectable = True
         self._axes: DatapointAxes | None = None
         self._origin: tuple[LocalLogJoint, Tensor] | None = None
+        self._with_priors = True
         self._copies: LocalLogJoint | None = None
 
     @property
@@ -104,6 +106,12 @@ class LocalLogJoint:
         if self.graphs is not None and self._can_run_blocks(z.shape[0] * z.shape[1]):
             return _InBlocks.apply(z, self)
         return self.plain(z)
+
+    def likelihood(self) -> LocalLogJoint:
+        """The same without the local latents' densities: a function of z with other maxima."""
+        part = self.of_call(self.args, self.kwargs, self.structure)
+        part.selectable, part._with_priors = self.selectable, False
+        return part
 
     def plain(self, z: Tensor) -> Tensor:
         """The same without graphs; differentiable any number of times, with respect to everything."""
@@ -164,8 +172,16 @@ class LocalLogJoint:
             if self.structure.enumerated:
                 summed, done = self._sum_out(trace, z.shape[0])
                 log_joint = log_joint + summed
-            for site in self.layout.sites:
-                weight = site_weight(trace.nodes[site.name])  # type: ignore[arg-type]
+            for site in self.layout.sites if self._with_priors else ():
+                node: Site = trace.nodes[site.name]  # type: ignore[assignment]
+                weight = site_weight(node)
+                if not (site.is_real or posteriors or weight.is_masked or site.name in done):
+                    stable = unconstrained_log_prob(node["fn"], site.transform, parts[site.name])
+                    if stable is not None:
+                        term = _scaled(stable, node, self._frame(node))
+                        log_joint = log_joint + self._per_datapoint(term, z.shape[0])
+                        done.add(site.name)
+                        continue
                 if weight.is_masked or not (site.is_real or posteriors):
                     term = site.log_det_and_padding(log_dets[site.name], parts[site.name], weight)
                     log_joint = log_joint + self._per_datapoint(term, z.shape[0])
@@ -183,7 +199,7 @@ class LocalLogJoint:
         names, scales = set(), []
         for name, site in sites.items():
             factor = site["packed"]["unscaled_log_prob"]
-            if symbols.isdisjoint(factor._pyro_dims):
+            if symbols.isdisjoint(factor._pyro_dims) or self._is_left_out(name):
                 continue
             if "_enumerate_symbol" not in site["infer"]:
                 factor = packed.scale_and_mask(factor, mask=site["packed"]["mask"])
@@ -248,7 +264,7 @@ class LocalLogJoint:
     ) -> Tensor | float:
         total: Tensor | float = 0.0
         for name, site in sample_sites(trace).items():
-            if name in done:
+            if name in done or self._is_left_out(name):
                 continue
             if not site["is_observed"] and name not in values:
                 raise ValueError(
@@ -269,6 +285,9 @@ class LocalLogJoint:
                     )
                 total = total + self._per_datapoint(term, num_draws)
         return total
+
+    def _is_left_out(self, name: str) -> bool:
+        return not self._with_priors and any(site.name == name for site in self.layout.sites)
 
     def _frame(self, site: Site) -> Any:
         """The datapoint plate in a site's stack, or None."""
@@ -449,6 +468,7 @@ class LocalLogJoint:
         global_values = self.global_values if global_values is None else global_values
         part = LocalLogJoint(self.model, args, kwargs, structure, global_values)
         part.validate, part.vectorized, part.like = self.validate, self.vectorized, self.like
+        part._with_priors = self._with_priors
         return part
 
 

@@ -28,7 +28,7 @@ from pyro_amortized.diagnostics.evidence import _summary
 from pyro_amortized.diagnostics.gaps import warn_of_violations
 from pyro_amortized.diagnostics.lbfgs import minimize_rows
 from pyro_amortized.diagnostics.problem import bind
-from pyro_amortized.diagnostics.proposal import first_proposal
+from pyro_amortized.diagnostics.proposal import first_proposals
 from pyro_amortized.families import Mixture
 
 pytestmark = pytest.mark.usefixtures("_float64")
@@ -282,7 +282,7 @@ def test_global_latents_are_held_at_their_median() -> None:
     truth = dist.Normal(shift, math.sqrt(2.0)).log_prob(x).detach().numpy()
     assert np.abs(result["log_evidence"] - truth).max() < 0.02
     assert "shift" in result.attrs["global_latents"]
-    assert set(result) == {"log_evidence", "log_evidence_se", "khat", "ess", "num_samples"}
+    assert set(result) == {"log_evidence", "log_evidence_se", "khat", "ess", "num_samples", "reliable"}
 
 
 def test_random_models_are_refused() -> None:
@@ -487,7 +487,7 @@ def test_annealing_from_a_poor_proposal(wrong: float) -> None:
     """Weights of annealed chains average to the evidence; a wrong one is told from it."""
     model = Oracle(hard=False, points=4)
     problem = bind(model.model, AmortizedGuide(model.model, model.encoder()), (model.x,), None, 0)
-    proposal = first_proposal(problem, problem.phi, (0,))
+    ((_, proposal, _),) = first_proposals(problem, problem.phi, (0,))
     proposal.loc[0] += 2.0 / math.sqrt(LATENTS)
     weights = anneal(problem, proposal, torch.arange(4), 0.02, 100_000, (0,))
     relative = (weights - torch.from_numpy(model.log_evidence() + wrong)).exp()
@@ -617,7 +617,7 @@ def made_up(count: int = 100, **means: float) -> GapEstimate:
 )
 def test_verdict_names_the_gap_to_work_on(gaps: GapEstimate, words: str) -> None:
     assert words in gaps.verdict
-    assert "can be trusted: no datapoint is flagged" in gaps.verdict
+    assert "can be trusted as far as checked: no datapoint is flagged" in gaps.verdict
     assert gaps.verdict[:40] in str(gaps)
 
 
@@ -627,7 +627,7 @@ def test_verdict_says_whether_to_trust_it() -> None:
     gaps.dataset["khat"][:20] = 0.9
     assert "cannot be trusted: 30 of 100 datapoints are flagged, 20 for heavy-tailed weights" in gaps.verdict
     gaps.dataset["reliable"][5:] = True
-    assert "on the whole: 5 of 100" in gaps.verdict
+    assert "as far as checked: 5 of 100" in gaps.verdict
 
 
 def test_the_worst_datapoints_are_named() -> None:
@@ -678,7 +678,7 @@ def test_infinite_densities_where_numbers_underflow_have_no_weight() -> None:
 
     x = torch.tensor([0.0, 0.0, 1.0, 2.0, 5.0, 10.0, 100.0, 1000.0])
     truth = dist.GammaPoisson(torch.tensor(0.05), 0.1).log_prob(x).numpy()
-    result = log_evidence(model, AmortizedGuide(model), (x,))
+    result = log_evidence(model, AmortizedGuide(model), (x,), tolerance=0.005)
     assert np.abs(result["log_evidence"] - truth).max() < 0.01
 
 
@@ -758,7 +758,7 @@ def test_annealing_from_where_the_model_has_no_density() -> None:
     x = torch.linspace(1.0, 3.0, 5)
     encoder = _Function(lambda x: (0.5 * x.unsqueeze(-1), x.new_full((len(x), 1), 0.05)))
     problem = bind(model, AmortizedGuide(model, encoder), (x,), None, 0)
-    proposal = first_proposal(problem, problem.phi, (0,))
+    ((_, proposal, _),) = first_proposals(problem, problem.phi, (0,))
     proposal.loc[0] -= 0.5 * x.unsqueeze(-1)
     weights = anneal(problem, proposal, torch.arange(5), 0.02, 100_000, (0,))
     truth = dist.Normal(0.0, math.sqrt(2.0)).log_prob(x) + dist.Normal(0.0, 1.0).cdf(x / math.sqrt(2.0)).log()

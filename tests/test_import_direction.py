@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"inference"},
     {"tracing"},
     {"recording"},
-    {"graphs", "influence", "periodic", "weights"},
+    {"graphs", "influence", "periodic", "unconstrained", "weights"},
     {"layout"},
     {"discrete", "dependence"},
     {"structure"},

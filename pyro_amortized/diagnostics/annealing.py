@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_amortized.diagnostics.noise import generator
 from pyro_amortized.diagnostics.problem import LocalProblem
-from pyro_amortized.diagnostics.proposal import Proposal
+from pyro_amortized.diagnostics.proposal import DF, Proposal
 from pyro_amortized.log_joint import chunks
 
 __all__ = ["anneal"]
@@ -139,7 +139,9 @@ def anneal(
         Simulating Normalizing Constants: From Importance Sampling to Bridge Sampling to Path Sampling, Andrew Gelman,
         Xiao-Li Meng (1998).
     """
-    path = _Path(problem, replace(proposal, wide_df=proposal.df), rows)  # chains from far away would set the pace
+    path = _Path(
+        problem, replace(proposal, df=torch.full_like(proposal.df, DF)), rows
+    )  # chains from far away would set the pace
     pilot = _pilot(path, generator(*seed, 20))
     most = max(_LEAST_TEMPERATURES, max_evaluations // (_NUM_CHAINS * _NUM_LEAPFROG))
     wanted = 2 * pilot.length[-1].square().max() / (_NUM_CHAINS * (tolerance / 2) ** 2)

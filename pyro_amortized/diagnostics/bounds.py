@@ -18,7 +18,12 @@ import torch
 from torch import Tensor
 
 from pyro_amortized.checks import check_count
-from pyro_amortized.diagnostics.evidence import adapted_proposals, estimate_evidence, log_weights_at
+from pyro_amortized.diagnostics.evidence import (
+    adapted_proposals,
+    estimate_evidence,
+    log_weights_at,
+    reliable_evidence,
+)
 from pyro_amortized.diagnostics.local_optimum import solve
 from pyro_amortized.diagnostics.noise import generator
 from pyro_amortized.diagnostics.problem import bind, check_effort, to_dataset
@@ -66,7 +71,7 @@ def evidence_bounds(
 
     Returns:
         A dataset over the plate's dimension, one entry per simulated datapoint: ``lower_bound``, ``upper_bound`` and
-        their difference ``width`` in nats, and ``log_evidence``, ``log_evidence_se`` and ``khat`` as
+        their difference ``width`` in nats, and ``log_evidence``, ``log_evidence_se``, ``khat`` and ``reliable`` as
         :func:`log_evidence` estimates them. The attributes ``mean_width`` and ``mean_width_se`` sum up.
 
     Raises:
@@ -95,6 +100,7 @@ def evidence_bounds(
         upper[rows] = _log_mean(torch.cat([exact, weights[1:]]))
     width = upper - lower
     variables = {name: evidence[name] for name in ("log_evidence", "log_evidence_se", "khat")}
+    variables["reliable"] = reliable_evidence(evidence, tolerance)
     variables |= {"lower_bound": lower, "upper_bound": upper, "width": width}
     error = float(width.std() / math.sqrt(len(width))) if len(width) > 1 else math.nan
     return to_dataset(

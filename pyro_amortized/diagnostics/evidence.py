@@ -2,7 +2,7 @@ r"""The log evidence of every datapoint, :math:`\log p(x_n)`, by importance samp
 
 A proposal is a mixture of multivariate t's: one with the mean of the optimal member of the guide's family and the
 Hessian of the log-joint there, or at the mode that climbing from there leads to, if that is far; and one at every
-further mode that climbing from draws of the prior has found. Where the weights have a heavy tail or vary too much, a
+further mode that a search from many sides has found. Where the weights have a heavy tail or vary too much, a
 proposal is fitted to the weighted draws. Draws are taken in rounds, per datapoint, until the standard error is small
 and the tail of the weights is light.
 """
@@ -23,7 +23,7 @@ from pyro_amortized.diagnostics.importance import psis
 from pyro_amortized.diagnostics.local_optimum import LocalOptimum, solve
 from pyro_amortized.diagnostics.noise import batch_seed, draw, generator, widening
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, check_effort, progress_bar, to_dataset
-from pyro_amortized.diagnostics.proposal import Proposal, first_proposal
+from pyro_amortized.diagnostics.proposal import Proposal, first_proposals
 from pyro_amortized.diagnostics.report import join
 from pyro_amortized.graphs import GraphCache
 from pyro_amortized.guides import LocalGuide
@@ -32,7 +32,7 @@ from pyro_amortized.log_joint import chunks
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["adapted_proposals", "estimate_evidence", "log_evidence", "log_weights_at"]
+__all__ = ["adapted_proposals", "estimate_evidence", "log_evidence", "log_weights_at", "reliable_evidence"]
 
 _LIGHT_TAIL, _HEAVY_TAIL = 0.5, 0.7
 _ROUND = 1000
@@ -83,8 +83,10 @@ def log_evidence(
     Returns:
         A dataset over the plate's dimension with ``log_evidence`` and ``log_evidence_se`` in nats; ``khat``, the shape
         of the weights' tail (0 or less where no weight exceeds five times the mean: there is no tail then); ``ess``
-        (effective sample size); ``num_samples``. The attribute ``num_annealed`` counts the datapoints whose weights are
-        those of annealed chains, the last resort. Global latents are held at the guide's median.
+        (effective sample size); ``num_samples``; ``reliable``, whether ``khat`` is below 0.7, the standard error at
+        most ``tolerance``, and the last climbs have found no further mode. The attribute ``num_annealed`` counts the
+        datapoints whose weights are those of annealed chains, the last resort. Global latents are held at the guide's
+        median.
 
     Raises:
         ValueError: If the log-joint cannot be evaluated, or is not finite, naming the datapoints; if a setting is out
@@ -112,6 +114,8 @@ def log_evidence(
             phi = _checked_optimum(problem, optimum, own_seed)
         evidence = estimate_evidence(problem, phi, tolerance, max_samples, own_seed, progress)
         num_annealed += int(evidence.pop("annealed").sum())
+        evidence["reliable"] = reliable_evidence(evidence, tolerance)
+        del evidence["settled"]
         parts.append(to_dataset(problem, evidence, tolerance=tolerance, max_samples=max_samples, seed=seed))
     return join(parts, problem.plate).assign_attrs(num_annealed=num_annealed)
 
@@ -152,6 +156,11 @@ def estimate_evidence(
     return {name: torch.cat([result[name] for result in results]) for name in results[0]}
 
 
+def reliable_evidence(evidence: Mapping[str, Tensor], tolerance: float) -> Tensor:
+    """Where nothing speaks against the results of :func:`estimate_evidence`."""
+    return (evidence["khat"] < _HEAVY_TAIL) & (evidence["log_evidence_se"] <= tolerance) & evidence["settled"]
+
+
 def _parts(problem: LocalProblem, phi: Tensor) -> list[tuple[LocalProblem, Tensor]]:
     """The problem and phi in blocks of datapoints, where the model can be run on each of them."""
     if len(phi) <= _BLOCK:
@@ -169,22 +178,32 @@ def _parts(problem: LocalProblem, phi: Tensor) -> list[tuple[LocalProblem, Tenso
 def _estimate_block(
     problem: LocalProblem, phi: Tensor, tolerance: float, max_samples: int, seed: tuple[int, ...]
 ) -> dict[str, Tensor]:
+    """Results of all datapoints of a block, those with many modes apart from the others."""
+    rounds, result = _Rounds(problem, tolerance, max_samples), dict[str, Tensor]()
+    for rows, proposal, settled in first_proposals(problem, phi, seed):
+        own = {**_estimate_rows(rounds, proposal, rows, seed), "settled": settled}
+        for name, values in own.items():
+            result.setdefault(name, values.new_zeros(len(phi)))[rows] = values
+    return result
+
+
+def _estimate_rows(rounds: _Rounds, proposal: Proposal, rows: Tensor, seed: tuple[int, ...]) -> dict[str, Tensor]:
     """Estimates by the first proposal, by a fitted one, with more draws, by annealing."""
-    rounds, rows = _Rounds(problem, tolerance, max_samples), torch.arange(len(phi))
-    proposal = first_proposal(problem, phi, seed)
+    problem, tolerance = rounds.problem, rounds.tolerance
     result = rounds.run(proposal, rows, generator(*seed, 6), patience=_PATIENCE)
     poor = (~rounds.done(result)).nonzero().squeeze(-1)
     if len(poor):
-        fitted = _adapt(problem, proposal[poor], poor, generator(*seed, 7))
-        _keep_better(result, rounds.run(fitted, poor, generator(*seed, 8)), poor)
+        fitted = _adapt(problem, proposal[poor], rows[poor], generator(*seed, 7))
+        _keep_better(result, rounds.run(fitted, rows[poor], generator(*seed, 8)), poor)
     stuck = (~rounds.done(result) & (result["khat"] <= _LIGHT_TAIL)).nonzero().squeeze(-1)
     if len(stuck):  # the first proposal was the better one, and only lacks draws
-        _keep_better(result, rounds.run(proposal[stuck], stuck, generator(*seed, 9)), stuck)
-    result["annealed"] = torch.zeros(len(phi), dtype=torch.bool)
+        _keep_better(result, rounds.run(proposal[stuck], rows[stuck], generator(*seed, 9)), stuck)
+    result["annealed"] = torch.zeros(len(rows), dtype=torch.bool)
     hopeless = (result["khat"] > _HEAVY_TAIL) | (result["log_evidence_se"] > tolerance)
     hopeless = hopeless.nonzero().squeeze(-1)
-    if len(hopeless):
-        weights = anneal(problem, proposal[hopeless], hopeless, tolerance, _ANNEALING * max_samples, seed)
+    if len(hopeless) and 4 * proposal.num_parts <= _ROUND:  # chains take long where there are many modes
+        most = _ANNEALING * rounds.max_samples
+        weights = anneal(problem, proposal[hopeless], rows[hopeless], tolerance, most, seed)
         _keep_better(result, _checked(_summary(weights), result, hopeless), hopeless)
     return result
 
@@ -193,13 +212,15 @@ def adapted_proposals(
     problem: LocalProblem, phi: Tensor, tolerance: float, seed: tuple[int, ...]
 ) -> list[tuple[Tensor, Proposal]]:
     """Rows and their proposals: the first ones where a few rounds show that they do, adapted ones elsewhere."""
-    rounds, rows = _Rounds(problem, tolerance, _PATIENCE * _ROUND), torch.arange(len(phi))
-    proposal = first_proposal(problem, phi, seed)
-    done = rounds.done(rounds.run(proposal, rows, generator(*seed, 6)))
-    good, poor = done.nonzero().squeeze(-1), (~done).nonzero().squeeze(-1)
-    pairs = [(good, proposal[good])] if len(good) else []
-    if len(poor):
-        pairs.append((poor, _adapt(problem, proposal[poor], poor, generator(*seed, 7))))
+    rounds, pairs = _Rounds(problem, tolerance, _PATIENCE * _ROUND), []
+    for rows, proposal, _ in first_proposals(problem, phi, seed):
+        done = rounds.done(rounds.run(proposal, rows, generator(*seed, 6)))
+        good, poor = done.nonzero().squeeze(-1), (~done).nonzero().squeeze(-1)
+        if len(good):
+            pairs.append((rows[good], proposal[good]))
+        if len(poor):
+            fitted = _adapt(problem, proposal[poor], rows[poor], generator(*seed, 7))
+            pairs.append((rows[poor], fitted))
     return pairs
 
 
@@ -270,7 +291,7 @@ class _Rounds:
         active = torch.arange(len(rows))
         collected = torch.empty(0, len(rows), dtype=torch.float64)
         while len(active) and len(collected) < self.max_samples:
-            num_draws = min(_ROUND, max(4, (self.max_samples - len(collected)) // 4 * 4))
+            num_draws = min(4 * proposal.num_parts, max(4, (self.max_samples - len(collected)) // 4 * 4))
             fresh = _log_weights(self.problem, proposal[active], rows[active], num_draws, rng)[1]
             collected = torch.cat([collected, fresh])
             summary = _summary(collected)
@@ -305,8 +326,8 @@ def _checked(annealed: dict[str, Tensor], other: Mapping[str, Tensor], rows: Ten
 def _keep_better(result: dict[str, Tensor], other: Mapping[str, Tensor], rows: Tensor) -> None:
     """Puts the estimates of ``rows`` in ``other`` into ``result`` where they are the better ones."""
     better = _badness(other) < _badness(result)[rows]
-    for name, values in result.items():
-        values[rows] = torch.where(better, other[name], values[rows])
+    for name, values in other.items():
+        result[name][rows] = torch.where(better, values, result[name][rows])
 
 
 def _badness(summary: Mapping[str, Tensor]) -> Tensor:
@@ -316,8 +337,10 @@ def _badness(summary: Mapping[str, Tensor]) -> Tensor:
 
 def _adapt(problem: LocalProblem, proposal: Proposal, rows: Tensor, rng: torch.Generator) -> Proposal:
     """Moves the proposals of ``rows`` towards weighted draws from them, a few times."""
+    if 4 * proposal.num_parts > _ROUND:  # what many modes hold is no matter of their widths
+        return proposal
     for _ in range(_NUM_ADAPTATIONS):
-        z, log_weights = _log_weights(problem, proposal, rows, 2 * _ROUND, rng)
+        z, log_weights = _log_weights(problem, proposal, rows, 8 * proposal.num_parts, rng)
         usable = torch.where(log_weights.isneginf().all(0), 0.0, log_weights)
         proposal = proposal.adapted(z, psis(usable)[0].softmax(0))
     return proposal

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pyro_amortized.batches import ModelArgs, calls, is_single, num_calls
 from pyro_amortized.checks import check_count
-from pyro_amortized.diagnostics.evidence import estimate_evidence
+from pyro_amortized.diagnostics.evidence import estimate_evidence, reliable_evidence
 from pyro_amortized.diagnostics.local_optimum import solve
 from pyro_amortized.diagnostics.noise import batch_seed
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, check_effort, progress_bar, to_dataset
@@ -55,9 +56,10 @@ class GapEstimate(Report):
         dataset: Over the plate's dimension: ``log_evidence``, ``elbo_optimal``, ``elbo``, ``approximation_gap``,
             ``amortization_gap``, ``inference_gap``, each with its Monte Carlo standard error ``<name>_se``, in nats;
             ``khat``, the tail shape of the importance weights; ``reliable``, whether the datapoint's numbers can be
-            trusted: its standard errors are within tolerance, ``khat`` is below 0.7, the optimisation converged, and
-            ``elbo <= elbo_optimal <= log_evidence`` holds within three standard errors (as it should for all but one in
-            a thousand datapoints).
+            trusted as far as that can be checked: its standard errors are within tolerance, ``khat`` is below 0.7, the
+            search for modes settled, the optimisation converged, and ``elbo <= elbo_optimal <= log_evidence`` holds
+            within three standard errors (as it should for all but one in a thousand datapoints). Modes that no search
+            has met are not ruled out.
     """
 
     @property
@@ -284,13 +286,14 @@ def decompose(
         "inference_gap_se": (log_p_se.square() + optimum.initial_elbo_se.square()).sqrt(),
         "khat": khat,
     }
-    variables["reliable"] = _reliable(variables, tolerance) & optimum.converged
+    checked = optimum.converged & reliable_evidence(evidence, tolerance)
+    variables["reliable"] = _reliable(variables, tolerance) & checked
     settings = {"tolerance": tolerance, "max_samples": max_samples, "seed": seed}
     return GapEstimate(to_dataset(problem, variables, **settings)), evidence
 
 
 def _reliable(variables: Mapping[str, Tensor], tolerance: float) -> Tensor:
-    reliable = variables["khat"] < 0.7
+    reliable = torch.ones_like(variables["khat"], dtype=torch.bool)
     for name in ("approximation_gap", "amortization_gap"):
         gap, error = variables[name], variables[f"{name}_se"]
         reliable = reliable & (gap >= -3 * error - _NEGLIGIBLE) & (error <= tolerance)
@@ -320,12 +323,16 @@ def _trust(gaps: GapEstimate) -> str:
     data = gaps.dataset
     count, bad = data.sizes[gaps.plate], int((~data["reliable"]).sum())
     if bad == 0:
-        return "The estimate can be trusted: no datapoint is flagged."
+        return (
+            "The estimate can be trusted as far as checked: no datapoint is flagged for its standard errors, the tail "
+            "of its weights, its optimisation or its search for modes. Modes that no search has met are not ruled out."
+        )
     heavy = int((data["khat"] >= 0.7).sum())
     reason = f"{bad} of {count} datapoints are flagged" + (f", {heavy} for heavy-tailed weights" if heavy else "")
     remedy = "try a larger max_samples, or a wider tolerance if errors of that size do not matter"
     if bad <= 0.1 * count:
-        return f"The estimate can be trusted on the whole: {reason}; leave them out with `dataset.where(reliable)`."
+        leave_out = "leave them out with `dataset.where(reliable)`"
+        return f"The other datapoints can be trusted as far as checked: {reason}; {leave_out}."
     return (
         f"The log evidence and the approximation gap cannot be trusted: {reason}; {remedy}. The amortization gap does "
         "not depend on them."

@@ -30,7 +30,13 @@ def moments(family: Any, phi: Tensor, rng: torch.Generator) -> tuple[Tensor, Ten
 
 
 def find_modes(
-    log_joint: LocalLogJoint, starts: Tensor, scale_tril: Tensor, like: Tensor, *, tolerance: float = 1e-4
+    log_joint: LocalLogJoint,
+    starts: Tensor,
+    scale_tril: Tensor,
+    like: Tensor,
+    *,
+    tolerance: float = 1e-4,
+    max_steps: int = 100,
 ) -> tuple[Tensor, Tensor]:
     """Climbs from each start to a mode of the log-joint.
 
@@ -40,6 +46,7 @@ def find_modes(
         scale_tril: Cholesky factor of a covariance of about the right size, ``(N, D, D)``; its units are the steps'.
         like: A tensor of the dtype and device that the model runs with.
         tolerance: Smallest improvement worth a further step, in nats.
+        max_steps: Most steps of a climb.
 
     Returns:
         The modes ``(S, N, D)`` and the log-joint there ``(S, N)``, float64.
@@ -64,7 +71,7 @@ def find_modes(
         gradient = torch.cat(gradients)
         return torch.cat(values), (units[rows].transpose(-1, -2) @ gradient.unsqueeze(-1)).squeeze(-1)
 
-    found = minimize_rows(loss, torch.zeros_like(origin), max_steps=100, tolerance=tolerance)
+    found = minimize_rows(loss, torch.zeros_like(origin), max_steps=max_steps, tolerance=tolerance, explore=True)
     modes = origin + (units @ found.x.unsqueeze(-1)).squeeze(-1)
     return modes.reshape(shape), -found.value.reshape(shape[:2])
 

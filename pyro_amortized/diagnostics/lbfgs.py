@@ -16,6 +16,8 @@ RowFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 _ARMIJO = 1e-4
 _MAX_BACKTRACKS = 12
+_GROWTH, _MAX_GROWTHS = 4.0, 10
+"""By how much steps grow where there is no curvature, and how often before that counts as a stall."""
 
 
 @dataclass
@@ -45,8 +47,8 @@ class _History:
         self.curvatures: list[Tensor] = []
         self.scale = torch.ones_like(like[:, :1])
 
-    def push(self, rows: Tensor, step: Tensor, change: Tensor) -> None:
-        """Adds a pair for ``rows``; pairs without positive curvature are kept out of the product."""
+    def push(self, rows: Tensor, step: Tensor, change: Tensor) -> Tensor:
+        """Adds a pair for ``rows``; those without positive curvature, kept out of the product, are returned as True."""
         curvature = (step * change).sum(-1)
         good = curvature > 1e-10 * step.norm(dim=-1) * change.norm(dim=-1)
         inverse = torch.where(good, 1 / curvature.where(good, torch.ones_like(curvature)), 0.0)
@@ -59,6 +61,7 @@ class _History:
         if len(self.steps) > self.size:
             for store in (self.steps, self.changes, self.curvatures):
                 store.pop(0)
+        return ~good & (step != 0).any(-1)
 
     def direction(self, rows: Tensor, gradient: Tensor) -> Tensor:
         """The two-loop recursion (Nocedal 1980) for every row."""
@@ -84,6 +87,7 @@ def minimize_rows(
     max_steps: int = 200,
     max_length: float = math.inf,
     tolerance: float = 1e-4,
+    explore: bool = False,
     on_step: Callable[[int], None] = lambda finished: None,
 ) -> Minimum:
     """Minimises a function per row, each by L-BFGS with Armijo backtracking.
@@ -98,6 +102,7 @@ def minimize_rows(
         max_steps: Limit on the number of steps.
         max_length: Longest step along any coordinate.
         tolerance: Smallest improvement worth a further step, in units of the function.
+        explore: Whether steps grow where the function is not convex, as it is in heavy tails, before a row ends there.
         on_step: Called after each step with the number of rows that have ended.
 
     References:
@@ -107,7 +112,7 @@ def minimize_rows(
     rows = torch.arange(len(x), device=x.device)
     value, gradient = function(x, rows)
     memory, stalls = _History(history, x), torch.zeros(len(x), dtype=torch.long, device=x.device)
-    num_steps, failures = torch.zeros_like(stalls), torch.zeros_like(stalls)
+    num_steps, failures, grown = torch.zeros_like(stalls), torch.zeros_like(stalls), torch.zeros_like(stalls)
     for step in range(max_steps):
         direction = memory.direction(rows, gradient[rows])
         if step == 0:
@@ -117,14 +122,19 @@ def minimize_rows(
         longest = direction.abs().amax(-1, keepdim=True)
         direction = direction * (max_length / longest).clamp(max=1.0)
         new_x, new_value, new_gradient = _line_search(function, x, value, gradient, direction, rows)
-        memory.push(rows, new_x - x[rows], new_gradient - gradient[rows])
+        bent = memory.push(rows, new_x - x[rows], new_gradient - gradient[rows])
         improvement = value[rows] - new_value
         promised = -0.5 * (direction * gradient[rows]).sum(-1)
         noise = tolerance + 1e-7 * value[rows].abs()
         failures[rows] += (new_x == x[rows]).all(-1) & ~(promised <= noise)
         x[rows], value[rows], gradient[rows] = new_x, new_value, new_gradient
         num_steps[rows] += 1
-        stalls[rows] = torch.where((improvement < tolerance) & (promised <= 10 * noise), stalls[rows] + 1, 0)
+        stalled = (improvement < tolerance) & (promised <= 10 * noise)
+        if explore:
+            grown[rows] += bent & stalled
+            memory.scale[rows[bent]] *= _GROWTH
+            stalled &= ~bent | (grown[rows] > _MAX_GROWTHS)
+        stalls[rows] = torch.where(stalled, stalls[rows] + 1, 0)
         rows = rows[(stalls[rows] < 2) & (failures[rows] < 3)]
         on_step(len(x) - len(rows))
         if len(rows) == 0:

@@ -15,9 +15,9 @@ from torch import Tensor
 from pyro_amortized.diagnostics.elbo import estimate_elbo, log_weights
 from pyro_amortized.diagnostics.laplace import covariance_root, find_modes, hessian, moments
 from pyro_amortized.diagnostics.lbfgs import minimize_rows
+from pyro_amortized.diagnostics.modes import Search
 from pyro_amortized.diagnostics.noise import generator, quasi_normal, seeded
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, check_effort, progress_bar, to_dataset
-from pyro_amortized.diagnostics.proposal import all_modes
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.log_joint import chunks
 from pyro_amortized.objective import LocalObjective
@@ -192,7 +192,7 @@ def _laplace_start(problem: LocalProblem, seed: int) -> tuple[Tensor, Tensor | N
     units = covariance_root(hessian(log_joint.plain, modes[0], problem.phi), scale_tril)
     if not family.multimodal:
         return units, family.laplace(modes[0], torch.cholesky_inverse(units))
-    every = all_modes(problem, problem.phi, (seed, 17))
+    every = Search(problem, problem.phi, (seed, 17)).run()
     share = torch.where(every.share < _LEAST_SHARE, 0.0, every.share)
     return units, family.laplace_of_modes(every.loc, torch.cholesky_inverse(every.root), share)
 

@@ -98,7 +98,10 @@ def bind(
         _check_repeatable(guide, args, kwargs, structure, phi)
         global_values = guide.global_median(*args, **kwargs)
     log_joint = LocalLogJoint(model, args, kwargs, structure, global_values)
-    log_joint.check(draw(guide.family, phi, 2, generator(seed, 0)))
+    z = draw(guide.family, phi, 2, generator(seed, 0))
+    log_joint.check(z)
+    if _takes_double(log_joint, z):
+        phi, log_joint.like = phi.double(), z.new_empty(0, dtype=torch.float64)
     log_joint.graphs = GraphCache(compile) if graphs is None else graphs
     frame = structure.datapoints
     index = torch.arange(frame.size) if structure.positions is None else structure.positions
@@ -157,6 +160,18 @@ def check_effort(tolerance: Any, max_samples: Any, seed: Any) -> tuple[float, in
         check_count("max_samples", max_samples, 1, 20000),
         check_seed(seed),
     )
+
+
+@torch.no_grad()
+def _takes_double(log_joint: LocalLogJoint, z: Tensor) -> bool:
+    """Whether a model whose data are of single precision runs on latents of double precision: no float is too far."""
+    if z.dtype == torch.float64:
+        return False
+    try:
+        double, single = log_joint.plain(z.double()), log_joint.plain(z)
+    except Exception:  # a model may fail in any way, as where weights of single precision multiply the latents
+        return False
+    return double.dtype == torch.float64 and torch.allclose(double.to(single), single, rtol=1e-3, atol=1e-3)
 
 
 def _check_unscaled(structure: Structure) -> None:

@@ -14,25 +14,24 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyro_amortized.diagnostics.laplace import covariance_root, find_modes, hessian, moments
-from pyro_amortized.diagnostics.noise import generator, seeded
+from pyro_amortized.diagnostics.modes import Search, as_wide_as, log_volume, mahalanobis
 from pyro_amortized.diagnostics.problem import LocalProblem
-from pyro_amortized.log_joint import chunks
 
-__all__ = ["Modes", "Proposal", "all_modes", "first_proposal"]
+__all__ = ["DF", "Proposal", "first_proposals"]
 
-_NUM_PRIOR_DRAWS, _FEW_PRIOR_DRAWS = 1000, 256
-"""Draws of the prior that show where to climb from; few where the model runs on one at a time."""
-_NUM_STARTS = 16
-"""Draws from the prior, per datapoint, from which modes are looked for: half of them plain, half likely ones."""
-_MAX_FURTHER = 4
-"""Most places, beyond the one that the guide leads to, that a proposal covers."""
+DF, HEAVY_DF = 10.0, 1.0
+"""Degrees of freedom of components, and of those at modes with heavy tails."""
 _PARTS = 250
-"""Shares of the components are multiples of one in this many, so that every round draws the same number from each."""
+"""Shares of the components are multiples of one in this many, so that every round draws the same number from each; of a
+multiple of it, where there are many components."""
+_MANY = 20
+"""Components that 250 parts can serve."""
 _WIDE_PARTS = 10
 """Share of the component as wide as the prior."""
 _SMALLEST_PARTS = 5
 """Least share of a mode found, so that a wrong guess of its weight does little harm."""
+_LEAST_SHARE = 1e-6
+"""Of the mass of all modes, for one to have a component."""
 
 
 @dataclass
@@ -42,22 +41,30 @@ class Proposal:
     Attributes:
         loc: ``(C, N, D)``, float64.
         scale_tril: ``(C, N, D, D)``, float64.
-        parts: Shares of the components in parts of 250, ``(C, N)``, integers; 0 for a component not in use. The last
-            component is as wide as the prior.
-        df: Degrees of freedom.
-        wide_df: Those of the last component, which bounds the weights where the posterior's tails are heavy.
+        parts: Shares of the components in parts, ``(C, N)``, integers whose sum is the same for all datapoints; 0 for
+            a component not in use. The last component is as wide as the prior.
+        df: Degrees of freedom, ``(C, N)``; few where tails are heavy, and of the last component: it bounds
+            the weights.
         has_spare: Whether the last but one is a component that was added to be adapted.
     """
 
     loc: Tensor
     scale_tril: Tensor
     parts: Tensor
-    df: float = 10.0
-    wide_df: float = 1.0
+    df: Tensor
     has_spare: bool = False
 
     def __getitem__(self, rows: Tensor) -> Proposal:
-        return replace(self, loc=self.loc[:, rows], scale_tril=self.scale_tril[:, rows], parts=self.parts[:, rows])
+        """That of some datapoints, without the components that none of them uses."""
+        used = (self.parts[:, rows] > 0).any(1)
+        used[0] = used[-2:] = True
+        own = [x[used][:, rows] for x in (self.loc, self.scale_tril, self.parts, self.df)]
+        return replace(self, loc=own[0], scale_tril=own[1], parts=own[2], df=own[3])
+
+    @property
+    def num_parts(self) -> int:
+        """Sum of the shares: a round of as many fours draws the same number from each component every time."""
+        return int(self.parts[:, 0].sum())
 
     def adapted(self, z: Tensor, weights: Tensor) -> Proposal:
         """One EM step towards weighted draws; where no component is spare, one is taken from the wide one.
@@ -72,7 +79,7 @@ class Proposal:
         """
         old = self if self.has_spare else self._with_spare()
         everyone = torch.arange(z.shape[1])
-        log_share = (old.parts[:-1].double() / _PARTS).log()
+        log_share = (old.parts[:-1].double() / old.num_parts).log()
         logits = torch.stack([log_share[c] + old._component(c, everyone, z) for c in range(len(log_share))])
         owned = weights * logits.softmax(0)  # (C - 1, K, N)
         share = owned.sum(1)
@@ -87,14 +94,15 @@ class Proposal:
         loc = torch.where(good[..., None], trust * mean + (1 - trust) * old.loc[:-1], old.loc[:-1])
         scale_tril = torch.where(good[..., None, None], factor, old.scale_tril[:-1])
         loc, scale_tril = torch.cat([loc, old.loc[-1:]]), torch.cat([scale_tril, old.scale_tril[-1:]])
-        return replace(old, loc=loc, scale_tril=scale_tril, parts=_parts(share))
+        return replace(old, loc=loc, scale_tril=scale_tril, parts=_parts(share, old.num_parts))
 
     def _with_spare(self) -> Proposal:
-        parts = torch.cat([self.parts[:-1], torch.full_like(self.parts[:1], _WIDE_PARTS), self.parts[-1:]])
-        largest = parts.argmax(0, keepdim=True)
-        parts = parts.scatter_add(0, largest, torch.full_like(largest, -_WIDE_PARTS))
+        spare = torch.full_like(self.parts[:1], _WIDE_PARTS * self.num_parts // _PARTS)
+        parts = torch.cat([self.parts[:-1], spare, self.parts[-1:]])
+        parts = parts.scatter_add(0, parts.argmax(0, keepdim=True), -spare)
         loc, scale_tril = (torch.cat([x, x[-1:]]) for x in (self.loc, self.scale_tril))
-        return replace(self, loc=loc, scale_tril=scale_tril, parts=parts, has_spare=True)
+        df = torch.cat([self.df[:-1], torch.full_like(self.df[:1], DF), self.df[-1:]])
+        return replace(self, loc=loc, scale_tril=scale_tril, parts=parts, df=df, has_spare=True)
 
     def sample(self, num_draws: int, rng: torch.Generator) -> Tensor:
         """Stratified draws ``(K, N, D)``.
@@ -129,9 +137,9 @@ class Proposal:
         """Norms of standard t vectors of the chosen components ``(K, N)`` at given probabilities ``(K, N)``."""
         from scipy.special import fdtri
 
-        dim, wide = self.loc.shape[-1], chosen == len(self.loc) - 1
+        dim, own = self.loc.shape[-1], self.df.gather(0, chosen)
         squares = torch.empty_like(uniform)
-        for df, where in ((self.df, ~wide), (self.wide_df, wide)):
+        for df, where in ((df, own == df) for df in (DF, HEAVY_DF)):
             squares[where] = torch.from_numpy(fdtri(dim, df, uniform[where].clamp(1e-12, 1 - 1e-12).numpy()))
         return (dim * squares).sqrt()
 
@@ -146,7 +154,7 @@ class Proposal:
     def _strata(self, num_fours: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Components ``(4 fours, N)`` and, within the interval of each four, uniform numbers ``(2 fours, 2, N)``."""
         size, position = self.parts.shape[1], torch.arange(num_fours, dtype=torch.float64)
-        ends = self.parts.cumsum(0).double() * (num_fours / _PARTS)
+        ends = self.parts.cumsum(0).double() * (num_fours / self.num_parts)
         offset = torch.rand(size, generator=rng, dtype=torch.float64)
         place = (position.unsqueeze(-1) + offset).clamp(max=num_fours - 1e-9)
         chosen = (place.unsqueeze(0) >= ends.unsqueeze(1)).sum(0)
@@ -159,7 +167,7 @@ class Proposal:
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-densities ``(K, N)`` of ``(K, N, D)``."""
-        log_share = (self.parts.double() / _PARTS).log()
+        log_share = (self.parts.double() / self.num_parts).log()
         log_density = log_share[0] + self._component(0, torch.arange(z.shape[1]), z)
         for c, rows in self._further():
             further = log_share[c, rows] + self._component(c, rows, z[:, rows])
@@ -173,151 +181,68 @@ class Proposal:
         return [(c, rows) for c, rows in used if len(rows)]
 
     def _component(self, c: int, rows: Tensor, z: Tensor) -> Tensor:
-        df, dim = self.wide_df if c == len(self.loc) - 1 else self.df, self.loc.shape[-1]
+        df, dim = self.df[c, rows], self.loc.shape[-1]
         centred = (z - self.loc[c, rows]).permute(1, 2, 0)
         white = torch.linalg.solve_triangular(self.scale_tril[c, rows], centred, upper=False)
-        constant = math.lgamma((df + dim) / 2) - math.lgamma(df / 2) - 0.5 * dim * math.log(df * math.pi)
+        constant = ((df + dim) / 2).lgamma() - (df / 2).lgamma() - 0.5 * dim * (df * math.pi).log()
         log_det = self.scale_tril[c, rows].diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return constant - log_det - 0.5 * (df + dim) * torch.log1p(white.square().sum(1).T / df)
 
 
-@dataclass
-class Modes:
-    """Up to M modes per datapoint, as normals, float64.
-
-    Attributes:
-        loc: ``(M, N, D)``; the first is the one that the mean of q leads to.
-        root: Cholesky factors of the inverse of the log-joint's negative Hessian, ``(M, N, D, D)``.
-        log_mass: Laplace's approximations of the integral of the joint around each, ``(M, N)``; minus infinity for
-            places not in use.
-    """
-
-    loc: Tensor
-    root: Tensor
-    log_mass: Tensor
-
-    @property
-    def share(self) -> Tensor:
-        """Of the mass of all of them, ``(M, N)``."""
-        return self.log_mass.softmax(0)
-
-
-def all_modes(problem: LocalProblem, phi: Tensor, seed: tuple[int, ...]) -> Modes:
-    """The modes that climbing leads to from the mean and the centres of q at phi ``(N, P)``, and from prior draws.
-
-    One that lies within a standard deviation of another, by the curvature there, counts as the same.
-    """
-    mean, root = _around_mean(problem, phi, seed)
-    return _climb(problem, phi, mean, root, _prior_draws(problem, seed), seed)
-
-
-def first_proposal(problem: LocalProblem, phi: Tensor, seed: tuple[int, ...]) -> Proposal:
-    """The proposal of every datapoint, from the optimal phi ``(N, P)``.
+def first_proposals(problem: LocalProblem, phi: Tensor, seed: tuple[int, ...]) -> list[tuple[Tensor, Proposal, Tensor]]:
+    """Rows with few modes, and rows with many: which, their proposals, and for which the search for modes has settled.
 
     The first component lies at the mean of q, where that is close to a mode; else it lies at the mode that climbing
     from the mean leads to, and another one at the mean.
+
+    Args:
+        problem: The bound call.
+        phi: The optimal variational parameters, ``(N, P)``.
+        seed: Seed of the search.
     """
-    mean, root = _around_mean(problem, phi, seed)
-    draws = _prior_draws(problem, seed)
-    modes = _climb(problem, phi, mean, root, draws, seed)
-    close = _squares(mean - modes.loc[0], modes.root[0]) <= 1.0
+    search = Search(problem, phi, seed)
+    modes, mean, root = search.run(), search.mean, search.root
+    close = mahalanobis(mean - modes.loc[0], modes.root[0]) <= 1.0
     if problem.objective.family.multimodal:  # whose mean may lie where there is next to nothing
         with torch.no_grad():
             height = problem.objective.log_joint(mean.to(phi).unsqueeze(0)).squeeze(0).double().cpu()
     else:
-        height = modes.log_mass[0] - _log_volume(modes.root[0])
-    mass = torch.where(close | ~height.isfinite(), -math.inf, height + _log_volume(root))
+        height = modes.log_mass[0] - log_volume(modes.root[0])
+    mass = torch.where(close | ~height.isfinite(), -math.inf, height + log_volume(root))
     locs, roots = torch.cat([modes.loc, mean.unsqueeze(0)]), torch.cat([modes.root, root.unsqueeze(0)])
     locs[0] = torch.where(close[:, None], mean, locs[0])
     roots[0] = torch.where(close[:, None, None], root, roots[0])
     share = torch.cat([modes.log_mass, mass.unsqueeze(0)]).softmax(0)
-    order = share[1:].topk(_MAX_FURTHER, 0).indices + 1
+    order = share[1:].argsort(0, descending=True) + 1
     order = torch.cat([torch.zeros_like(order[:1]), order])
     everyone = torch.arange(len(mean))
-    wide_loc, wide_root = _as_wide_as(draws)
-    return Proposal(
-        torch.cat([locs[order, everyone], wide_loc.unsqueeze(0)]),
-        torch.cat([roots[order, everyone], wide_root.unsqueeze(0)]),
-        _parts(share.gather(0, order)),
-    )
-
-
-def _around_mean(problem: LocalProblem, phi: Tensor, seed: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Mean of q, ``(N, D)``, and the root of a covariance by the curvature there, ``(N, D, D)``."""
-    mean, scale_tril = moments(problem.objective.family, phi, generator(*seed, 5))
-    return mean, covariance_root(hessian(problem.objective.log_joint.plain, mean, phi), scale_tril)
-
-
-def _prior_draws(problem: LocalProblem, seed: tuple[int, ...]) -> Tensor:
-    log_joint = problem.objective.log_joint
-    with seeded(generator(*seed, 12)):
-        return log_joint.prior_draws(_NUM_PRIOR_DRAWS if log_joint.vectorized else _FEW_PRIOR_DRAWS).double().cpu()
-
-
-def _climb(
-    problem: LocalProblem, phi: Tensor, mean: Tensor, root: Tensor, draws: Tensor, seed: tuple[int, ...]
-) -> Modes:
-    """:func:`all_modes`, in steps in the units of ``root``."""
-    log_joint = problem.objective.log_joint
-    centres = problem.objective.family.centres(phi.detach()).double().cpu()
-    starts = torch.cat([mean.unsqueeze(0), centres, _choose_starts(problem, draws, phi, generator(*seed, 13))])
-    places, heights = find_modes(log_joint, starts, root, phi, tolerance=0.01)
-    locs: list[Tensor] = []
-    roots: list[Tensor] = []
-    masses: list[Tensor] = []
-    for place, height in zip(places, heights, strict=True):
-        new = height.isfinite()
-        for loc, known, mass in zip(locs, roots, masses, strict=True):
-            new = new & (mass.isneginf() | (_squares(place - loc, known) > 1.0))
-        rows = (new if locs else torch.ones_like(new)).nonzero().squeeze(-1)
-        other, mass = root.clone(), torch.full_like(height, -math.inf)
+    wide = as_wide_as(search.draws)
+    heavy = torch.cat([modes.heavy, modes.heavy[:1]])[order, everyone]
+    df = torch.where(torch.cat([heavy, torch.ones_like(heavy[:1])]), HEAVY_DF, DF).double()
+    locs, roots = (torch.cat([x[order, everyone], w.unsqueeze(0)]) for x, w in zip((locs, roots), wide, strict=True))
+    share = share.gather(0, order)
+    count = (share >= _LEAST_SHARE).sum(0)
+    groups = []
+    for rows in ((count <= _MANY).nonzero().squeeze(-1), (count > _MANY).nonzero().squeeze(-1)):
         if len(rows):
-            curvature = hessian(log_joint.on_rows(rows, plain=True), place[rows], phi)
-            other[rows] = covariance_root(curvature, root[rows])
-            mass[rows] = (height + _log_volume(other))[rows]
-        locs.append(place)
-        roots.append(other)
-        masses.append(mass)
-    return Modes(torch.stack(locs), torch.stack(roots), torch.stack(masses))
+            parts = _parts(share[:, rows], _num_parts(int(count[rows].max())))
+            own = Proposal(locs[:, rows], roots[:, rows], parts, df[:, rows])
+            groups.append((rows, own[torch.arange(len(rows))], modes.settled[rows]))
+    return groups
 
 
-def _squares(difference: Tensor, root: Tensor) -> Tensor:
-    """Squared lengths ``(N,)`` of differences ``(N, D)`` in units of the roots of covariances."""
-    return torch.linalg.solve_triangular(root, difference.unsqueeze(-1), upper=False).square().sum((-2, -1))
+def _num_parts(count: int) -> int:
+    """So many parts that each of a number of components can have its least share."""
+    return _PARTS * max(1, math.ceil(count / _MANY))
 
 
-def _choose_starts(problem: LocalProblem, draws: Tensor, phi: Tensor, rng: torch.Generator) -> Tensor:
-    """Draws of the prior to climb from, ``(S, N, D)``: half as they come, half by likelihood, without replacement."""
-    log_joint, plain = problem.objective.log_joint, _NUM_STARTS // 2
-    wide_loc, wide_root = _as_wide_as(draws)
-    with torch.no_grad():
-        values = [log_joint(draws[piece].to(phi)) for piece in chunks(len(draws), draws.shape[1])]
-    height = torch.cat(values).double().cpu().nan_to_num(nan=-math.inf, posinf=-math.inf)
-    scale = wide_root.diagonal(dim1=-2, dim2=-1)
-    log_prior = -0.5 * ((draws - wide_loc) / scale).square().sum(-1)  # about, and up to a constant
-    gumbel = -torch.log(-torch.rand(height.shape, generator=rng, dtype=torch.float64).clamp(1e-12, 1 - 1e-12).log())
-    keys = (height - log_prior + gumbel)[plain:]
-    likely = keys.topk(_NUM_STARTS - plain, 0).indices + plain
-    return torch.cat([draws[:plain], draws.gather(0, likely.unsqueeze(-1).expand(-1, -1, draws.shape[-1]))])
-
-
-def _as_wide_as(draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Location ``(N, D)`` and diagonal Cholesky factor ``(N, D, D)`` of draws ``(K, N, D)``, by their quantiles."""
-    low, loc, high = (draws.kthvalue(max(1, round(q * len(draws))), 0).values for q in (0.16, 0.5, 0.84))
-    return loc, torch.diag_embed((0.5 * (high - low)).clamp(min=1e-6))
-
-
-def _parts(share: Tensor) -> Tensor:
-    """Shares of modes, the first of them always in use, as parts of 250, with the wide component's at the end."""
-    used = share >= 1e-6
+def _parts(share: Tensor, num_parts: int) -> Tensor:
+    """Shares of modes, the first of them always in use, in parts, with the wide component's at the end."""
+    wide = _WIDE_PARTS * num_parts // _PARTS
+    used = share >= _LEAST_SHARE
     used[0] = True
-    parts = torch.where(used, (share * (_PARTS - _WIDE_PARTS)).floor().long().clamp(min=_SMALLEST_PARTS), 0)
-    parts = torch.cat([parts, torch.full_like(parts[:1], _WIDE_PARTS)])
+    free = num_parts - wide - _SMALLEST_PARTS * used.sum(0)
+    parts = torch.where(used, (share * free).floor().long() + _SMALLEST_PARTS, 0)
+    parts = torch.cat([parts, torch.full_like(parts[:1], wide)])
     largest = parts[:-1].argmax(0, keepdim=True)
-    return parts.scatter_add(0, largest, _PARTS - parts.sum(0, keepdim=True))
-
-
-def _log_volume(scale_tril: Tensor) -> Tensor:
-    """Log of the integral of a normal's unnormalised density, ``(N,)``."""
-    dim = scale_tril.shape[-1]
-    return scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * dim * math.log(2 * math.pi)
+    return parts.scatter_add(0, largest, num_parts - parts.sum(0, keepdim=True))
