@@ -43,7 +43,7 @@ class Draw:
     def local(self) -> list[str]:
         """Names of the latents in the datapoint plate."""
         found = [name for name, site in self.prior.items() if not site["is_observed"] and _in(site, "data")]
-        return [name for name in found if name in self.posterior]
+        return [name for name in found if name in self.posterior and name != "k"]
 
     def term(self, name: str, *, guide: bool) -> Tensor:
         """Scale times mask times log-density of a site; scale and mask are those that the model gives."""
@@ -154,7 +154,7 @@ def _summed_out(drawn: Draw) -> Tensor:
 
 
 def renyi(draws: list[Draw], alpha: float) -> Tensor | None:
-    """The bound that Pyro defines: a mean over particles for each entry of the plates that all sites of the model share.
+    """The bound that Pyro defines: a mean over particles for each entry of the plates that all sites share.
 
     None where the guide's sites lie in fewer plates, so that their entries have no weights of their own.
     """
@@ -189,7 +189,7 @@ def log_density(drawn: Draw) -> Tensor:
     """log q of the local latents of every datapoint ``(K, N)``, without scales, as the guide's sites have it."""
     total: Any = 0.0
     for name, site in drawn.posterior.items():
-        if _in(site, "data") and not site["is_observed"] and drawn.prior.get(name, {}).get("name") != "k":
+        if _in(site, "data") and not site["is_observed"] and name != "k":
             log_prob = reduced(site["fn"].log_prob(site["value"]), (drawn.structure.dim,))
             total = total + log_prob.reshape(len(log_prob), -1)
     return total

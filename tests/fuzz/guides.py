@@ -30,7 +30,7 @@ def _joined(inputs: tuple[Tensor, ...]) -> Tensor:
 
 
 class Bounded(nn.Module):
-    """Features that stay moderate, so that transforms can be inverted to all digits; with a shift that can be learned."""
+    """Features that stay moderate, so that transforms can be inverted to all digits, with a parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,9 @@ def latent_dim(program: Program) -> int:
     trace = poutine.trace(program.model).get_trace(*args, **kwargs)
     drawn = Draw(program.structure, trace, trace, lambda: None)
     names = [name for name in drawn.local if name != "k"]
-    sizes = [torch.distributions.biject_to(drawn.prior[n]["fn"].support).inv(drawn.prior[n]["value"]).numel() for n in names]
+    sizes = [
+        torch.distributions.biject_to(drawn.prior[n]["fn"].support).inv(drawn.prior[n]["value"]).numel() for n in names
+    ]
     stack = drawn.prior[names[0]]["cond_indep_stack"]
     return sum(sizes) // next(frame.size for frame in stack if frame.name == "data")
 

@@ -278,6 +278,11 @@ class Program:
 
     # The model
 
+    def detached(self, h: Tensor) -> Tensor:
+        """A term of the linear predictor, of whose gradient some models cut off a part."""
+        kind = self.structure.detach
+        return h if kind == "none" else DETACHED[kind](h)
+
     def run(self, *values: Any) -> None:
         s = self.structure
         if s.draws:
@@ -436,9 +441,7 @@ class Run:
             float(u.detach().sum())
         dims = (*site.plates, -1) if site.anonymous else site.plates
         term = weighted_sum(u, fn.event_dim)
-        if self.s.detach != "none":
-            term = DETACHED[self.s.detach](term)
-        self.terms.append((term, dims))
+        self.terms.append((self.program.detached(term), dims))
 
     def _data(self, name: str, site: Site) -> Tensor:
         s, axis = self.s, self.program.axis(site)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import pyro
 import torch
-from checks import CHECKS, Case, Wrong, chosen
+from case import Case, Wrong
+from checks import chosen, make
 from refusals import is_needed
 from structures import Structure, generate
 from tqdm import tqdm
@@ -62,7 +64,7 @@ def outcomes(structure: Structure, names: list[str] | None = None) -> list[Outco
             start, result, message = time.process_time(), RIGHT, ""
             try:
                 case = case or Case(structure)
-                case.check(name)
+                make(case, name)
             except Exception as error:
                 case = None  # an error may leave anything behind
                 result, message = _result(structure, name, error)
@@ -87,13 +89,15 @@ def _numbered(seed: int, number: int) -> list[Outcome]:
 
 def run(seed: int, numbers: range, workers: int = 2, *, progress: bool = False) -> list[Outcome]:
     """Outcomes of all numbers, from a pool of processes or, with one worker, from this one."""
-    job, found = partial(_numbered, seed), []
+    job, found = partial(_numbered, seed), list[Outcome]()
     torch.set_num_threads(1)
     pool = multiprocessing.get_context("fork").Pool(workers) if workers > 1 else None
     try:
         results = map(job, numbers) if pool is None else pool.imap_unordered(job, numbers, chunksize=4)
         for part in tqdm(results, total=len(numbers), disable=not progress, unit="structure"):
             found += part
+    except KeyboardInterrupt:
+        print("stopped before the end", file=sys.stderr)
     finally:
         if pool is not None:
             pool.terminate()
@@ -102,8 +106,14 @@ def run(seed: int, numbers: range, workers: int = 2, *, progress: bool = False) 
 
 def table(found: list[Outcome]) -> str:
     """Counts of results by check and by guide."""
+    keys: dict[str, Callable[[Outcome], str]] = {
+        "check": lambda o: o.check,
+        "guide": lambda o: o.structure.guide.kind,
+        "family": lambda o: o.structure.guide.family,
+        "theme": lambda o: o.structure.theme,
+    }
     lines = []
-    for title, key in (("check", lambda o: o.check), ("guide", lambda o: o.structure.guide.kind), ("theme", lambda o: o.structure.theme), ("family", lambda o: o.structure.guide.family)):
+    for title, key in keys.items():
         counts = Counter((key(o), o.result) for o in found)
         seconds: Counter[str] = Counter()
         for o in found:
@@ -122,12 +132,13 @@ def failures(found: list[Outcome], limit: int) -> str:
     kinds: dict[str, list[Outcome]] = {}
     for o in found:
         if o.result not in (RIGHT, REFUSED):
-            kinds.setdefault(f"{o.result} {o.check} {''.join(c for c in o.message if not c.isdigit())[:60]}", []).append(o)
+            words = "".join(c for c in o.message if not c.isdigit())[:60]
+            kinds.setdefault(f"{o.result} {o.check} {words}", []).append(o)
     lines = []
     for same in sorted(kinds.values(), key=len, reverse=True)[:limit]:
         o = same[0]
-        lines.append(f"{len(same)} x {o.result} in {o.check}: {o.message[:300]}\n    {o.structure}\n    {o.structure.command}")
-        lines.append(f"    numbers {[other.structure.number for other in same[:12]]}")
+        lines.append(f"{len(same)} x {o.result} in {o.check}: {o.message[:300]}\n    {o.structure}")
+        lines.append(f"    {o.structure.command}  (numbers {[other.structure.number for other in same[:12]]})")
     return "\n".join(lines)
 
 
@@ -139,6 +150,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--show", type=int, default=20, help="number of kinds of failures to print")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     start = time.perf_counter()
     numbers = range(options.start, options.start + options.num)
     found = run(options.seed, numbers, options.workers if options.num > 1 else 1, progress=True)
@@ -148,7 +160,8 @@ def main() -> None:
             print(f"{o.structure}\n{o.check}: {o.result} {o.message}")
     print(table(found))
     print(failures(found, options.show))
-    print(f"{options.num} structures in {seconds:.0f} s, {options.num / seconds / options.workers:.2f} per second and process")
+    done, used = len({o.structure.number for o in found}), options.workers if options.num > 1 else 1
+    print(f"{done} structures in {seconds:.0f} s, {done / seconds / used:.2f} per second and process")
     sys.exit(any(o.result in (FOREIGN, WRONG) for o in found))
 
 

@@ -111,6 +111,11 @@ class Structure:
         return self.linear and self.outside == self.detach == self.discrete == "none" and not weighted
 
     @property
+    def has_anonymous(self) -> bool:
+        """Whether a site has a dimension outside all plates, over which Pyro's Rényi bound does not sum."""
+        return any(site.anonymous for site in (*self.latents, *self.observed))
+
+    @property
     def subsampled_inner(self) -> bool:
         """Whether an inner plate is subsampled."""
         return any(plate.batch is not None for plate in self.inner)
@@ -142,7 +147,9 @@ def generate(seed: int, number: int) -> Structure:
 
 def _plates(random: Random, seed: int, number: int, theme: str) -> Structure:
     """Plates and sites."""
-    linear = theme in ("linear", "arguments") or (theme not in ("plain", "detach", "discrete") and random.random() < 0.7)
+    linear = theme in ("linear", "arguments") or (
+        theme not in ("plain", "detach", "discrete") and random.random() < 0.7
+    )
     dims = {"anonymous": [-2, -3], "steps": [-1], "state": [-1, -1, -2]}.get(theme, [-1, -1, -2, -3])
     dim = random.choice(dims)
     free = [d for d in (-1, -2, -3) if d != dim and not (theme == "anonymous" and d == -1)]
@@ -155,7 +162,9 @@ def _plates(random: Random, seed: int, number: int, theme: str) -> Structure:
 
     def site(priors: tuple[str, ...], whole: bool) -> Site:
         prior = random.choice(priors)
-        plates = tuple(p.dim for p in inner if (whole or random.random() < 0.5) and (p.batch is None or priors == ("real",)))
+        plates = tuple(
+            p.dim for p in inner if (whole or random.random() < 0.5) and (p.batch is None or priors == ("real",))
+        )
         if theme == "inner_subsample" and priors == ("real",) and random.random() < 0.8:
             plates = tuple(sorted({*plates, inner[0].dim}))
         anonymous = random.choice([0, 2, 3]) if theme == "anonymous" and random.random() < 0.8 else 0
