@@ -62,7 +62,10 @@ def draw(structure: Structure, model: Any, guide: Any, args: Any, kwargs: Any, p
     if particles > 1:
         model, guide = (_in_particles(fn, particles) for fn in (model, guide))
     guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*args, **kwargs)
+    replayed = poutine.replay(model, guide_trace)
+    if structure.discrete == "enumerated":  # which draws nothing
+        replayed = poutine.condition(replayed, {"k": torch.tensor(0.0)})
+    model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
     return Draw(structure, guide_trace, model_trace, lambda: model(*args, **kwargs))
 
 
@@ -112,7 +115,7 @@ def elbo(drawn: Draw, *, analytic: bool = False, keep: tuple[int, ...] = ()) -> 
     """log p minus log q of a draw, for each particle and each entry of the plates at dims ``keep``."""
     prior, posterior = drawn.prior, drawn.posterior
     if drawn.structure.discrete == "enumerated":
-        return _summed_out(drawn).reshape(-1, 1, 1, 1)
+        return _summed_out(drawn)
     missing = {name for name, site in prior.items() if not site["is_observed"]} - posterior.keys()
     assert not missing, f"sites {sorted(missing)} of the model have no guide"
     total, done = torch.zeros((1,) * (1 + NESTING)), set()
@@ -147,7 +150,7 @@ def _summed_out(drawn: Draw) -> Tensor:
         inside = [site for site in sites if _in(site, "data")]
         found.append(sum((reduced(_weighted(site), (dim,)) for site in inside), torch.zeros(())) / scale)
         shared = sum((reduced(_weighted(site), ()) for site in sites if not _in(site, "data")), torch.zeros(()))
-    total = scale * torch.stack(found).logsumexp(0).sum((-1, -2, -3), keepdim=True) + shared
+    total = scale * reduced(torch.stack(found).logsumexp(0), ()) + shared
     for name in drawn.posterior:
         total = total - reduced(drawn.term(name, guide=True), ())
     return total

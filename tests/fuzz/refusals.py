@@ -15,7 +15,7 @@ REFUSALS: list[tuple[Callable[[Structure, str], bool], str]] = [
     (lambda s, check: s.state is not None and s.state[1] == "dim", "datapoint plate is now"),
     (lambda s, check: s.state is not None, "Cannot"),
     (lambda s, check: s.outside != "none", "outside"),
-    (lambda s, check: s.theme == "entries" and s.guide.family != "normal", 'family="normal"'),
+    (lambda s, check: s.entrywise and s.guide.family != "normal", 'family="normal"'),
     (lambda s, check: s.subsampled_inner, "subsample"),
     (lambda s, check: s.scale in ("number", "tensor") and s.mask == "obs_mask", "scale"),  # one part of the latents
     (lambda s, check: s.scale == "tensor_all" and s.guide.family != "normal", "scale"),

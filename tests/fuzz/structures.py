@@ -111,6 +111,12 @@ class Structure:
         return self.linear and self.outside == self.detach == self.discrete == "none" and not weighted
 
     @property
+    def entrywise(self) -> bool:
+        """Whether all sites lie in a further plate together, whose entries some ELBOs weigh on their own."""
+        common = set.intersection(*(set(site.plates) for site in (*self.latents, *self.observed)))
+        return bool(common) and self.globals == "none"
+
+    @property
     def has_anonymous(self) -> bool:
         """Whether a site has a dimension outside all plates, over which Pyro's Rényi bound does not sum."""
         return any(site.anonymous for site in (*self.latents, *self.observed))
