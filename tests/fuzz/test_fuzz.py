@@ -102,7 +102,10 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
+@pytest.mark.parametrize(
+    "mistake",
+    [pytest.param(m, marks=pytest.mark.slow if m is wrong_detach else (), id=m.__name__) for m in MISTAKES],
+)
 def test_mistakes_are_found(mistake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     name, fits = MISTAKES[mistake]
     count = 1 if name == "traced" else 3
