@@ -144,7 +144,7 @@ def _summed_out(drawn: Draw) -> Tensor:
     """The ELBO with the binary site k of the datapoints summed out."""
     dim, found, shared, scale = drawn.structure.dim, [], torch.zeros(()), 1.0
     for k in (0.0, 1.0):
-        replayed = poutine.condition(poutine.replay(drawn.again, drawn.model_trace), {"k": torch.tensor(k)})
+        replayed = poutine.replay(poutine.condition(drawn.again, {"k": torch.tensor(k)}), drawn.model_trace)
         sites = _sites(poutine.trace(replayed).get_trace()).values()
         scale = float(next(site["scale"] for site in sites if site["name"] == "k"))
         inside = [site for site in sites if _in(site, "data")]
@@ -233,7 +233,7 @@ class LogJoint:
         values, total, start = dict(self.fixed), torch.zeros(len(flat)), 0
         for name in self.drawn.local:
             site = self.drawn.prior[name]
-            transform, rank = biject_to(site["fn"].support), len(site["fn"].batch_shape)
+            transform, rank = biject_to(site["fn"].support), site["value"].dim() - site["fn"].event_dim
             like = transform.inv(site["value"])
             shape = like.movedim(rank + self.dim, 0).shape
             stop = start + shape[1:].numel()

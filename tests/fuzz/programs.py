@@ -406,6 +406,8 @@ class Run:
             total = total + 0.7 * value
         if site.anonymous:
             total = total + 0.1 * torch.arange(float(site.anonymous))
+        while total.dim() > max(1, -self.s.dim, *(-d for d in site.plates)) and len(total) == 1:
+            total = total.squeeze(0)  # left over from plates that the site is not in
         return total if self.s.linear else total.tanh()
 
     def _enter(self, site: Site, stack: ExitStack) -> None:
