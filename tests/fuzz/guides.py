@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from by_hand import Draw, Exact
+from by_hand import Draw, Exact, coordinates
 from programs import Program, spread
 from pyro import poutine
 from structures import Structure
@@ -83,12 +83,7 @@ def latent_dim(program: Program) -> int:
     args, kwargs = program.arguments(0)
     trace = poutine.trace(program.model).get_trace(*args, **kwargs)
     drawn = Draw(program.structure, trace, trace, lambda: None)
-    names = [name for name in drawn.local if name != "k"]
-    sizes = [
-        torch.distributions.biject_to(drawn.prior[n]["fn"].support).inv(drawn.prior[n]["value"]).numel() for n in names
-    ]
-    stack = drawn.prior[names[0]]["cond_indep_stack"]
-    return sum(sizes) // next(frame.size for frame in stack if frame.name == "data")
+    return coordinates(drawn)[0].shape[-1]
 
 
 def build(program: Program, *, encoder: nn.Module | None = None, sees: Any = False, **options: Any) -> Any:

@@ -17,6 +17,7 @@ REFUSALS: list[tuple[Callable[[Structure, str], bool], str]] = [
     (lambda s, check: s.outside != "none", "outside"),
     (lambda s, check: s.entrywise and s.guide.family != "normal", 'family="normal"'),
     (lambda s, check: s.subsampled_inner, "subsample"),
+    (lambda s, check: s.subsampled_inner, "this call sees only"),
     (lambda s, check: s.scale in ("number", "tensor") and s.mask == "obs_mask", "scale"),  # one part of the latents
     (lambda s, check: s.scale == "tensor_all" and s.guide.family != "normal", "scale"),
     (lambda s, check: s.scale in ("all", "tensor_all") and check in DIAGNOSTICS, "a scaled prior is no density"),
