@@ -3,10 +3,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 TEST_ARGS ?= -n auto
+SEED ?= 0
+NUM ?= 5000
+START ?= 0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint format docs bench clean
+.PHONY: help demo test test-slow fuzz lint format docs bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -19,6 +22,9 @@ test: $(VENV)/.test  ## run the default test suite (options in TEST_ARGS)
 
 test-slow: $(VENV)/.test  ## run the slow tests
 	$(BIN)/python -m pytest -m slow $(TEST_ARGS)
+
+fuzz: $(VENV)/.test  ## check random structures (SEED=, NUM= of them, from number START=)
+	$(BIN)/python tests/fuzz/run.py --seed $(SEED) --num $(NUM) --start $(START)
 
 lint: $(VENV)/.lint  ## check style, format and types
 	$(BIN)/ruff check .

@@ -674,6 +674,25 @@ def test_refined_guide_shares_parameters_and_leaves_the_guide_alone(kind: str) -
     assert torch.equal(again.median(x)["size"], refined.median(x)["size"])
 
 
+def test_refined_guide_shows_an_encoder_of_ones_own_no_masks() -> None:
+    """Only the default encoder sees which observed values are masked, refined or not."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0).mask(x > 0), obs=x)
+
+    class Encoder(nn.Module):
+        def forward(self, *inputs):
+            assert len(inputs) == 1
+            return inputs[0].unsqueeze(-1)
+
+    x = torch.randn(5)
+    guide = AmortizedGuide(model, Encoder())
+    guide.setup(x)
+    assert guide.refined(1).median(x)["z"].shape == (5,)
+
+
 @pytest.mark.parametrize("kind", KINDS[2:])
 def test_refined_guide_with_fixed_noise_can_be_repeated_whatever_it_refines(kind: str) -> None:
     linear = LinearGaussian.random_weights()

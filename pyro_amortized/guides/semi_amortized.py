@@ -162,6 +162,7 @@ class SemiAmortizedGuide(RefiningGuide):
             "_step_families",
         ):
             self.__dict__[name] = getattr(guide, name)
+        self._encoder_spec = getattr(guide, "_encoder_spec", (None,))  # which sees what it saw there, masks or not
         self.family = guide._family
         if self._global_sites:
             self._modules["global_guide"] = guide.global_guide  # which stays the other guide's for Pyro

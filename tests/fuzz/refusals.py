@@ -1,0 +1,31 @@
+"""Which structures may be refused, and by which words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from structures import Structure
+
+__all__ = ["is_needed"]
+
+DIAGNOSTICS = ("evidence", "gaps", "arviz", "refined")
+REFUSALS: list[tuple[Callable[[Structure, str], bool], str]] = [
+    (lambda s, check: s.guide.kind == "PerDatapointGuide", "Cannot look up variational parameters"),
+    (lambda s, check: s.state is not None and s.state[1] in ("dim", "size"), "since the guide was set up"),
+    (lambda s, check: s.state is not None and s.state[1] == "dim", "datapoint plate is now"),
+    (lambda s, check: s.state is not None, "Cannot"),
+    (lambda s, check: s.outside != "none", "outside"),
+    (lambda s, check: s.entrywise and s.guide.family != "normal", 'family="normal"'),
+    (lambda s, check: s.subsampled_inner, "subsample"),
+    (lambda s, check: s.subsampled_inner, "this call sees only"),
+    (lambda s, check: s.scale in ("number", "tensor") and s.mask == "obs_mask", "scale"),  # one part of the latents
+    (lambda s, check: s.scale == "tensor_all" and s.guide.family != "normal", "scale"),
+    (lambda s, check: s.scale in ("all", "tensor_all") and check in DIAGNOSTICS, "a scaled prior is no density"),
+    (lambda s, check: s.guide.family == "structured", "Cannot find which local latents depend on which"),
+]
+"""A structure and a check that may be refused, and a part of the message; everything else is refused without need."""
+
+
+def is_needed(structure: Structure, check: str, message: str) -> bool:
+    """Whether a refusal is one that the structure needs."""
+    return any(applies(structure, check) and words in message for applies, words in REFUSALS)
