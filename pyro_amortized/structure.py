@@ -405,7 +405,8 @@ class StructureReader:
             self._check_promise(key, known, structure)
         elif key is not None and structure.is_fixed:
             self._keep(self._known, key, _Known(structure.without_tensors()))
-        if structure.random_plates and structure.is_static and not structure.is_weighted:
+        explicit = any(frame.kind == "explicit" for frame in structure.frames.values())
+        if structure.random_plates and structure.is_static and not structure.is_weighted and not explicit:
             key = call_key((args, dict(kwargs)))
             if key is not None:
                 self._keep(self._drawn, key, structure.without_tensors())

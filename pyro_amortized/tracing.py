@@ -11,7 +11,7 @@ import ctypes
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -152,7 +152,8 @@ def kept_state(*, first: bool = False) -> Iterator[None]:
                     setattr(module, name, buffer)
                 buffer.data.copy_(value)  # unseen by autograd, for which the statistics are no part of a result
         for name in set(store.keys()) - known:
-            del store[name]
+            with suppress(KeyError):  # Pyro's, for the second name of a parameter that has two
+                del store[name]
 
 
 def _buffers(module: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
