@@ -191,6 +191,20 @@ class _PlateKinds(Messenger):
             self.kinds[msg["name"]] = kind
 
 
+class _Untraced(Messenger):
+    """Draws apart from ``torch.jit.trace``, in whose graph what a look draws would be drawn again in every call."""
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if msg["is_observed"] or msg["value"] is not None or msg["done"]:
+            return
+        state = torch._C._get_tracing_state()
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+        try:
+            msg["value"] = msg["fn"](*msg["args"], **msg["kwargs"])
+        finally:
+            torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
 def run_model(
     model: Callable[..., Any],
     args: Sequence[Any],
@@ -419,5 +433,6 @@ def probe(
     """
     kinds = _PlateKinds()
     with torch.no_grad(), pyro.validation_enabled(False), untouched(first=first):
-        trace = run_model(model, args, kwargs, values, handlers=(kinds,))
+        handlers = (_Untraced(), kinds) if torch._C._get_tracing_state() else (kinds,)
+        trace = run_model(model, args, kwargs, values, handlers=handlers)
     return trace, plate_frames(trace, kinds.kinds)
