@@ -548,7 +548,7 @@ def test_register_family(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: build_family(lambda dim: dim, 2), r"Cannot use family .* because it gave a int; try a function"),
         (lambda: build_family(Laplace(3), 2), r"Laplace\(latent_dim=3\) because .* 2 unconstrained .*latent_dim=2"),
         (lambda: build_family(lambda dim: Laplace(dim + 1), 2), r"latent_dim=3.*have 2 unconstrained"),
-        (lambda: LowRankMultivariateNormal(3, rank=0), r"Cannot use rank=0 because .* needs a column; try rank=1"),
+        (lambda: LowRankMultivariateNormal(3, rank=0), r"Cannot use rank=0 because .* at least 1; try rank=1"),
         (lambda: AmortizedGuide(conjugate, family="norml"), r"Cannot use family 'norml'"),
     ],
 )

@@ -70,10 +70,11 @@ def test_mass_where_the_transform_saturates_counts(dtype: torch.dtype) -> None:
 
 
 def as_it_is(guide: AmortizedGuide, *args: Any) -> LocalOptimum:
-    """The guide's own phi in place of the best one, which only costs draws."""
+    """The guide's own phi, of an ELBO that is unknown, in place of the best one, which only costs draws."""
     guide.setup(*args)
     phi = guide.variational_parameters(*args).detach()
-    return LocalOptimum(phi, phi, *[torch.zeros(len(phi))] * 8, dataset=None)  # type: ignore[arg-type]
+    unknown = torch.full((len(phi),), math.inf)
+    return LocalOptimum(phi, phi, *[unknown] * 8, dataset=None)  # type: ignore[arg-type]
 
 
 def judged(hard: Hard) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

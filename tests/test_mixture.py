@@ -54,8 +54,9 @@ def trained(family: object, num_steps: int, kind: type = AmortizedGuide) -> Amor
 
 def test_two_modes_are_found_and_weighed() -> None:
     exact = log_evidence(X)
-    normal = estimate_gaps(squares, trained("normal", 50), (X,)).dataset
-    share = torch.sigmoid(2 * 0.3 * X.sqrt().double())  # about that of the larger mode
+    guide = trained("normal", 50)
+    normal = estimate_gaps(squares, guide, (X,)).dataset
+    share = torch.sigmoid(2 * 0.3 * X.sqrt().double() * guide.median(X)["z"].sign())  # about that of the guide's mode
     expected = -share.log()
     gap = torch.from_numpy(normal["approximation_gap"].values)
     assert ((gap - expected).abs()[1:] < 0.1).all()
@@ -70,7 +71,7 @@ def test_two_modes_are_found_and_weighed() -> None:
 def test_refinement_learns_the_weights_of_distant_modes() -> None:
     guide = PerDatapointGuide(squares, family=lambda dim: Mixture(dim, 2))
     guide.setup(X)
-    refined = guide.refined(200)
+    refined = guide.refined(200, num_particles=128)
     q = refined.posterior(X)
     right = q.logits.softmax(-1)[q.locs.squeeze(-1) > 0]
     expected = torch.sigmoid(2 * 0.3 * X.sqrt())
@@ -81,8 +82,11 @@ def test_refinement_learns_the_weights_of_distant_modes() -> None:
 def test_semi_amortized(options: dict[str, object]) -> None:
     guide = SemiAmortizedGuide(squares, family="mixture", num_steps=3, **options)
     svi = SVI(squares, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
-    losses = [svi.step(X) for _ in range(30)]
-    assert sum(losses[-5:]) < sum(losses[:5])
+    loss = Trace_ELBO(num_particles=200)
+    before = loss.loss(squares, guide, X)
+    for _ in range(60):
+        svi.step(X)
+    assert loss.loss(squares, guide, X) < 0.9 * before
 
 
 @pytest.mark.slow

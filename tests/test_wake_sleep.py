@@ -68,7 +68,7 @@ def test_sleep_trains_on_what_the_model_simulates(model: Any) -> None:
         num_particles=2, insomnia=0.0, model_has_params=False, num_sleep_particles=1, vectorize_particles=False
     )
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss)
-    for _ in range(200):
+    for _ in range(500):
         svi.step(x)
     expected, actual = seen_by(guide, model, x)
     assert (actual - expected).square().mean().sqrt() < 0.4

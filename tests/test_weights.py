@@ -109,7 +109,7 @@ def test_unmasked_entropy_does_not_give_the_evidence() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "family"), [(within, "normal"), (sequence, "multivariate_normal"), (handler, "flow"), (handler, "normal")]
+    ("model", "family"), [(within, "normal"), (sequence, "multivariate_normal"), (within, "flow"), (handler, "normal")]
 )
 def test_refinement_and_diagnostics_under_masks(model: Any, family: str) -> None:
     x, present = data()
