@@ -8,6 +8,55 @@ import torch
 torch.set_num_threads(1)  # on tensors as small as those of the tests, further threads only wait for each other
 
 
+SLOW = (
+    "test_bounds.py::test_a_poor_proposal",
+    "test_comparison.py::test_an_encoder_that_fails_on_new_data",
+    "test_comparison.py::test_the_best_guide_is_found_by_pairs",
+    "test_compatibility.py::test_every_family",
+    "test_discrete.py::test_in_inner_plates_beside_global_latents",
+    "test_discrete.py::test_training_finds_the_posterior_and_the_evidence[one_hot]",
+    "test_family_laws.py::test_gaps_do_not_change_with_the_units_of_z[mixture]",
+    "test_family_laws.py::test_total_mass_is_one_in_2d[spline_flow]",
+    "test_family_laws.py::test_total_mass_is_one_in_2d[zuko_flow]",
+    "test_gaps.py::test_annealing_from_a_poor_proposal[0.1]",
+    "test_gaps.py::test_strong_correlations_and_differences_of_scale[multivariate_normal-dtype1]",
+    "test_gaps.py::test_the_full_rank_family_has_no_approximation_gap[easy]",
+    "test_gaps.py::test_the_low_rank_family_lies_between",
+    "test_mixture.py::test_semi_amortized[options1]",
+    "test_mixture.py::test_semi_amortized[options2]",
+    "test_newton.py::test_narrow_likelihoods_are_reached_from_afar",
+    "test_noise.py::test_diagnostics_leave_the_global_seed_alone[optimize_local-own noise]",
+    "test_quantization.py::test_training_finds_the_clusters[False]",
+    "test_refinement.py::test_answers_do_not_depend_on_the_batch[normal-iterative",
+    "test_refinement.py::test_every_elbo_trains_with_global_latents[iterative]",
+    "test_refinement.py::test_more_learned_steps_than_in_training_do_no_harm",
+    "test_refinement.py::test_predictive_and_calls_without_gradients[iterative",
+    "test_refinement.py::test_refined_guide_shares_parameters_and_leaves_the_guide_alone[iterative]",
+    "test_resume.py::test_resumed_losses_are_equal_to_the_last_digit[AmortizedGuide-options1]",
+    "test_resume.py::test_resumed_losses_are_equal_to_the_last_digit[SemiAmortizedGuide",
+    "test_signal.py::test_wake_sleep_trains_the_guide_as_the_elbo_does[iterative]",
+    "test_steps.py::test_trains_on_any_number_of_steps[SemiAmortizedGuide-TraceMeanField_ELBO]",
+    "test_structured.py::test_every_guide_trains[SemiAmortizedGuide-options3",
+    "test_structured.py::test_shared_head_with_masks_refinement_and_diagnostics",
+    "test_wake_sleep.py::test_sleep_trains_on_what_the_model_simulates[closed]",
+    "test_wake_sleep.py::test_sleep_trains_on_what_the_model_simulates[random]",
+    "test_weights.py::test_refinement_and_diagnostics_under_masks[sequence",
+    "test_weights.py::test_refinement_and_diagnostics_under_masks[within-flow]",
+    "test_zoo_b.py::test_deep_markov_model_trains[iterative]",
+    "test_zoo_b.py::test_missing_entries_as_latents[iterative]",
+    "test_zoo_b.py::test_missing_entries_as_latents[semi-amortized]",
+)
+"""Cases, by how their names begin, that take seconds, of tests of which another case runs by default."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks them as slow."""
+    for item in items:
+        if item.nodeid.removeprefix("tests/").startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _fresh_pyro() -> Iterator[None]:
     """Every test starts from an empty parameter store, a fixed seed and validation, and leaves no dtype behind."""

@@ -504,7 +504,7 @@ def test_looks_leave_generators_buffers_modes_and_parameters_as_they_were() -> N
     for size in (8, 8, 5):
         guide.variational_parameters(torch.ones(size))
     assert state() == before
-    guide.refined(2).variational_parameters(torch.ones(5))
+    guide.refined(2, num_particles=2).variational_parameters(torch.ones(5))
     assert state()[4:] == before[4:]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 ZOO = Path(__file__).parent.parent / "examples" / "zoo"
 MODULES = ["vae", "lda", "sparse_gamma", "single_cell", "hierarchical", "cevae", "semi_supervised", "missing_data"]
 AMORTIZED = ("amortized", "semi-amortized", "iterative")
-CHEAP = {"semi-amortized": ("vae", "missing_data"), "iterative": ("vae", "missing_data")}
+CHEAP = {"semi-amortized": ("missing_data",), "iterative": ("missing_data",)}
 """Models on which guides that refine are trained by default too."""
 BUDGETS = {"sparse_gamma": (300, 5e-3)}
 """Steps and learning rate, where not 100 and 0.01."""
@@ -31,9 +31,12 @@ def quick(name: str, guide: str) -> bool:
 
 
 def cases(*guides: str, quick: Callable[[str, str], bool] = quick) -> list[Any]:
-    """Names of models and guides; those that are not quick are marked as slow."""
-    pairs = [(name, guide) for name in MODULES for guide in guides]
-    return [pytest.param(*pair, marks=() if quick(*pair) else pytest.mark.slow) for pair in pairs]
+    """Names of models and guides, those that are not quick marked as slow; a guide is trained once in one process."""
+    found = []
+    for name, guide in ((name, guide) for name in MODULES for guide in guides):
+        marks = [pytest.mark.xdist_group(f"{name} {guide}"), *(() if quick(name, guide) else (pytest.mark.slow,))]
+        found.append(pytest.param(name, guide, marks=marks))
+    return found
 
 
 @cache
