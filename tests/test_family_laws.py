@@ -517,8 +517,13 @@ def test_gaps_do_not_change_with_the_units_of_z(name: str) -> None:
         with torch.no_grad():
             guide.inference.table.data = family.initial(c * IN_UNITS.flip(-1), 0.5 * c)
         data = estimate_gaps(model, guide, (c * IN_UNITS,)).dataset
-        gaps.append([torch.from_numpy(data[gap].values) for gap in ("approximation_gap", "amortization_gap")])
-    torch.testing.assert_close(*gaps, atol=2e-3, rtol=1e-3)
+        names = ("approximation_gap", "amortization_gap")
+        gaps.append(torch.stack([torch.from_numpy(data[gap].values) for gap in names]))
+        errors = torch.stack([torch.from_numpy(data[f"{gap}_se"].values) for gap in names])
+    if name == "zuko_flow":  # its optimum is found with fresh draws, from which rounding leads elsewhere
+        assert ((gaps[1] - gaps[0]).abs() < 4 * 2**0.5 * errors).all()
+    else:
+        torch.testing.assert_close(*gaps, atol=2e-3, rtol=1e-3)
 
 
 # Names and errors

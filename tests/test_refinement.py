@@ -1193,9 +1193,10 @@ def test_whole_guide_is_saved_and_copied(kind: str, duplicate: str) -> None:
     x = LINEAR.simulate(8)
     guide = trained(kind, LINEAR.full, x)
     other = DUPLICATES[duplicate](guide)
-    with pytest.raises(ValueError, match="guide.model = model"):
-        other.median(x)
-    other.model = LINEAR.full
+    if duplicate != "copied":
+        with pytest.raises(ValueError, match="guide.model = model"):
+            other.median(x)
+        other.model = LINEAR.full
     before = other.median(x)["z"]
     assert torch.equal(before, guide.median(x)["z"])
     steps = svi(LINEAR.full, guide, lr=0.01)
