@@ -12,7 +12,6 @@ SLOW = (
     "test_bounds.py::test_a_poor_proposal",
     "test_comparison.py::test_an_encoder_that_fails_on_new_data",
     "test_comparison.py::test_the_best_guide_is_found_by_pairs",
-    "test_compatibility.py::test_every_family",
     "test_discrete.py::test_in_inner_plates_beside_global_latents",
     "test_discrete.py::test_training_finds_the_posterior_and_the_evidence[one_hot]",
     "test_family_laws.py::test_gaps_do_not_change_with_the_units_of_z[mixture]",

@@ -80,9 +80,9 @@ SAMPLE = {(title, "AmortizedGuide") for title in TITLES} | {
 }
 
 
-def sampled(combinations: list[tuple[str, str]], sample: set[tuple[str, str]]) -> list[Any]:
-    """Combinations as parameters of a test: those outside of the sample are slow."""
-    return [pytest.param(*both, marks=() if both in sample else pytest.mark.slow) for both in combinations]
+def sampled(combinations: list[tuple[str, str]], sample: set[tuple[str, str]]) -> list[tuple[str, str]]:
+    """A sample of the combinations, in order; one slow test compares all."""
+    return [both for both in combinations if both in sample]
 
 
 @pytest.mark.parametrize(("title", "Guide"), sampled(ALL, SAMPLE))
@@ -116,7 +116,7 @@ def found_family(title: str, family: str) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("title", "family"),
-    sampled(ALL_FAMILIES, {both for i, both in enumerate(ALL_FAMILIES) if i % 5 == 0 or both[0].startswith("all")}),
+    sampled(ALL_FAMILIES, {both for i, both in enumerate(ALL_FAMILIES) if i % 9 == 0}),
 )
 def test_every_family(title: str, family: str) -> None:
     """The ELBOs, and Renyi's bound, are those that the traces give under every family, or the family is refused."""

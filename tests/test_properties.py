@@ -394,7 +394,7 @@ def examples(count: int, **options: Any) -> Any:
         (PerDatapointGuide, "multivariate_normal"),
     ],
 )
-@examples(25)
+@examples(12)
 @given(spec=specs())
 def test_any_structure(spec: Spec, Guide: Any, family: str) -> None:
     assume(family != "flow" or not _share_a_plate(spec))  # refused
@@ -410,7 +410,7 @@ REFINING = [(SemiAmortizedGuide, "normal"), (IterativeAmortizedGuide, "normal"),
 
 
 @pytest.mark.parametrize(("Guide", "family"), REFINING[:2])
-@examples(5)
+@examples(3)
 @given(spec=specs())
 def test_any_structure_refined(spec: Spec, Guide: Any, family: str) -> None:
     assume(family != "flow" or not _share_a_plate(spec))
