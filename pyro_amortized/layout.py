@@ -19,7 +19,6 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.distributions.util import sum_rightmost
-from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import AffineTransform, ComposeTransform, IndependentTransform, Transform, biject_to
@@ -544,8 +543,7 @@ def _local_site(name: str, site: dict[str, Any], inner: list[PlateFrame], start:
     check_continuous(name, site)
     support = site["fn"].support
     try:
-        with helpful_support_errors(site):
-            transform = _without_identities(biject_to(support))
+        transform = _without_identities(biject_to(support))
     except NotImplementedError as error:
         raise ValueError(
             f"Cannot guide local site {name!r} because no bijection from unconstrained space to its support {support} "
@@ -553,7 +551,7 @@ def _local_site(name: str, site: dict[str, Any], inner: list[PlateFrame], start:
         ) from error
     value = site["value"]
     event_dim = site["fn"].event_dim
-    unconstrained = transform.inv(value)
+    unconstrained = value if _is_identity(transform) else transform.inv(value)
     shape = unconstrained.shape[value.dim() - event_dim :]
     size = torch.Size([frame.size for frame in inner]).numel() * shape.numel()
     dims = tuple((frame.dim, frame.size) for frame in inner)

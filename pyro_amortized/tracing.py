@@ -229,7 +229,7 @@ def run_model(
     """
     with isolated(), ExitStack() as stack:
         tracer = stack.enter_context(poutine.trace())
-        for handler in (_Substitute(values or {}), *handlers):
+        for handler in ([_Substitute(values)] if values else []) + [*handlers]:
             stack.enter_context(handler)
         try:
             model(*args, **kwargs)
