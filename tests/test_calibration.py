@@ -84,6 +84,7 @@ def test_an_exact_posterior_passes() -> None:
         assert abs(share - level) < 4 * error
 
 
+@pytest.mark.slow
 def test_false_alarms_are_as_rare_as_promised() -> None:
     """Of 40 runs with all 6 quantities, at most 5% but for binomial error (1%)."""
     assert false_alarms(40, num_simulations=100) <= most(40)
@@ -151,6 +152,7 @@ def test_an_exact_full_rank_posterior_passes() -> None:
     assert calibrate(oracle.full, full_rank(oracle), (oracle.simulate(30),), num_simulations=500).calibrated
 
 
+@pytest.mark.slow
 def test_refined_guides_are_calibrated_as_they_answer() -> None:
     oracle = orthogonal()
     x = oracle.simulate(40)

@@ -114,6 +114,7 @@ def test_delta_allows_exceptions() -> None:
     assert lax.dataset["collapsed"].values.all()
 
 
+@pytest.mark.slow
 def test_mutual_information_and_elbo_surgery() -> None:
     x = make_data(40)
     report = collapse_report(independent, AmortizedGuide(independent, Linear(WEIGHTS, SCALE)), (x,))

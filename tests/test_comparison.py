@@ -50,6 +50,7 @@ def test_paired_differences_are_those_of_the_datapoints(linear: LinearGaussian) 
     assert data["elbo_difference_se"].values[0] == 0.0
 
 
+@pytest.mark.slow
 def test_pairing_shows_what_lies_within_the_spread_of_datapoints(linear: LinearGaussian) -> None:
     x = linear.simulate(40)
     result = compare_gaps(linear.full, guides(linear, x), (x,))
@@ -68,6 +69,7 @@ def test_guides_that_do_not_differ_are_not_told_apart(linear: LinearGaussian) ->
     assert "No guide stands out" in result.verdict
 
 
+@pytest.mark.slow
 def test_held_out_data_of_another_size(linear: LinearGaussian) -> None:
     x, y = linear.simulate(30), linear.simulate(45, seed=8)
     guide = exact_guide(linear, x, "a")
@@ -97,6 +99,7 @@ def test_an_encoder_that_fails_on_new_data_is_found_out(linear: LinearGaussian) 
     assert "larger on far than on training data" in result.verdict
 
 
+@pytest.mark.slow
 def test_batches_of_a_loader_and_saving(linear: LinearGaussian, tmp_path) -> None:
     x = linear.simulate(10)
     both = guides(linear, x)
@@ -119,6 +122,7 @@ def test_refusals(linear: LinearGaussian) -> None:
         compare_gaps(linear.full, guide, {"training": (x,), "held-out": (linear.simulate(7),)})
 
 
+@pytest.mark.slow
 def test_an_encoder_without_parameters_is_refined(linear: LinearGaussian) -> None:
     x = linear.simulate(6)
     guide = exact_guide(linear, x, "shifted", shift=0.3)

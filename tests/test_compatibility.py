@@ -76,7 +76,7 @@ def spelled(by_elbo: dict[str, str]) -> str:
 ALL = [(title, Guide) for title in TITLES for Guide in GUIDES]
 FAST = ["AmortizedGuide", "PerDatapointGuide", "DiscreteAmortizedGuide"]
 SAMPLE = {(title, "AmortizedGuide") for title in TITLES} | {
-    (title, list(GUIDES)[1 + i % (len(GUIDES) - 1)]) for i, title in enumerate(TITLES)
+    (title, list(GUIDES)[1 + i % (len(GUIDES) - 1)]) for i, title in enumerate(TITLES) if i % 2
 }
 
 

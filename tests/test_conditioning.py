@@ -55,6 +55,7 @@ def test_exact_posterior_of_both_gives_the_evidence_without_variance() -> None:
     assert max(losses) - min(losses) > 1e-3
 
 
+@pytest.mark.slow
 def test_training_finds_the_dependence() -> None:
     x = torch.randn(6) + 1.0
     guide = AmortizedGuide(model, nn.Identity(), encoder_input=["features", "theta"])

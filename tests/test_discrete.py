@@ -131,6 +131,7 @@ def test_sampled_elbo_is_unbiased_for_the_enumerated_one() -> None:
     assert (draws.mean() - exact - 3.0).abs() > 4 * error  # the twin: three nats more would be noticed
 
 
+@pytest.mark.slow
 def test_continuous_latents_are_inferred_for_every_value_of_the_label() -> None:
     """q(z | x, y) is exact once trained: the ELBO reaches the evidence, which one q(z | x) for all labels cannot."""
     guide, x = DiscreteAmortizedGuide(semi_supervised, MLPEncoder(1, (32, 32))), data(8)
@@ -246,6 +247,7 @@ def minibatches(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(CENTRES[y], 1.0), obs=x[index])
 
 
+@pytest.mark.slow
 def test_minibatches_are_unbiased_for_all_datapoints() -> None:
     x = data(12)
     guide = random_heads(DiscreteAmortizedGuide(minibatches, encoder_input=None), x)
@@ -301,6 +303,7 @@ def test_straight_through_draws_are_exact_values_with_the_gradient_of_the_relaxe
     assert grad.abs().max() > 0.01
 
 
+@pytest.mark.slow
 def test_straight_through_elbo_is_that_of_the_discrete_latents() -> None:
     guide, x = random_heads(DiscreteAmortizedGuide(one_hot_mixture, temperature=0.5), data()), data()
     exact = -exact_elbo(full_probabilities(guide, x), joint(x, WEIGHTS, CENTRES))
@@ -327,6 +330,7 @@ def test_straight_through_gradient_is_exact_for_a_linear_model_without_evidence(
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 def test_straight_through_training_of_a_binary_code_nears_the_best_factorised_posterior() -> None:
     x = torch.randn(10, 4, generator=torch.Generator().manual_seed(1)) + 1.0
     guide = DiscreteAmortizedGuide(binary_code, MLPEncoder(4, (64,)), temperature=0.5)

@@ -47,6 +47,7 @@ def test_gap_decomposition(
     assert len(list(tmp_path.rglob("*.png"))) == 2
 
 
+@pytest.mark.slow
 def test_semi_amortized(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, images: tuple[str, ...]
 ) -> None:
@@ -66,6 +67,7 @@ def test_training_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert time.perf_counter() - start < 60
 
 
+@pytest.mark.slow
 def test_iterative(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, images: tuple[str, ...]
 ) -> None:
@@ -75,6 +77,7 @@ def test_iterative(
     assert (tmp_path / "picture.png").exists()
 
 
+@pytest.mark.slow
 def test_posterior_collapse(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, images: tuple[str, ...]
 ) -> None:

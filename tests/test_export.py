@@ -576,6 +576,7 @@ def test_arguments_that_do_not_run_over_the_plate() -> None:
     assert set(constant.data_vars) == {"weights"}  # the number is another in each batch
 
 
+@pytest.mark.slow
 def test_inputs_of_earlier_batches_are_not_kept(oracle: LinearGaussian) -> None:
     alive: list[Any] = []
     most = 0
@@ -715,6 +716,7 @@ def test_netcdf_round_trip(exported: Any, tmp_path: Path) -> None:
     read.close()
 
 
+@pytest.mark.slow
 def test_importing_loads_neither_arviz_nor_xarray() -> None:
     code = "import sys, pyro_amortized.export; print({'arviz', 'xarray', 'pandas'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

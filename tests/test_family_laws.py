@@ -603,6 +603,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> tuple[AmortizedGuide, Tensor]:
     return guide, x
 
 
+@pytest.mark.slow
 def test_local_optimum_of_a_custom_family(trained: tuple[AmortizedGuide, Tensor]) -> None:
     guide, x = trained
     optimum = optimize_local(conjugate, guide, (x,))
@@ -623,6 +624,7 @@ def test_gaps_of_a_custom_family(trained: tuple[AmortizedGuide, Tensor]) -> None
     assert (gaps["amortization_gap"].values > 0).all()
 
 
+@pytest.mark.slow
 def test_the_family_of_the_documentation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
     page = Path(__file__).parent.parent / "docs" / "extending.md"

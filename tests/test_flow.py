@@ -143,6 +143,7 @@ def test_zuko_flows_train_with_validation_on() -> None:
     assert sum(losses[-10:]) < sum(losses[:10])
 
 
+@pytest.mark.slow
 @needs_zuko
 def test_importing_zuko_by_name_leaves_validation_on() -> None:
     code = (

@@ -107,6 +107,7 @@ def test_an_encoder_with_a_shifted_mean_has_the_amortization_gap_of_its_shift(or
     assert np.allclose(gaps["inference_gap"], gaps["approximation_gap"] + gaps["amortization_gap"])
 
 
+@pytest.mark.slow
 def test_the_full_rank_family_has_no_approximation_gap(oracle: Oracle) -> None:
     guide = AmortizedGuide(oracle.model, family="multivariate_normal")
     gaps = estimate_gaps(oracle.model, guide, (oracle.x,)).dataset
@@ -122,6 +123,7 @@ def test_the_low_rank_family_lies_between() -> None:
     assert (gap < small.gap).all()
 
 
+@pytest.mark.slow
 def test_standard_errors_of_the_log_evidence_cover_the_truth() -> None:
     """Of 5 x 64 independent estimates, 2-se intervals cover the truth in a share within 3 binomial s.e. of 95.4%."""
     oracle = Oracle(hard=True)
@@ -198,6 +200,7 @@ def test_subsampled_plates_keep_their_coordinates_and_drop_their_scale() -> None
     assert np.abs(gaps["log_evidence"] - oracle.log_evidence()[index.numpy()]).max() < 0.05
 
 
+@pytest.mark.slow
 def test_models_that_cannot_run_on_many_draws_or_few_rows_give_the_same_numbers() -> None:
     """Draws are then evaluated one by one, and finished datapoints along with the others."""
     oracle = Oracle(hard=False, points=6)
@@ -472,6 +475,7 @@ def mixed_data(size: int) -> tuple[Tensor, np.ndarray[Any, Any]]:
     return x, torch.stack(parts).logsumexp(0).numpy()
 
 
+@pytest.mark.slow
 def test_small_further_modes_and_shoulders_are_found() -> None:
     x, exact = mixed_data(60)
     result = log_evidence(mixed, AmortizedGuide(mixed), (x,))
@@ -482,6 +486,7 @@ def test_small_further_modes_and_shoulders_are_found() -> None:
     assert (error / result["log_evidence_se"][good] < 3).mean() > 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [0.0, 0.1])
 def test_annealing_from_a_poor_proposal(wrong: float) -> None:
     """Weights of annealed chains average to the evidence; a wrong one is told from it."""
@@ -495,7 +500,7 @@ def test_annealing_from_a_poor_proposal(wrong: float) -> None:
     assert (error < 3.5).all() == (wrong == 0.0)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("size", [1, 2, 5, 8])
 @pytest.mark.parametrize("kind", ["fixed", "fixed_data", "closed_over", "fixed_indices", "free"])
 def test_models_that_fix_their_size_run_on_all_their_data(size: int, kind: str) -> None:
     offset = torch.zeros(size)
@@ -558,6 +563,7 @@ def test_a_stalled_optimisation_has_not_converged(oracle: Oracle, monkeypatch: p
     assert not optimize_local(oracle.model, guide, (oracle.x,)).converged.any()
 
 
+@pytest.mark.slow
 def test_loader_gives_what_the_whole_data_give() -> None:
     model = Oracle(hard=False, points=10)
     guide = AmortizedGuide(model.model, model.encoder(0.1))
@@ -653,6 +659,7 @@ def test_broken_bounds_raise_a_warning() -> None:
 # Models on which estimates were once wrong without a word.
 
 
+@pytest.mark.slow
 def test_modes_are_found_though_other_climbs_led_to_known_ones() -> None:
     """Two modes in ten dimensions, of mass one half each: a missed one costs log 2."""
 
@@ -695,6 +702,7 @@ def test_a_posterior_with_tails_as_heavy_as_those_of_a_cauchy_prior() -> None:
     assert np.abs(z_scores.mean()) < 3 / math.sqrt(20)
 
 
+@pytest.mark.slow
 def test_standard_errors_from_few_draws_that_matter_are_wide_enough() -> None:
     """Where the proposal is close, most of the error comes from the few outermost draws."""
 
@@ -712,6 +720,7 @@ def test_standard_errors_from_few_draws_that_matter_are_wide_enough() -> None:
     assert z_scores.std() < 1.35
 
 
+@pytest.mark.slow
 def test_guides_with_draws_of_no_density_have_no_finite_elbo() -> None:
     """A normal posterior of a scale that must be positive: the log-joint at negative draws is not a number."""
 
@@ -746,6 +755,7 @@ def test_log_evidence_takes_loaders() -> None:
         log_evidence(oracle.model, guide, (oracle.x[:2],), max_samples=0)
 
 
+@pytest.mark.slow
 def test_annealing_from_where_the_model_has_no_density() -> None:
     """Half of the chains start at negative latents, which are impossible, and must not set the pace of the others."""
 

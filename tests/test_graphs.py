@@ -356,6 +356,7 @@ def test_something_that_changes_in_every_call_ends_tracing() -> None:
     assert sum(len(known.entries) for known in cache._known.values()) <= 10
 
 
+@pytest.mark.slow
 def test_tracing_begins_again_when_the_changes_end() -> None:
     def model(x: Tensor, beta: float) -> None:
         with pyro.plate("data", len(x)):

@@ -52,6 +52,7 @@ def trained(family: object, num_steps: int, kind: type = AmortizedGuide) -> Amor
     return guide.eval()
 
 
+@pytest.mark.slow
 def test_two_modes_are_found_and_weighed() -> None:
     exact = log_evidence(X)
     guide = trained("normal", 50)
@@ -78,6 +79,7 @@ def test_refinement_learns_the_weights_of_distant_modes() -> None:
     torch.testing.assert_close(right, expected, atol=0.05, rtol=0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"encoder_gradient": "first_order"}, {"num_particles": 4}])
 def test_semi_amortized(options: dict[str, object]) -> None:
     guide = SemiAmortizedGuide(squares, family="mixture", num_steps=3, **options)
@@ -164,6 +166,7 @@ def test_quantiles_of_extreme_mixtures_are_found(traced: bool, monkeypatch: pyte
         torch.testing.assert_close(below, torch.special.ndtr(noise), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_searches_can_be_traced() -> None:
     family, noise = Mixture(2, 3).double(), torch.randn(50, 1, 2, dtype=torch.float64)
     phi = family.initial(torch.zeros(1, 2).double(), 0.5)

@@ -308,6 +308,7 @@ def test_compiled_steps_give_the_same_numbers(family: str) -> None:
     torch.testing.assert_close(*answers, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_sequences_of_any_length_are_refined() -> None:
     """Their family grows with them."""
 

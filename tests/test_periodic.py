@@ -117,6 +117,7 @@ def directions(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(torch.stack([angle.cos(), angle.sin()], -1), 0.5).to_event(1), obs=x)
 
 
+@pytest.mark.slow
 def test_the_remedy_gives_the_evidence() -> None:
     pyro.set_rng_seed(0)
     x = directions_data(12)

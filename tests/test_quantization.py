@@ -594,6 +594,7 @@ def test_frozen_encoder_trains_the_codebook() -> None:
         torch.testing.assert_close(model.codebook.embeddings[k], features[codes == k].mean(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to_event", [True, False])
 def test_training_finds_the_clusters(to_event: bool) -> None:
     labels = torch.randint(0, 4, (200,))

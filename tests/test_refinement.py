@@ -590,6 +590,7 @@ def mean_field_gap(linear: LinearGaussian) -> float:
     return 0.5 * (precision.diagonal().log().sum() - torch.logdet(precision)).item()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_float64")
 @pytest.mark.parametrize("estimator", some_slow(["stl"], ESTIMATORS))
 def test_refinement_converges_to_the_mean_field_optimum(estimator: str) -> None:
@@ -716,6 +717,7 @@ def test_refined_guide_can_be_trained() -> None:
     assert not torch.equal(before, refined.variational_parameters(x))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_float64")
 def test_keep_best_never_lowers_the_elbo_even_by_steps_that_diverge() -> None:
     """Judged by 512 draws that all candidates share: a tenth of a nat is lost by chance at most."""
@@ -977,6 +979,7 @@ def test_enumerated_latents_are_summed_out_in_refinement(kind: str) -> None:
     assert torch.tensor(loss).isfinite()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_float64")
 def test_refinement_climbs_the_elbo_of_the_enumerated_model() -> None:
     """Against the mixture's own density, summed by hand: no step from its maximum over a grid would be uphill."""
@@ -1093,6 +1096,7 @@ def test_prior_start_is_the_prior(family: str) -> None:
     assert torch.equal(guide.variational_parameters(linear.simulate(4)), torch.zeros(4, 6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", some_slow(["unrolled"], ["unrolled", "iterative"]))
 def test_prior_start_serves_constrained_latents(kind: str) -> None:
     def model(x: Tensor) -> None:

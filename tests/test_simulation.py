@@ -137,6 +137,7 @@ def test_an_argument_that_is_passed_twice_stays_one() -> None:
         assert not torch.equal(simulation.args[0], x[simulation.rows])
 
 
+@pytest.mark.slow
 def test_indexed_subsamples_write_their_rows() -> None:
     oracle, x = linear()
     index = torch.tensor([5, 1, 7, 11, 0])

@@ -95,6 +95,7 @@ def test_trains_on_any_number_of_steps(Guide: Any, Elbo: Any) -> None:
     assert sum(losses[-4:]) < sum(losses[:4])
 
 
+@pytest.mark.slow
 def test_refined_and_diagnosed_at_any_length() -> None:
     guide = AmortizedGuide(sequence, Steps(), encoder_input="x")
     guide.setup(*batch(5, 4))

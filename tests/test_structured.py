@@ -388,6 +388,7 @@ def mean_field_gap(length: int) -> float:
     return 0.5 * (precision.diagonal().log().sum() - torch.logdet(precision)).item()
 
 
+@pytest.mark.slow
 def test_gap_of_a_strongly_coupled_chain() -> None:
     """Mean-field misses the coupling, by as much as the closed form says; the structured family has it."""
     x = simulate(2)
@@ -445,6 +446,7 @@ def test_elbo_at_the_exact_posterior_is_the_evidence() -> None:
     assert -Trace_ELBO().loss(coupled, guide, x) != pytest.approx(log_evidence(x).sum().item(), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_refinement_finds_the_posterior() -> None:
     x = simulate(4)
     guide = AmortizedGuide(coupled, family="structured")
@@ -460,6 +462,7 @@ def test_refinement_finds_the_posterior() -> None:
     assert gaps[1] < 0.6 * mean_field_gap(LENGTH)
 
 
+@pytest.mark.slow
 def test_masked_latents_are_standard_normal_and_cost_nothing() -> None:
     x = simulate(4)
     lengths = torch.tensor([5, 3, 1, 4])
@@ -652,6 +655,7 @@ def hidden(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(z.sum(-1), 0.5), obs=x)
 
 
+@pytest.mark.slow
 def test_hidden_dependence_can_be_given() -> None:
     """q is then mean-field, and right again with parents from the user."""
     x = torch.tensor([0.3, -1.0])

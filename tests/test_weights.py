@@ -134,6 +134,7 @@ def test_refinement_and_diagnostics_under_masks(model: Any, family: str) -> None
     assert exact.sum().item() - value < 0.35 * (exact.sum().item() - before)
 
 
+@pytest.mark.slow
 def test_mask_on_constrained_latents() -> None:
     """A masked simplex: the evidence is that of the datapoints that are present."""
 

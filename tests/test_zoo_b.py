@@ -130,6 +130,7 @@ def test_labels_summed_out_in_the_model(labelled: tuple[Any, Any, Tensor, Tensor
     assert -loss == pytest.approx(by_hand.item(), abs=1e-9)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_evidence_sums_labels_out(labelled: tuple[Any, Any, Tensor, Tensor]) -> None:
     """Against a grid over both dimensions of z; the ELBO of the guide of labels and z lies below."""
@@ -150,6 +151,7 @@ def test_evidence_sums_labels_out(labelled: tuple[Any, Any, Tensor, Tensor]) -> 
     assert of_unlabelled.mean() < exact[~known].sum() + 4 * of_unlabelled.std() / 200**0.5
 
 
+@pytest.mark.slow
 def test_discrete_guide_trains_and_takes_unseen_images() -> None:
     zoo = load("semi_supervised")
     problem = zoo.make_problem(small=True)
@@ -202,6 +204,7 @@ def test_effect_of_a_treatment() -> None:
     assert abs(zoo.average_effect(problem.model, guide, data, 20) - zoo.true_effect()) < confounded
 
 
+@pytest.mark.slow
 def test_pyros_own_guide_of_cevae_and_ours_share_a_model() -> None:
     """The model's ELBO under Pyro's guide, and with a guide of ours in its place."""
     zoo, frame = load("cevae"), load("_problem")
@@ -227,6 +230,7 @@ def test_effect_from_features_alone() -> None:
     assert abs(zoo.average_effect(trained.model, guide, (x,), 20) - zoo.true_effect()) < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:[^!]*Found sample sites configured for enumeration")
 def test_treatment_and_outcome_are_latent_or_observed() -> None:
     """Enumerated t and y give the ELBO that drawn ones do on average."""
@@ -358,6 +362,7 @@ def test_auto_normal_is_masked_as_the_model_is() -> None:
         assert torch.equal(log_q != 0, lengths >= t)
 
 
+@pytest.mark.slow
 def test_gaps_of_sequences() -> None:
     zoo, frame = load("deep_markov"), load("_problem")
     problem = zoo.make_problem(small=True)
