@@ -1,10 +1,13 @@
 """What errors advise: each is provoked, and then what it says is done, and succeeds."""
 
 import ast
+import itertools
 import math
 import pickle
 import re
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from pyro.infer.reparam import ProjectedNormalReparam
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -40,7 +44,10 @@ from pyro_amortized import (
     SemiAmortizedGuide,
     Structured,
     VectorQuantizedGuide,
+    calibrate,
     collapse_report,
+    compare_gaps,
+    estimate_gaps,
     log_evidence,
     optimize_local,
     posterior_summary,
@@ -1138,6 +1145,464 @@ case(
     r"linear_schedule\(1000\)",
     lambda: KLAnnealing(model, made(), linear_schedule(1000)),
 )
+
+
+# Reports, exports and files
+
+
+def gaps(**options: Any) -> GapEstimate:
+    return estimate_gaps(model, made(), (X,), **options)
+
+
+def loadings(guide: Any, **options: Any) -> Any:
+    return posterior_summary(model, guide, (X,), num_samples=20, **options)
+
+
+case(
+    "quantiles above 1",
+    lambda: made().quantiles([0.5, 1.5], X),
+    r"\(0.05, 0.5, 0.95\)",
+    lambda: made().quantiles((0.05, 0.5, 0.95), X),
+)
+case(
+    "quantiles of a summary above 1",
+    lambda: loadings(made(), quantiles=(0.5, 1.5)),
+    r"\(0.05, 0.5, 0.95\)",
+    lambda: loadings(made(), quantiles=(0.05, 0.5, 0.95)),
+)
+case("an unknown order", lambda: gaps().worst(2, by="nothing"), "one of .*'inference_gap'", lambda: gaps().worst(2))
+case("no gap estimates", lambda: GapEstimate.concat([]), "at least one", lambda: GapEstimate.concat([gaps()]))
+case(
+    "no guide",
+    lambda: compare_gaps(model, {}, {"x": (X,)}),
+    "at least one of each",
+    lambda: compare_gaps(model, {"a": made()}, {"x": (X,)}),
+)
+case(
+    "an optimum for batches",
+    lambda: log_evidence(model, (g := made()), loader(), optimum=optimize_local(model, g, (X,))),
+    "leaving it out",
+    lambda: log_evidence(model, made(), loader()),
+)
+case("weights without samples", lambda: psis(torch.zeros(0, 3)), "num_samples first", lambda: psis(torch.randn(50, 3)))
+case(
+    "weights that are not finite",
+    lambda: psis(torch.tensor([[math.nan, 0.0]] * 50)),
+    "leave these columns out",
+    lambda: psis(torch.tensor([[0.0]] * 50)),
+)
+case("an unknown plot", lambda: CALIBRATED().plot(kind="nothing"), "'ecdf'", lambda: CALIBRATED().plot(kind="ecdf"))
+case(
+    "an unknown quantity",
+    lambda: CALIBRATED().plot("ranks", quantity="nothing"),
+    "one of .*'z'",
+    lambda: CALIBRATED().plot("ranks", quantity="z"),
+)
+case("no axes", lambda: gaps().plot(ax=3), "or None", lambda: gaps().plot(ax=None))
+case(
+    "a report that cannot be read",
+    lambda: GapEstimate.from_netcdf(__file__),
+    "the path that to_netcdf was given",
+    lambda: kept(lambda path: (gaps().to_netcdf(path), GapEstimate.from_netcdf(path))),
+)
+case(
+    "no directory for a report",
+    lambda: gaps().to_netcdf("nowhere/at/all/report.nc"),
+    "a directory that exists",
+    lambda: kept(lambda path: gaps().to_netcdf(path)),
+)
+case(
+    "something else to diagnose",
+    lambda: collapse_report(3, made(), (X,)),
+    "the Pyro model that the guide was made with",
+    report,
+)
+case(
+    "export of Pyro's own guide",
+    lambda: to_arviz(model, AutoNormal(model), (X,)),
+    "an AmortizedGuide",
+    lambda: to_arviz(model, made(), (X,), num_samples=10),
+)
+case(
+    "groups that are no names",
+    lambda: to_arviz(model, made(), (X,), groups=[3]),
+    "some of .*'posterior'",
+    lambda: to_arviz(model, made(), (X,), num_samples=10, groups=["posterior"]),
+)
+
+
+@cache
+def CALIBRATED() -> Any:
+    return calibrate(model, made(), (X,), num_simulations=40, num_samples=19)
+
+
+def kept(write: Callable[[str], Any]) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        write(f"{directory}/report.nc")
+
+
+# Simulations
+
+
+def counted(floating: bool) -> Callable[[Tensor], None]:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x.float() if floating else x)
+
+    return model
+
+
+def with_factor(as_density: bool) -> Callable[[Tensor], None]:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            if as_density:
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            else:
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+                pyro.factor("f", -z.square())
+
+    return model
+
+
+case(
+    "a simulation of a factor",
+    lambda: simulate(with_factor(False), made(with_factor(False)), (X,)),
+    "prior and likelihood are distributions",
+    lambda: simulate(with_factor(True), made(with_factor(True)), (X,)),
+)
+
+
+case(
+    "integers for real draws",
+    lambda: simulate(counted(False), made(counted(False), data=X.long()), (X.long(),)),
+    "dtype torch.float32",
+    lambda: simulate(counted(False), made(counted(False)), (X,)),
+)
+
+# Guides
+
+
+case("no model", lambda: AmortizedGuide(3), "the Pyro model itself", made)
+case(
+    "encoder input of a number",
+    lambda: made(encoder_input=3),
+    "None for the observed values",
+    lambda: made(encoder_input=None),
+)
+case("an empty encoder input", lambda: made(encoder_input=[]), "None", lambda: made(encoder_input=None))
+case(
+    "a state that is none",
+    lambda: made().load_state_dict(3),
+    r"guide.state_dict\(\) of a guide that was made alike",
+    lambda: made().load_state_dict(made().state_dict()),
+)
+case(
+    "the state of another guide",
+    lambda: made().load_state_dict(made(model, AmortizedGuide, MLPEncoder(1, hidden_dims=(3,))).state_dict()),
+    "the same model, family, encoder",
+    lambda: made(model, AmortizedGuide, MLPEncoder(1, hidden_dims=(3,))).load_state_dict(
+        made(model, AmortizedGuide, MLPEncoder(1, hidden_dims=(3,))).state_dict()
+    ),
+)
+case("an unknown family", lambda: made(family="student"), "one of .*'normal'", lambda: made(family="normal"))
+case("a family that is none", lambda: made(family=3), "one of .*'normal'", lambda: made(family="normal"))
+case(
+    "a function that makes no family",
+    lambda: made(family=lambda latent_dim: latent_dim),
+    "a function that returns a VariationalFamily",
+    lambda: made(family=lambda latent_dim: Normal(latent_dim)),
+)
+case(
+    "an affine flow of one latent",
+    lambda: made(family=lambda latent_dim: Flow(latent_dim, "affine_coupling")),
+    "spline_autoregressive",
+    lambda: made(family=lambda latent_dim: Flow(latent_dim, "spline_autoregressive")),
+)
+case(
+    "an unknown flow of zuko",
+    lambda: Flow(2, "zuko.Nothing"),
+    "zuko.NSF",
+    lambda: Flow(2, "zuko.NSF"),
+)
+case(
+    "parents of another size",
+    lambda: Structured(2, torch.zeros(3, 3, dtype=torch.bool)),
+    r"a boolean tensor \(2, 2\)",
+    lambda: Structured(2, torch.zeros(2, 2, dtype=torch.bool)),
+)
+case(
+    "an unknown estimator",
+    lambda: made(model, SemiAmortizedGuide, estimator="nothing"),
+    "'",
+    lambda: made(model, SemiAmortizedGuide),
+)
+case(
+    "an unknown gradient of the encoder",
+    lambda: made(model, SemiAmortizedGuide, encoder_gradient="nothing"),
+    "unrolled",
+    lambda: made(model, SemiAmortizedGuide, encoder_gradient="unrolled"),
+)
+case(
+    "an encoder without weights",
+    lambda: made(model, AmortizedGuide, broken_encoder(math.nan)),
+    "a look at its weights",
+    lambda: made(model, AmortizedGuide, broken_encoder(1.0)),
+)
+
+
+def broken_encoder(weight: float) -> nn.Module:
+    encoder = nn.Linear(1, 4)
+    nn.init.constant_(encoder.weight, weight)
+    return nn.Sequential(nn.Unflatten(0, (-1, 1)), encoder)
+
+
+case(
+    "no bijection to the support",
+    lambda: train(of_latent(lambda: NoBijection(0.0, 1.0))),
+    "another prior for it",
+    lambda: train(of_latent(lambda: dist.Normal(0.0, 1.0))),
+)
+
+
+class Unknown(dist.constraints.Constraint):
+    """A support that no transform is registered for."""
+
+    def check(self, value: Tensor) -> Tensor:
+        return value == value
+
+
+class NoBijection(dist.Normal):
+    support = Unknown()
+
+
+def size_free(sized: bool) -> Callable[[Tensor], None]:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)) if sized else pyro.plate("data"):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    return model
+
+
+case(
+    "a plate without a size",
+    lambda: train(size_free(False)),
+    r"pyro.plate\('data', 6\)",
+    lambda: train(size_free(True)),
+)
+
+
+def dependent(plated: bool) -> Callable[[Tensor], None]:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            if plated:
+                pyro.sample("y", dist.Normal(z, 1.0), obs=x)
+        if not plated:
+            pyro.sample("y", dist.Normal(z.sum(), 1.0), obs=x.sum())
+
+    return model
+
+
+case(
+    "a site outside of the plate that depends on its latents",
+    lambda: log_evidence(dependent(False), made(dependent(False)), (X,)),
+    "lies in plate 'data'",
+    lambda: log_evidence(dependent(True), made(dependent(True)), (X,)),
+)
+
+
+def angle(projected: bool) -> Callable[[Tensor], None]:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            if projected:
+                direction = pyro.sample("z", dist.ProjectedNormal(torch.tensor([1.0, 0.0])))
+                z = torch.atan2(direction[..., 1], direction[..., 0])
+            else:
+                z = pyro.sample("z", dist.VonMises(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    return poutine.reparam(model, {"z": ProjectedNormalReparam()}) if projected else model
+
+
+case("a periodic latent", lambda: train(angle(False)), "ProjectedNormal", lambda: train(angle(True)))
+case(
+    "a step to the optimum already",
+    lambda: Newton(step_size=1.5),
+    "0.7",
+    lambda: Newton(step_size=0.7),
+)
+case(
+    "a Codebook of another dim",
+    lambda: Codebook(4, 2).initialize(torch.zeros(3, 5)),
+    r"features \(\*, 2\)",
+    lambda: Codebook(4, 2).initialize(torch.randn(9, 2)),
+)
+case(
+    "no codebook",
+    lambda: VectorQuantizedGuide(model, 3),
+    "the Codebook that the model looks codes up in",
+    lambda: VectorQuantizedGuide(model, Codebook(4, 2)),
+)
+case(
+    "annealing of no model",
+    lambda: KLAnnealing(3, made(), linear_schedule(10)),
+    "the model itself",
+    lambda: KLAnnealing(model, made(), linear_schedule(10)),
+)
+case(
+    "free bits per nothing",
+    lambda: FreeBitsELBO(0.1, per="nothing"),
+    'per="site"',
+    lambda: FreeBitsELBO(0.1, per="site"),
+)
+
+
+def without_latents(x: Tensor) -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+
+case(
+    "free bits without local latents",
+    lambda: train(without_latents, elbo=FreeBitsELBO(0.1)),
+    "TraceMeanField_ELBO",
+    lambda: train(without_latents, elbo=TraceMeanField_ELBO()),
+)
+
+
+def reloaded(guide: Any) -> Any:
+    return pickle.loads(pickle.dumps(guide))
+
+
+def with_model(guide: Any) -> Any:
+    guide = reloaded(guide)
+    guide.model = model
+    return guide
+
+
+case(
+    "a loaded guide without its model",
+    lambda: reloaded(made())(X),
+    "guide.model = model",
+    lambda: with_model(made())(X),
+)
+case(
+    "a loaded guide that refines",
+    lambda: reloaded(made(model, SemiAmortizedGuide, num_steps=2, encoder_input="x"))(X),
+    "guide.model = model",
+    lambda: with_model(made(model, SemiAmortizedGuide, num_steps=2, encoder_input="x"))(X),
+)
+case(
+    "an argument of a loaded guide",
+    lambda: reloaded(made(encoder_input="x"))(x=X),
+    "guide.model = model",
+    lambda: with_model(made(encoder_input="x"))(x=X),
+)
+
+
+def changing(fixed: bool, what: str) -> Callable[[], Any]:
+    """A guide of a model that changes between two calls, or does not."""
+
+    def run() -> None:
+        state = {"changed": False}
+
+        def model(x: Tensor) -> None:
+            other = state["changed"] and not fixed
+            with pyro.plate("rows" if other and what == "plate" else "data", len(x)):
+                shape = (3,) if other and what == "shape" else (2,)
+                z = pyro.sample(
+                    "y" if other and what == "site" else "z", dist.Normal(torch.zeros(shape), 1.0).to_event(1)
+                )
+                pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=x)
+            if other and what == "global":
+                pyro.sample("w", dist.Normal(0.0, 1.0))
+
+        guide = made(model)
+        state["changed"] = True
+        guide(X)
+
+    return run
+
+
+for what in ("plate", "shape", "site", "global"):
+    case(
+        f"another {what} than at first",
+        changing(False, what),
+        "(the same structure in every call|one guide per structure)",
+        changing(True, what),
+    )
+
+
+def forking(fixed: bool) -> Callable[[Tensor], None]:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            if fixed or z.mean() > 0:
+                z = pyro.sample("w", dist.Normal(z, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    return model
+
+
+case(
+    "a random structure",
+    lambda: train(forking(False)),
+    "a structure that its arguments decide",
+    lambda: train(forking(True)),
+)
+
+
+def iterating(given: bool) -> Callable[..., None]:
+    batches = itertools.count()
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x if given else x + next(batches))
+
+    return model
+
+
+case(
+    "the next data of an iterator",
+    lambda: train(iterating(False)),
+    "data that are an argument of the model",
+    lambda: train(iterating(True)),
+)
+
+
+def twice_scaled(outside: bool) -> None:
+    scaled = poutine.scale(model, 2.0)
+    guide = made(scaled)
+    step(scaled, poutine.scale(guide, 2.0) if outside else guide)
+
+
+case(
+    "a guide scaled twice",
+    lambda: twice_scaled(True),
+    "the guide without poutine.scale",
+    lambda: twice_scaled(False),
+)
+
+
+def in_a_plate(x: Tensor) -> None:
+    with pyro.plate("data", len(x)), pyro.plate("inner", 3):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x.expand(3, -1))
+
+
+for family in ("normal", "multivariate_normal"):
+    case(
+        f"a flow where all sites lie in an inner plate, {family}",
+        lambda: train(in_a_plate, family="flow"),
+        f'"{family}"',
+        lambda family=family: train(in_a_plate, family=family),  # type: ignore[misc]
+    )
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
