@@ -21,7 +21,8 @@ class Standardize(nn.Module):
     r"""Shifts and scales features: :math:`(x - m) / s`, with m and s taken once from data by :meth:`fit`.
 
     Features that hardly vary in that data are scaled by a tenth of the typical deviation instead of their own, so that
-    a pixel that was dark in the first batch and is lit later does not blow up.
+    a pixel that was dark in the first batch and is lit later does not blow up. Beyond five deviations, which the data
+    of a few rows may leave anywhere, features go on as a logarithm.
 
     Args:
         dim: Number of features F.
@@ -51,7 +52,14 @@ class Standardize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Standardised features of the shape of ``x``."""
-        return (x - self.loc) / self.scale
+        standardized = (x - self.loc) / self.scale
+        beyond = (standardized.abs() - _FAR).clamp(min=0)
+        limited = standardized.clamp(-_FAR, _FAR) + standardized.sign() * beyond.log1p()
+        return torch.where(self.fitted, limited, standardized)
+
+
+_FAR = 5.0
+"""Deviations up to which standardised features are linear."""
 
 
 def _layers(input_dim: int, hidden_dims: Sequence[int], activation: Callable[[], nn.Module]) -> nn.Sequential:

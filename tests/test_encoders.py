@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 
 import pytest
@@ -118,6 +119,18 @@ def test_fit_gives_mean_zero_and_deviation_one(name: str) -> None:
     floor = 0.1 * deviation.square().mean().sqrt()
     torch.testing.assert_close(scale, deviation / deviation.clamp(min=floor))
     assert deviation[0] < floor
+
+
+def test_far_features_go_on_as_a_logarithm() -> None:
+    """Two rows leave the deviation of other data open."""
+    encoder = MLPEncoder(1, hidden_dims=())
+    x = torch.tensor([[-1e6], [-6.0], [-5.0], [0.0], [4.0], [5.0], [105.0]])
+    assert torch.equal(encoder(x), x)  # not fitted yet
+    encoder.fit(torch.tensor([[-1.0], [1.0]]))
+    expected = torch.tensor(
+        [-5.0 - math.log(1e6 - 4.0), -5.0 - math.log(2.0), -5.0, 0.0, 4.0, 5.0, 5.0 + math.log(101.0)]
+    )
+    torch.testing.assert_close(encoder(x).squeeze(-1), expected)
 
 
 @pytest.mark.parametrize("name", ENCODERS)

@@ -26,7 +26,9 @@ class Wrong(AssertionError):
 
 def close(what: str, found: Any, expected: Any, tolerance: float = TOLERANCE) -> None:
     found, expected = (torch.as_tensor(v, dtype=torch.float64).detach() for v in (found, expected))
-    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
+    if found.shape != expected.shape or not torch.allclose(
+        found, expected, rtol=tolerance, atol=tolerance, equal_nan=True
+    ):
         raise Wrong(f"{what} is {short(found)} and should be {short(expected)}")
 
 

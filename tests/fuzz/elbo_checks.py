@@ -98,8 +98,9 @@ def _bounded(case: Case) -> None:
     bounds = torch.tensor([-case.loss(loss, seed=seed) for seed in range(4)])
     drawn = case.draw()
     with torch.enable_grad():
-        scale = drawn.prior[drawn.local[0]]["scale"]
-        evidence = float((scale * case.exact(drawn).log_evidence).sum())
+        if torch.as_tensor(drawn.prior[drawn.local[0]]["scale"] != 1).any():
+            return  # scaled log-weights are powers of weights, whose mean is bounded by no evidence
+        evidence = float(case.exact(drawn).log_evidence.sum())
     if bounds.mean() > evidence + 4 * float(bounds.std() / 2) + 0.5:
         raise Wrong(f"importance-weighted bound {float(bounds.mean()):.4f} above the log evidence {evidence:.4f}")
 

@@ -20,7 +20,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "SemiAmortizedGuide": {"num_steps": 2, "num_particles": 2},
     "IterativeAmortizedGuide": {"num_steps": 1, "num_particles": 1},
 }
-NUM_FEATURES = 96
+NUM_FEATURES = 1024
 
 
 def _joined(inputs: tuple[Tensor, ...]) -> Tensor:

@@ -128,14 +128,15 @@ def table(found: list[Outcome]) -> str:
 
 
 def failures(found: list[Outcome], limit: int) -> str:
-    """Structures that failed, one of each message first, with what runs them again."""
+    """Structures that failed by message, those that are not mere refusals first, with what runs them again."""
     kinds: dict[str, list[Outcome]] = {}
     for o in found:
         if o.result not in (RIGHT, REFUSED):
             words = "".join(c for c in o.message if not c.isdigit())[:60]
             kinds.setdefault(f"{o.result} {o.check} {words}", []).append(o)
     lines = []
-    for same in sorted(kinds.values(), key=len, reverse=True)[:limit]:
+    order = sorted(kinds.values(), key=lambda same: (same[0].result != NEEDLESS, len(same)), reverse=True)
+    for same in order[:limit]:
         o = same[0]
         lines.append(f"{len(same)} x {o.result} in {o.check}: {o.message[:300]}\n    {o.structure}")
         lines.append(f"    {o.structure.command}  (numbers {[other.structure.number for other in same[:12]]})")
