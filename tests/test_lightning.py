@@ -133,6 +133,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.xdist_group("two processes")  # which one worker starts
 @every_guide
 def test_two_processes_have_the_gradients_of_one_with_all_data(Guide: Any, two_processes: Path) -> None:
     expected = train(loss_module(Guide), data())
