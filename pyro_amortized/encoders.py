@@ -6,15 +6,16 @@ An encoder ends in features ``(N, H)``; the guide adds the linear head that make
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_amortized.checks import check_count, check_flag, check_function, check_widths
 
-__all__ = ["DeepSetEncoder", "MLPEncoder"]
+__all__ = ["DeepSetEncoder", "Head", "MLPEncoder", "hidden_layers"]
 
 
 class Standardize(nn.Module):
@@ -62,10 +63,48 @@ _FAR = 5.0
 """Deviations up to which standardised features are linear."""
 
 
-def _layers(input_dim: int, hidden_dims: Sequence[int], activation: Callable[[], nn.Module]) -> nn.Sequential:
-    dims = [input_dim, *hidden_dims]
-    layers = [[nn.Linear(dims[i], dims[i + 1]), activation()] for i in range(len(hidden_dims))]
-    return nn.Sequential(*(layer for pair in layers for layer in pair))
+def hidden_layers(
+    input_dim: int, hidden_dims: Sequence[int], activation: Callable[[], nn.Module] = nn.SiLU
+) -> nn.Sequential:
+    """Linear layers, each normalised over its units and followed by an activation.
+
+    Without the normalisation a step of Adam, which moves all weights alike, moves the last layer by the product of what
+    it moves each of them.
+    """
+    layers: list[nn.Module] = []
+    for before, after in pairwise((input_dim, *hidden_dims)):
+        norm = [nn.LayerNorm(after)] if after >= _LEAST_NORMALIZED else []
+        layers += [nn.Linear(before, after), *norm, activation()]
+    return nn.Sequential(*layers)
+
+
+_LEAST_NORMALIZED = 8
+"""Layers of fewer units are not normalised: little would be left of what they hold."""
+
+
+class Head(nn.Linear):
+    r"""The linear layer from features to variational parameters, :math:`\phi = b + W f / (r \sqrt{H})`.
+
+    r is the root mean square of the features at first. A step of Adam at learning rate :math:`\eta` moves an output by
+    up to :math:`\eta \sqrt{H}` so, whatever the scale of the features, where a plain layer moves by
+    :math:`\eta \sum_h |f_h|`; and at the start outputs differ little from b.
+
+    Args:
+        features: The features of the first call, ``(..., H)``.
+        num_outputs: Number of outputs.
+    """
+
+    size: Tensor
+
+    def __init__(self, features: Tensor, num_outputs: int) -> None:
+        num_features = features.shape[-1]
+        super().__init__(num_features, num_outputs, dtype=features.dtype, device=features.device)
+        size = features.detach().square().mean().sqrt() * num_features**0.5
+        self.register_buffer("size", torch.where(size > 0, size, torch.ones_like(size)))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Outputs ``(..., P)`` of features ``(..., H)``."""
+        return F.linear(features, self.weight / self.size, self.bias)
 
 
 def _check_width(module: nn.Module, x: Tensor, input_dim: int) -> None:
@@ -78,7 +117,7 @@ def _check_width(module: nn.Module, x: Tensor, input_dim: int) -> None:
 
 def _check_sizes(input_dim: Any, activation: Any, standardize: Any) -> int:
     check_function(
-        "activation", activation, "the class of an activation, or a function that makes one", "torch.nn.ReLU"
+        "activation", activation, "the class of an activation, or a function that makes one", "torch.nn.SiLU"
     )
     check_flag("standardize", standardize)
     return check_count("input_dim", input_dim, 1, "x[0].numel()")
@@ -126,14 +165,14 @@ class MLPEncoder(StandardizedEncoder):
         input_dim: int,
         hidden_dims: Sequence[int] = (200, 200),
         *,
-        activation: Callable[[], nn.Module] = nn.ReLU,
+        activation: Callable[[], nn.Module] = nn.SiLU,
         standardize: bool = True,
     ) -> None:
         super().__init__()
         self.input_dim = input_dim = _check_sizes(input_dim, activation, standardize)
         hidden_dims = check_widths("hidden_dims", hidden_dims)
         self.standardize = Standardize(input_dim) if standardize else None
-        self.layers = _layers(input_dim, hidden_dims, activation)
+        self.layers = hidden_layers(input_dim, hidden_dims, activation)
 
     @staticmethod
     def flatten(*inputs: Tensor) -> Tensor:
@@ -187,7 +226,7 @@ class DeepSetEncoder(StandardizedEncoder):
         hidden_dims: Sequence[int] = (64, 64),
         output_dims: Sequence[int] = (64,),
         *,
-        activation: Callable[[], nn.Module] = nn.ReLU,
+        activation: Callable[[], nn.Module] = nn.SiLU,
         standardize: bool = True,
     ) -> None:
         super().__init__()
@@ -195,8 +234,8 @@ class DeepSetEncoder(StandardizedEncoder):
         hidden_dims = check_widths("hidden_dims", hidden_dims, least=1)
         output_dims = check_widths("output_dims", output_dims)
         self.standardize = Standardize(input_dim) if standardize else None
-        self.element_layers = _layers(input_dim, hidden_dims, activation)
-        self.set_layers = _layers(hidden_dims[-1] + 1, output_dims, activation)
+        self.element_layers = hidden_layers(input_dim, hidden_dims, activation)
+        self.set_layers = hidden_layers(hidden_dims[-1] + 1, output_dims, activation)
 
     def _elements(self, x: Tensor) -> Tensor:
         x = (x.unsqueeze(-1) if x.dim() == 2 else x.flatten(2)).to(next(self.parameters()).dtype)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from pyro_amortized.encoder_inputs import check_finite_inputs
-from pyro_amortized.encoders import MLPEncoder, StandardizedEncoder
+from pyro_amortized.encoders import Head, MLPEncoder, StandardizedEncoder
 from pyro_amortized.families import Normal, Structured
 from pyro_amortized.guides.base import GuideOptions, LocalGuide
 from pyro_amortized.inference import Encoded, InferenceStrategy, check_output
@@ -101,7 +101,7 @@ class AmortizedGuide(LocalGuide):
         if features.dim() == 3:
             return self._encoded_by_step(encoder, features, init_loc, structure)
         self._check_features(features, inputs, structure)
-        head = nn.Linear(features.shape[1], self.family.num_params).to(features)
+        head = Head(features, self.family.num_params)
         with torch.no_grad():
             head.bias.copy_(self.family.initial(init_loc.mean(0), self.init_scale))
         return Encoded(encoder, head)
@@ -124,7 +124,7 @@ class AmortizedGuide(LocalGuide):
             self.family = self.family.shared(size).to(init_loc)
             self._step_families[layout.latent_dim] = self.family
             num_couplings = self.family.num_couplings // len(steps)
-        head = nn.Linear(features.shape[2], 2 * size + num_couplings).to(features)
+        head = Head(features, 2 * size + num_couplings)
         with torch.no_grad():
             head.bias[: 2 * size].copy_(Normal(size).initial(init_loc.reshape(-1, size).mean(0), self.init_scale))
             head.bias[2 * size :] = 0.0

@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 from pyro_amortized.checks import check_positive
 from pyro_amortized.discrete import DiscreteSite, check_inference, mode, one_hot, sample_discrete
 from pyro_amortized.encoder_inputs import Call
+from pyro_amortized.encoders import Head, hidden_layers
 from pyro_amortized.guides.amortized import AmortizedGuide
 from pyro_amortized.guides.base import GuideOptions
 from pyro_amortized.inference import InferenceStrategy
@@ -132,19 +133,24 @@ class DiscreteAmortizedGuide(AmortizedGuide):
         self._check_features(features, inputs, structure)
         logits = head = None
         if self._discrete:
-            logits = nn.Linear(features.shape[1], self._discrete[-1].logits.stop).to(features)
+            logits = Head(features, self._discrete[-1].logits.stop)
         if structure.layout is not None:
-            head = self._conditional_head(features.shape[1]).to(features)
+            head = self._conditional_head(features)
             last: Any = head[-1]
             with torch.no_grad():
                 last.bias.copy_(self.family.initial(init_loc.mean(0), self.init_scale))
         return _EncodedJointly(encoder, logits, head)
 
-    def _conditional_head(self, num_features: int) -> nn.Sequential:
+    def _conditional_head(self, features: Tensor) -> nn.Sequential:
         """From features and indicators of discrete latents to phi; a hidden layer lets the ones act on the others."""
+        num_features = features.shape[1]
         num_indicators = sum(site.num_categories * site.logits.shape[:-1].numel() for site in self._known)
-        hidden = [nn.Linear(num_features + num_indicators, num_features), nn.ReLU()] if num_indicators else []
-        return nn.Sequential(*hidden, nn.Linear(num_features, self.family.num_params))
+        if not num_indicators:
+            return nn.Sequential(Head(features, self.family.num_params))
+        hidden = hidden_layers(num_features + num_indicators, (num_features,)).to(features)
+        with torch.no_grad():
+            first = hidden(torch.cat([features, features.new_zeros(len(features), num_indicators)], -1))
+        return nn.Sequential(*hidden, Head(first, self.family.num_params))
 
     @property
     def _known(self) -> list[DiscreteSite]:
