@@ -143,7 +143,7 @@ def full_rank(oracle: LinearGaussian) -> AmortizedGuide:
     head = guide.inference.head
     with torch.no_grad():
         head.weight.zero_()
-        head.weight[:3] = oracle.posterior(torch.eye(4)).mean.T
+        head.weight[:3] = oracle.posterior(torch.eye(4)).mean.T * head.size
         head.bias.copy_(guide.family.laplace(zero.mean, zero.precision_matrix)[0])
     return guide
 

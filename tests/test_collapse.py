@@ -152,7 +152,7 @@ def test_multivariate_normal() -> None:
     relative = (exact.scale_tril[0] / scale.unsqueeze(-1)).flatten()[guide.family.lower]
     gain = torch.linalg.lstsq(x, exact.mean).solution.T
     with torch.no_grad():
-        guide.inference.head.weight.zero_()[:3] = gain
+        guide.inference.head.weight.zero_()[:3] = gain * guide.inference.head.size
         guide.inference.head.bias.copy_(torch.cat([torch.zeros(3), scale.log(), relative]))
     report = collapse_report(model.full, guide, (x,))
     close(report.dataset["kl"], kl_normal(exact.mean, exact.stddev).mean(0), rtol=1e-4)

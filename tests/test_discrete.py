@@ -74,7 +74,7 @@ def random_heads(guide: DiscreteAmortizedGuide, *args: Tensor) -> DiscreteAmorti
     with torch.no_grad():
         for head in [*guide.inference.logits.modules(), *(guide.inference.head or nn.Identity()).modules()]:
             if isinstance(head, nn.Linear):
-                head.weight.normal_(0.0, head.in_features**-0.5)
+                head.weight.normal_(0.0, head.in_features**-0.5).mul_(getattr(head, "size", 1.0))
                 head.bias.normal_(0.0, 0.5)
     return guide
 
@@ -113,7 +113,7 @@ def test_training_finds_the_posterior_and_the_evidence(kind: str) -> None:
     guide, x = DiscreteAmortizedGuide(model, nn.Unflatten(0, (-1, 1))), data()  # the exact logits are linear in x
     elbo = TraceEnum_ELBO(max_plate_nesting=1)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), elbo)
-    for _ in range(1300):
+    for _ in range(2600):
         svi.step(x)
     log_joint = joint(x, weights, centres)
     evidence = log_joint.logsumexp(-1).sum()

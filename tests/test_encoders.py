@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_amortized import DeepSetEncoder, MLPEncoder
-from pyro_amortized.encoders import StandardizedEncoder
+from pyro_amortized.encoders import Head, StandardizedEncoder
 
 Build = Callable[..., StandardizedEncoder]
 
@@ -182,12 +182,43 @@ def test_without_standardisation(name: str) -> None:
     assert not list(encoder.buffers())
 
 
-def test_mlp_is_standardisation_then_layers() -> None:
+def test_mlp_is_standardisation_then_normalised_layers() -> None:
+    """Layers of fewer than 8 units, of which little would be left, are not normalised."""
     encoder, x = MLPEncoder(6, (8, 5), activation=nn.Tanh), data("mlp")
     encoder.fit(x)
     first, second = (layer for layer in encoder.layers if isinstance(layer, nn.Linear))
-    centred = (x - x.mean(0)) / encoder.standardize.scale
-    torch.testing.assert_close(encoder(x), second(first(centred).tanh()).tanh())
+    hidden = first((x - x.mean(0)) / encoder.standardize.scale)
+    deviation = hidden.var(-1, correction=0, keepdim=True).add(1e-5).sqrt()
+    normalized = (hidden - hidden.mean(-1, keepdim=True)) / deviation
+    torch.testing.assert_close(encoder(x), second(normalized.tanh()).tanh())
+
+
+def test_a_head_divides_by_the_size_of_the_first_features() -> None:
+    features = 3.0 * torch.randn(7, 40)
+    head, large = Head(features, 4), Head(100.0 * features, 4)
+    large.load_state_dict({**head.state_dict(), "size": large.size})
+    torch.testing.assert_close(head(features), large(100.0 * features))
+    by_hand = features @ head.weight.T / (features.square().mean() * 40).sqrt() + head.bias
+    torch.testing.assert_close(head(features), by_hand)
+    assert Head(torch.zeros(2, 3), 4)(torch.zeros(2, 3)).isfinite().all()
+
+
+@pytest.mark.parametrize("lr", [0.001, 0.03])
+def test_a_step_moves_a_default_posterior_about_as_far_as_one_of_its_own_parameters(lr: float) -> None:
+    """Adam moves a parameter by lr; the plain layers of before moved outputs by some hundred times that."""
+    features, target = torch.randn(100, 20), torch.randn(100, 1)
+
+    def moved(encoder: nn.Module, head: nn.Module) -> float:
+        before = head(encoder(features)).detach()
+        optimizer = torch.optim.Adam([*encoder.parameters(), *head.parameters()], lr=lr)
+        (head(encoder(features)) - target).square().mean().backward()
+        optimizer.step()
+        return float((head(encoder(features)) - before).abs().max())
+
+    encoder = MLPEncoder(20)
+    assert moved(encoder, Head(encoder(features), 1)) < 20 * lr
+    plain = nn.Sequential(nn.Linear(20, 200), nn.ReLU(), nn.Linear(200, 200), nn.ReLU())
+    assert moved(plain, nn.Linear(200, 1)) > 50 * lr
 
 
 # Sets

@@ -106,7 +106,7 @@ def exact_guide(
         encoder = Recorder(lambda x: exact_phi(linear, x) + wrong)
         guide = AmortizedGuide(model, encoder, plate="data", family="multivariate_normal", **options)
         guide.setup(*args)
-        nn.init.eye_(guide.inference.head.weight)
+        guide.inference.head.weight.copy_(torch.eye(*guide.inference.head.weight.shape) * guide.inference.head.size)
         nn.init.zeros_(guide.inference.head.bias)
     else:
         guide = PerDatapointGuide(model, plate="data", family="multivariate_normal", **options)

@@ -585,7 +585,7 @@ def by_step(Guide: Any = AmortizedGuide, **options: Any) -> Any:
     guide.setup(simulate(3, 3))
     head = guide.inference.head if Guide is AmortizedGuide else guide.inference.initial.head
     with torch.no_grad():
-        head.weight.copy_(torch.eye(3))
+        head.weight.copy_(torch.eye(3) * head.size)
         head.bias.zero_()
     return guide
 

@@ -497,7 +497,7 @@ def test_validation_ends_it_when_the_information_falls() -> None:
     found = []
     for gain in (0.0, 0.5, 1.0, 1.0, 0.2, 5.0):
         with torch.no_grad():
-            head.weight.normal_(0.0, 1.0, generator=torch.Generator().manual_seed(0)).mul_(gain)
+            head.weight.normal_(0.0, 1.0, generator=torch.Generator().manual_seed(0)).mul_(gain * head.size)
         state = torch.get_rng_state()
         information = svi.validate(x)
         assert torch.equal(torch.get_rng_state(), state)
