@@ -365,7 +365,7 @@ class LocalLogJoint:
             raise ValueError(
                 f"Cannot evaluate the ELBO of {len(bad)} datapoints because their log-joint is not finite (datapoints "
                 f"{bad[:10]} of plate {self.layout.plate!r}); try looking for invalid values in their data, or for a "
-                "likelihood that underflows."
+                "likelihood that underflows or is not defined at all latents, as z.sqrt() is not, but softplus(z)."
             )
 
     def select(self, rows: Tensor, *, once: bool = False) -> LocalLogJoint | None:
