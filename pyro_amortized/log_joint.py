@@ -219,12 +219,7 @@ class LocalLogJoint:
                 "try poutine.scale around all of them."
             )
         total: Tensor | float = 0.0
-        for ordinal, terms in contract_tensor_tree(factors, symbols).items():
-            if trace.plate_to_symbol[self.layout.plate] not in ordinal:
-                raise ValueError(
-                    f"Cannot evaluate datapoints on their own because a discrete latent among {sorted(names)} is "
-                    f"shared by the datapoints of plate {self.layout.plate!r}; try one inside the plate."
-                )
+        for terms in contract_tensor_tree(factors, symbols).values():
             for term in terms:
                 total = total + self._per_datapoint(packed.unpack(term, trace.symbol_to_dim), num_draws)
         return total * scales[0] if scales else total, names
@@ -269,7 +264,7 @@ class LocalLogJoint:
             if not site["is_observed"] and name not in values:
                 raise ValueError(
                     f"Cannot evaluate the model's log-joint because site {name!r} is latent and the guide has no value "
-                    "for it; try the structure that the guide was set up with."
+                    "for it; try a model with the same latents in every run, whatever the values of its latents."
                 )
             frame = self._frame(site)
             if frame is not None:
