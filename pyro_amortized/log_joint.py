@@ -29,6 +29,7 @@ from pyro_amortized.arguments import Arguments, CallArguments
 from pyro_amortized.graphs import Function, GraphCache
 from pyro_amortized.influence import DatapointAxes
 from pyro_amortized.influence import close as _close
+from pyro_amortized.layout import SiteLayout
 from pyro_amortized.outside import check_outside
 from pyro_amortized.programs import run_traced
 from pyro_amortized.structure import Structure
@@ -57,7 +58,7 @@ class LocalLogJoint:
         model: The Pyro model.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        structure: The structure of this call, with the indices of subsampled plates.
+        structure: The structure of this call, with the indices of subsampled plates; it has local latents.
         global_values: Values of the global latent sites.
     """
 
@@ -69,16 +70,11 @@ class LocalLogJoint:
         structure: Structure,
         global_values: Mapping[str, Tensor],
     ) -> None:
-        if structure.layout is None:
-            raise ValueError(
-                "Cannot evaluate per-datapoint quantities because the model has no local latents: no latent site lies "
-                "in a plate that holds observed sites; try naming the plate with plate=..., or use Pyro's autoguides."
-            )
         self.model = model
         self.args = args
         self.kwargs = kwargs
         self.structure = structure
-        self.layout = structure.layout
+        self.layout: SiteLayout = structure.layout  # type: ignore[assignment]
         self.global_values = dict(global_values)
         self.depth = structure.depth
         self.vectorized = True

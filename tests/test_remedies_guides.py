@@ -365,7 +365,7 @@ case(
 def loaded(guide_class: Any, with_model: bool, *args: Any, of: Any = model, **options: Any) -> None:
     """A guide from a file that has seen arguments of these shapes."""
     data = options.pop("data", X)
-    guide = made(of, guide_class, *args, data=data, encoder_input="x", **options)
+    guide = made(of, guide_class, *args, data=data, encoder_input=column, **options)
     guide(data)
     guide = pickle.loads(pickle.dumps(guide))
     pyro.clear_param_store()
