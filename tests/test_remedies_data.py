@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -362,6 +362,7 @@ case(
 case("a threshold without draws", lambda: reliability_threshold(0), "at least 1", lambda: reliability_threshold(1))
 
 
+@cache
 def gaps(**options: Any) -> GapEstimate:
     return estimate_gaps(model, made(**options), (X,))
 
