@@ -26,6 +26,8 @@ __all__ = ["Function", "GraphCache", "Use"]
 _MAX_MISSES = 8
 """Uses in a row without a graph that agrees, after which tracing is given up: something changes in every call."""
 
+_REPLACED = "some number, flag or tensor that it uses is replaced in every call (pass it as a tensor)"
+
 _STRICT = 1e-5
 """Relative difference in single precision up to which a graph agrees in a use."""
 
@@ -251,6 +253,7 @@ class GraphCache:
         """
         known = self._look_up(key)
         if self._misses > _MAX_MISSES and not known.is_due:
+            self._warn(_REPLACED)
             return None
         for entry in [entry for entry in known.entries if entry.owner == owner]:
             if entry.graph is None or (use.derivatives and entry.is_differentiable is False):
@@ -261,7 +264,7 @@ class GraphCache:
                 return self._permitted(entry, use)
         self._misses += 1
         if (self._misses > _MAX_MISSES or known.traces > _MAX_MISSES + known.uses // 16) and not known.is_due:
-            self._warn("some number, flag or tensor that it uses is replaced in every call (pass it as a tensor)")
+            self._warn(_REPLACED)
             return None
         entry, known.traces = self._trace(use, owner), known.traces + 1
         known.entries = [entry, *known.entries[: _MAX_STATES - 1]]

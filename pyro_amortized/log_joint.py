@@ -29,6 +29,7 @@ from pyro_amortized.arguments import Arguments, CallArguments
 from pyro_amortized.graphs import Function, GraphCache
 from pyro_amortized.influence import DatapointAxes
 from pyro_amortized.influence import close as _close
+from pyro_amortized.layout import SiteLayout
 from pyro_amortized.outside import check_outside
 from pyro_amortized.programs import run_traced
 from pyro_amortized.structure import Structure
@@ -57,7 +58,7 @@ class LocalLogJoint:
         model: The Pyro model.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        structure: The structure of this call, with the indices of subsampled plates.
+        structure: The structure of this call, with the indices of subsampled plates; it has local latents.
         global_values: Values of the global latent sites.
     """
 
@@ -69,16 +70,11 @@ class LocalLogJoint:
         structure: Structure,
         global_values: Mapping[str, Tensor],
     ) -> None:
-        if structure.layout is None:
-            raise ValueError(
-                "Cannot evaluate per-datapoint quantities because the model has no local latents: no latent site lies "
-                "in a plate that holds observed sites; try naming the plate with plate=..., or use Pyro's autoguides."
-            )
         self.model = model
         self.args = args
         self.kwargs = kwargs
         self.structure = structure
-        self.layout = structure.layout
+        self.layout: SiteLayout = structure.layout  # type: ignore[assignment]
         self.global_values = dict(global_values)
         self.depth = structure.depth
         self.vectorized = True
@@ -219,12 +215,7 @@ class LocalLogJoint:
                 "try poutine.scale around all of them."
             )
         total: Tensor | float = 0.0
-        for ordinal, terms in contract_tensor_tree(factors, symbols).items():
-            if trace.plate_to_symbol[self.layout.plate] not in ordinal:
-                raise ValueError(
-                    f"Cannot evaluate datapoints on their own because a discrete latent among {sorted(names)} is "
-                    f"shared by the datapoints of plate {self.layout.plate!r}; try one inside the plate."
-                )
+        for terms in contract_tensor_tree(factors, symbols).values():
             for term in terms:
                 total = total + self._per_datapoint(packed.unpack(term, trace.symbol_to_dim), num_draws)
         return total * scales[0] if scales else total, names
@@ -269,7 +260,7 @@ class LocalLogJoint:
             if not site["is_observed"] and name not in values:
                 raise ValueError(
                     f"Cannot evaluate the model's log-joint because site {name!r} is latent and the guide has no value "
-                    "for it; try the structure that the guide was set up with."
+                    "for it; try a model with the same latents in every run, whatever the values of its latents."
                 )
             frame = self._frame(site)
             if frame is not None:
@@ -365,7 +356,7 @@ class LocalLogJoint:
             raise ValueError(
                 f"Cannot evaluate the ELBO of {len(bad)} datapoints because their log-joint is not finite (datapoints "
                 f"{bad[:10]} of plate {self.layout.plate!r}); try looking for invalid values in their data, or for a "
-                "likelihood that underflows."
+                "likelihood that underflows or is not defined at all latents, as z.sqrt() is not, but softplus(z)."
             )
 
     def select(self, rows: Tensor, *, once: bool = False) -> LocalLogJoint | None:

@@ -19,6 +19,7 @@ from pyro import poutine
 from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from pyro.infer.reparam import ProjectedNormalReparam
+from remedies import X2, Cases, X, made, model, of_latent, step, train
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -64,60 +65,7 @@ from pyro_amortized.training import (
     sigmoid_schedule,
 )
 
-X = torch.linspace(-1.0, 1.0, 6)
-X2 = torch.linspace(-1.0, 1.0, 12).reshape(6, 2)
-
-
-def model(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-
-def of_latent(
-    prior: Callable[[], Any], *handlers: Any, likelihood: Callable[[Tensor], Any] | None = None
-) -> Callable[[Tensor], None]:
-    """A model with one local latent ``z``."""
-
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", prior())
-            loc = z.reshape(*z.shape[: z.dim() - len(prior().event_shape)], -1)[..., 0] if prior().event_shape else z
-            pyro.sample("x", dist.Normal(loc, 1.0) if likelihood is None else likelihood(z), obs=x)
-
-    return model
-
-
-def step(model: Any, guide: Any, *args: Any, elbo: Any = None) -> None:
-    """A step of training, of a guide that then has answers."""
-    args = args or (X,)
-    loss = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo or Trace_ELBO()).step(*args)
-    assert math.isfinite(loss)
-    if isinstance(guide, pyro_amortized.guides.LocalGuide):
-        assert all(value.isfinite().all() for value in guide.median(*args).values())
-
-
-def made(model: Any = model, guide_class: Any = AmortizedGuide, *args: Any, data: Any = X, **options: Any) -> Any:
-    pyro.clear_param_store()
-    guide = guide_class(model, *args, **options)
-    guide.setup(data)
-    return guide
-
-
-def train(
-    model: Any = model, guide_class: Any = AmortizedGuide, *args: Any, data: Any = X, elbo: Any = None, **options: Any
-) -> None:
-    pyro.clear_param_store()
-    step(model, guide_class(model, *args, **options), data, elbo=elbo)
-
-
-CASES: dict[str, tuple[Callable[[], Any], str, Callable[[], Any]]] = {}
-
-
-def case(name: str, wrong: Callable[[], Any], advice: str, right: Callable[[], Any]) -> None:
-    """What fails, its advice (a regular expression of the text after "try"), and what follows it."""
-    assert name not in CASES
-    CASES[name] = wrong, advice, right
+case = Cases()
 
 
 # Data sets
@@ -1606,12 +1554,9 @@ for family in ("normal", "multivariate_normal"):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", case)
 def test_the_remedy_helps(name: str) -> None:
-    wrong, advice, right = CASES[name]
-    with pytest.raises(ValueError, match=f"(?s)Cannot.*[Tt]ry .*{advice}"):
-        wrong()
-    right()
+    case.check(name)
 
 
 def test_values_that_errors_propose_are_taken() -> None:

@@ -228,7 +228,7 @@ def _share(total: int, number_of_calls: int | None, number: int) -> int:
     if number_of_calls is None:
         raise ValueError(
             "Cannot spread simulations over batches because their number is unknown; try a DataLoader with a length, "
-            "or a list of one batch's arguments."
+            "or the arguments of one batch, (x,)."
         )
     return total // number_of_calls + (number < total % number_of_calls)
 

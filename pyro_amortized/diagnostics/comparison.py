@@ -269,8 +269,8 @@ def _generalisation(row: xarray.Dataset, first: str) -> str:
     if difference > 2 * error and difference > 0.05:
         return (
             f"The amortization gap is {difference:.3g} nats larger on {name} than on {first} data: the encoder has "
-            "learned its data rather than inference; try more data, a smaller encoder, dropout in it, shorter "
-            "training, or refined(...) at test time."
+            "learned its data rather than inference; try more data, a smaller encoder, dropout in it, or "
+            "refined(...) at test time."
         )
     return (
         f"That the encoder does worse on {name} than on {first} data is not shown: its amortization gap differs by "

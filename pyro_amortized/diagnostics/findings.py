@@ -69,14 +69,17 @@ def advice(found: Mapping[str, str]) -> list[str]:
         lines.append('latents are right one by one and wrong together: try family="multivariate_normal"')
     elif "too narrow" in said:
         lines.append(
-            'too narrow: try a richer family such as "multivariate_normal", longer training, guide.refined(20)'
+            'too narrow: try a richer family such as "multivariate_normal", longer training with a KL term of no less '
+            "than its full weight, guide.refined(20)"
         )
     if "too wide" in said:
-        lines.append("too wide: try longer training at the full weight of the KL term, a larger encoder")
+        lines.append("too wide: try longer training with a KL term of no more than its full weight, guide.refined(20)")
     if "biased" in said:
         lines.append("biased: try a larger encoder, an encoder_input with all data and covariates, guide.refined(20)")
     if "another shape" in said:
-        lines.append('another shape: try a more flexible family, and look at plot("ecdf") for how much it matters')
+        lines.append(
+            'another shape: try a more flexible family, "mixture" or "flow"; plot("ecdf") shows how much it matters'
+        )
     return [
         *lines,
         "estimate_gaps tells whether family or encoder is to blame, on the observed data",

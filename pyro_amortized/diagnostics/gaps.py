@@ -331,7 +331,7 @@ def _trust(gaps: GapEstimate) -> str:
     reason = f"{bad} of {count} datapoints are flagged" + (f", {heavy} for heavy-tailed weights" if heavy else "")
     remedy = "try a larger max_samples, or a wider tolerance if errors of that size do not matter"
     if bad <= 0.1 * count:
-        leave_out = "leave them out with `dataset.where(reliable)`"
+        leave_out = "leave them out with `dataset.where(dataset.reliable)`"
         return f"The other datapoints can be trusted as far as checked: {reason}; {leave_out}."
     return (
         f"The log evidence and the approximation gap cannot be trusted: {reason}; {remedy}. The amortization gap does "
@@ -345,9 +345,10 @@ def _dominance(gaps: GapEstimate) -> str:
     total = gaps.mean("inference_gap")[0]
     if not np.isfinite(total + amortization):
         bad = int((~np.isfinite(gaps.dataset["elbo"] + gaps.dataset["elbo_optimal"])).sum())
+        others = "`dataset.where(dataset.reliable)` for the others, and " if gaps.dataset["reliable"].any() else ""
         return (
             f"The ELBO of {bad} datapoints is not finite: the guide has draws at which the model has no density; try "
-            "dataset.where(reliable) for the others, and constraints on the latents."
+            f"{others}constraints on the latents."
         )
     small = [
         gap <= max(_SMALL, 2 * error)

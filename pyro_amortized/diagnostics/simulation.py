@@ -134,7 +134,7 @@ class Simulator:
         """Simulates at least ``num_simulations`` datapoints: in blocks, or as whole data sets if it has to be."""
         rows = self.choose_rows(num_simulations, rng)
         blocks: Sequence[Tensor | None] = () if rows is None else rows.chunk(math.ceil(num_simulations / _BLOCK))
-        if not blocks or not self._can_run(blocks[0]):
+        if not blocks or not all(map(self._can_run, blocks)):
             blocks = [None] * math.ceil(num_simulations / self.num_datapoints)
         for block in blocks:
             yield self.run(block, rng)
@@ -179,15 +179,11 @@ class Simulator:
 
     @torch.no_grad()
     def run(self, rows: Tensor | None, rng: torch.Generator) -> Simulation:
-        """Simulates the given rows of the call, or all of them."""
+        """Simulates the given rows of the call, which it can be run on, or all of them."""
         if rows is None:
             rows = torch.arange(self.num_datapoints)
-        part = self.log_joint if _is_range(rows, self.num_datapoints) else self.log_joint.select(rows, once=True)
-        if part is None:
-            raise ValueError(
-                f"Cannot simulate rows {rows.tolist()[:5]} because the model cannot be run on a part of its data; "
-                "try all."
-            )
+        whole = _is_range(rows, self.num_datapoints)
+        part: Any = self.log_joint if whole else self.log_joint.select(rows, once=True)
         trace, places, arguments = self._draw(part, rng)
         nodes: dict[str, Any] = trace.nodes
         observed = {name: nodes[name]["value"] for name in places}

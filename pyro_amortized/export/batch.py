@@ -148,7 +148,8 @@ class Batch:
         if bad:
             raise ValueError(
                 f"Cannot weigh the draws of {len(bad)} datapoints because their log-joint is not a number (datapoints "
-                f"{bad[:10]} of plate {self.structure.plate!r}); try looking for invalid values in their data."
+                f"{bad[:10]} of plate {self.structure.plate!r}); try looking for invalid values in their data, or for "
+                "a likelihood that is not defined at all latents, as z.sqrt() is not, but softplus(z)."
             )
         return weights
 

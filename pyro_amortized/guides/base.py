@@ -284,7 +284,11 @@ class LocalGuide(AutoGuide):
         """The call, after building the guide for the first one, or checking that its structure is the guide's."""
         structure = call.structure
         if not self._ready:
-            self._build(call)
+            try:
+                self._build(call)
+            except Exception:
+                self._structures.clear()  # nothing has been built for what it has seen
+                raise
         elif structure.layout is not self.layout:
             self._built_structure.check_same(structure, per_step=self._per_step)
         if self._per_step and structure.layout.latent_dim != self._family.latent_dim:  # type: ignore[union-attr]

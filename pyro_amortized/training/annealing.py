@@ -193,7 +193,8 @@ class KLAnnealing:
             if structure.layout is None:
                 raise ValueError(
                     "Cannot anneal the KL divergence of local latents because the model has none: no latent site lies "
-                    "in a plate that holds observed sites; try naming the plate with plate=..."
+                    "in a plate that holds observed sites; try naming the plate with plate=..., or training without "
+                    "annealing."
                 )
             self._plate = structure.layout.plate
         return self._plate
