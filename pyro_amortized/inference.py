@@ -198,7 +198,7 @@ class Prior(InferenceStrategy):
         return objective.prior()
 
 
-ENCODER_GRADIENTS = ("unrolled", "first_order", "initial", "distill")
+ENCODER_GRADIENTS = ("anchored", "unrolled", "first_order", "initial", "distill")
 """How gradients go from a refined phi to where it started, see :class:`Refined`."""
 
 
@@ -222,23 +222,23 @@ class Refined(InferenceStrategy):
     .. math:: \phi_t = \mathrm{update}(\phi_{t-1}, \nabla L_n(\phi_{t-1}))
 
     Gradients reach the start, and the model's parameters inside the steps, as ``encoder_gradient`` says: ``"unrolled"``
-    differentiates the steps exactly; ``"first_order"`` takes their Jacobian for the identity; with ``"initial"`` the
-    start maximises its own ELBO instead, and with ``"distill"`` it minimises the KL divergence
-    :math:`KL(q_{\phi_0} \| q_{\phi_T})`. A learned update rule is trained by the gradient of the ELBO at each of its
-    results, whatever this setting.
+    differentiates the steps exactly, and with ``"anchored"`` the start maximises its own ELBO beside; ``"first_order"``
+    takes their Jacobian for the identity; with ``"initial"`` the start maximises its own ELBO instead, and with
+    ``"distill"`` it minimises the KL divergence :math:`KL(q_{\phi_0} \| q_{\phi_T})`. A learned update rule is trained
+    by the gradient of the ELBO at each of its results, whatever this setting.
 
     Args:
         initial: The strategy that says where to start.
         update: The update rule.
         num_steps: Number of steps T; may be changed at any time, and be 0.
-        encoder_gradient: One of ``"unrolled"``, ``"first_order"``, ``"initial"`` and ``"distill"``.
+        encoder_gradient: One of ``"anchored"``, ``"unrolled"``, ``"first_order"``, ``"initial"`` and ``"distill"``.
         num_particles: Number of draws for each gradient.
         fixed_noise: Whether every call uses the same noise, which is also the same for all datapoints, so that results
             can be repeated and do not depend on the batch. It differs from step to step all the same.
         keep_best: Whether to return the best phi met on the way, for each datapoint, judged by a further estimate of
             the ELBO on common noise, instead of the last; None for: where no training is going on.
-        checkpoint: Whether to recompute steps in the backward pass of ``"unrolled"`` instead of keeping what they
-            computed: memory for one step instead of all, for about half as much time again.
+        checkpoint: Whether to recompute steps in the backward pass of ``"anchored"`` and ``"unrolled"`` instead of
+            keeping what they computed: memory for one step instead of all, for about half as much time again.
         features: A network from the inputs to the features that a learned rule sees beside phi and the gradient.
     """
 
@@ -251,7 +251,7 @@ class Refined(InferenceStrategy):
         update: UpdateRule,
         num_steps: int,
         *,
-        encoder_gradient: str = "unrolled",
+        encoder_gradient: str = "anchored",
         num_particles: int = 1,
         fixed_noise: bool = False,
         keep_best: bool | None = None,
@@ -262,7 +262,7 @@ class Refined(InferenceStrategy):
         if encoder_gradient not in ENCODER_GRADIENTS:
             raise ValueError(
                 f"Cannot use encoder_gradient={encoder_gradient!r} because it is none of {ENCODER_GRADIENTS}; try "
-                '"unrolled".'
+                '"anchored".'
             )
         self.initial = initial
         self.update = update
@@ -273,6 +273,11 @@ class Refined(InferenceStrategy):
         self.keep_best = keep_best
         self.checkpoint = checkpoint
         self.features = features
+
+    @property
+    def is_unrolled(self) -> bool:
+        """Whether gradients pass through the steps."""
+        return self.encoder_gradient in ("anchored", "unrolled")
 
     @property
     def needs_inputs(self) -> bool:  # type: ignore[override]
@@ -313,7 +318,7 @@ class Refined(InferenceStrategy):
             return Refinement(start)
         features = self.features(*inputs) if self.update.is_learned and self.features is not None else None
         training = torch.is_grad_enabled()
-        learned, unrolled = self.update.is_learned, self.encoder_gradient == "unrolled"
+        learned, unrolled = self.update.is_learned, self.is_unrolled
         if isinstance(self.initial, Prior) and (learned or not unrolled):
             start = start.detach()  # there is nothing to train in it
         with torch.set_grad_enabled(training and (learned or unrolled)):
@@ -331,7 +336,7 @@ class Refined(InferenceStrategy):
     ) -> tuple[Tensor, Tensor | None]:
         """The refined phi, and the nats whose gradient trains what phi went through, if that is needed."""
         learned, training = self.update.is_learned, torch.is_grad_enabled()
-        phi = start if self.encoder_gradient == "unrolled" or learned else start.detach()
+        phi = start if self.is_unrolled or learned else start.detach()
         best = self._start_comparison(objective, phi) if keep_best else None
         state, nats = self.update.init(phi, features), None
         curved = self.update.uses_curvature and objective.has_curvature and self.num_particles > 1
@@ -350,8 +355,10 @@ class Refined(InferenceStrategy):
                     objective.prepare(phi, noise, curved)
                     run = partial(checkpoint, self._step, use_reentrant=False)
                 with self._seeding(noise, step):
-                    phi, *rest = run(phi, noise, objective, curved, *state)
-                state = tuple(rest)
+                    after, grad, *rest = run(phi, noise, objective, curved, *state)
+                if step == 0 and self.encoder_gradient == "anchored" and not isinstance(self.initial, Prior):
+                    nats = (grad.detach() * phi).sum(-1)  # whose gradient is that of the start's own ELBO
+                phi, state = after, tuple(rest)
             if best is not None:
                 if training and self.training and not bool(phi.isfinite().all()):
                     return phi, nats  # no gradient would pass the steps that have diverged
@@ -361,7 +368,7 @@ class Refined(InferenceStrategy):
     def _step(self, phi: Tensor, noise: Any, objective: Objective, curved: bool, *state: Tensor) -> tuple[Tensor, ...]:
         grad, *curvature = _slopes(objective, phi, noise, curved)
         phi, state = self._move(phi, grad, state, curvature, objective)
-        return (phi, *state)
+        return (phi, grad, *state)
 
     def _move(
         self, phi: Tensor, grad: Tensor, state: tuple[Tensor, ...], curvature: list[Tensor], objective: Objective

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_amortized.checks import check_function, check_positive, check_real, check_widths
+from pyro_amortized.encoders import Head, hidden_layers
 from pyro_amortized.families import MultivariateNormal, Normal, VariationalFamily
 
 __all__ = [
@@ -465,14 +466,10 @@ class LearnedUpdate(UpdateRule):
             self.natural = NaturalGradient(1.0) if natural else None
             if natural and family.latent_dim <= _MOST_LATENTS:
                 self.newton = Newton(1.0)
-            dims = [sizes[0], *self.hidden_dims]
-            layers: list[nn.Module] = []
-            for first, second in zip(dims, dims[1:], strict=False):
-                layers += [nn.Linear(first, second), self.activation()]
-            output = nn.Linear(dims[-1], sizes[1])
-            with torch.no_grad():  # the first answers: half of phi, half of the network, and a share of the direct step
-                output.weight.mul_(0.1)
-                output.bias.zero_()
+            layers = hidden_layers(sizes[0], self.hidden_dims, self.activation)
+            width = (sizes[0], *self.hidden_dims)[-1]
+            output = Head(torch.ones(1, width), sizes[1])  # its answers are close to zero at first,
+            nn.init.zeros_(output.bias)  # so that half of phi is kept, and of the direct step a share taken
             self.network = nn.Sequential(*layers, output)
         built = self.network[0].in_features, self.network[-1].out_features
         if built != sizes:  # type: ignore[comparison-overlap]

@@ -53,7 +53,8 @@ from pyro_amortized.structure import StructureReader
 from pyro_amortized.updates import Curvature
 
 FAMILIES = ["normal", "multivariate_normal", "low_rank_multivariate_normal"]
-GRADIENTS = ["unrolled", "first_order", "initial", "distill"]
+OTHERS = ["first_order", "initial", "distill"]
+GRADIENTS = ["unrolled", *OTHERS, "anchored"]
 ESTIMATORS = ["stl", "plain", "analytic_kl"]
 RULES: dict[str, Callable[[], UpdateRule]] = {
     "ascent": lambda: GradientAscent(0.1, 0.5),
@@ -442,7 +443,8 @@ def test_checkpoint_runs_every_step_once_more_in_the_backward_pass(dropout: floa
 
 @pytest.mark.usefixtures("_float64")
 @pytest.mark.parametrize(
-    ("kind", "rule"), some_slow([*product(GRADIENTS[1:], ["natural"]), ("distill", "adam")], GRADIENTS[1:], list(RULES))
+    ("kind", "rule"),
+    some_slow([*product(OTHERS, ["natural"]), ("distill", "adam")], OTHERS, list(RULES)),
 )
 def test_encoder_gradient_equals_its_definition(kind: str, rule: str, noises: list[Any]) -> None:
     vae, x = VAE(), pixels()
@@ -476,7 +478,7 @@ def test_signal_adds_exactly_zero_to_the_loss(kind: str) -> None:
     guide = semi_amortized(vae, x, encoder_gradient=kind)
     nodes: Any = poutine.trace(guide).get_trace(x).nodes
     signals = [site for name, site in nodes.items() if name.endswith("_signal")]
-    assert len(signals) == (kind in ("initial", "distill"))
+    assert len(signals) == (kind in ("initial", "distill", "anchored"))
     for site in signals:
         assert torch.equal(site["fn"].log_factor, torch.zeros(POINTS))
         assert site["fn"].log_factor.requires_grad
@@ -495,6 +497,33 @@ def test_encoder_gradient_is_the_same_under_every_elbo_and_number_of_particles(k
             guide.zero_grad()
             elbo.loss_and_grads(vae, guide, x)
             assert relative_error([p.grad for p in guide.parameters()], reference) < 1e-9, (Elbo, vectorized)
+
+
+@pytest.mark.usefixtures("_float64")
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_anchored_gradients_are_those_of_the_steps_and_of_the_start(checkpoint: bool, noises: list[Any]) -> None:
+    vae, x = VAE(), pixels()
+    guide = semi_amortized(vae, x, encoder_gradient="anchored", num_particles=3, checkpoint=checkpoint)
+    noises.clear()
+    loss, z = loss_and_draw(vae, guide, x)
+    start = start_by_hand(guide, x)
+    expected = loss_by_hand(vae, x, climb_by_hand(vae, x, start, noises[:STEPS], "natural"), z)
+    at_start = -gradient_by_hand(vae, x, start.detach(), noises[0], "stl").detach()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    actual = gradients(loss, guide, vae)
+    both = expected + (start * at_start).sum() - (start.detach() * at_start).sum()
+    assert relative_error(actual, gradients(both, guide, vae)) < 1e-6
+    assert relative_error(actual, gradients(expected, guide, vae)) > 1e-2
+
+
+def test_the_default_gradient_is_anchored_but_for_rules_of_the_users_own() -> None:
+    vae, x = VAE(), pixels()
+    kinds = {}
+    for name, options in (("default", {}), ("own", {"update": NaturalGradient(0.3)})):
+        guide = SemiAmortizedGuide(vae, small_encoder(), name=name, **options)
+        guide.setup(x)
+        kinds[name] = guide.inference.encoder_gradient, guide.inference.num_particles
+    assert kinds == {"default": ("anchored", 8), "own": ("unrolled", 8)}
 
 
 @pytest.mark.usefixtures("_float64")
@@ -1283,7 +1312,7 @@ def test_wrong_settings_are_refused() -> None:
         refused("because it (has to be trained|is not an update rule)", SemiAmortizedGuide, update=rule)
     for rule in (GradientAscent(), Adam(), NaturalGradient()):
         refused(r"IterativeAmortizedGuide because there is nothing to learn", IterativeAmortizedGuide, update=rule)
-    for kind in GRADIENTS[1:]:
+    for kind in OTHERS:
         refused("learn the step size", SemiAmortizedGuide, update=Adam(learned=True), encoder_gradient=kind)
     SemiAmortizedGuide(topics, update=Adam(learned=True))
     refused('Cannot use an encoder with initial="prior"', SemiAmortizedGuide, nn.Linear(1, 2), initial="prior")

@@ -1289,8 +1289,8 @@ case(
 case(
     "an unknown gradient of the encoder",
     lambda: made(model, SemiAmortizedGuide, encoder_gradient="nothing"),
-    "unrolled",
-    lambda: made(model, SemiAmortizedGuide, encoder_gradient="unrolled"),
+    '"anchored"',
+    lambda: made(model, SemiAmortizedGuide, encoder_gradient="anchored"),
 )
 case(
     "an encoder without weights",

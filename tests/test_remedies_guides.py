@@ -342,7 +342,7 @@ case(
     "a guide that refines",
     lambda: train(model, SemiAmortizedGuide, num_steps=1),
 )
-case("another gradient of a start", lambda: refined("nothing"), '"unrolled"', lambda: refined("unrolled"))
+case("another gradient of a start", lambda: refined("nothing"), '"anchored"', lambda: refined("anchored"))
 
 
 def learned(setup: bool) -> None:

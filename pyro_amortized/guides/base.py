@@ -447,8 +447,8 @@ class LocalGuide(AutoGuide):
         if isinstance(self._modules["inference"], Refined):
             cause = "refinement has diverged, the data hold invalid values, or the encoder has diverged"
             remedy = (
-                'a smaller step_size, encoder_gradient="first_order" (exact gradients through steep models explode), '
-                "a smaller learning rate, and a look at the data"
+                'a smaller step_size, encoder_gradient="anchored", or "first_order" where exact gradients explode, a '
+                "smaller learning rate, and a look at the data"
             )
         for i, x in enumerate(inputs):
             if x.is_floating_point() and not x.isfinite().all():

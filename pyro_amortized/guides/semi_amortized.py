@@ -27,8 +27,8 @@ class SemiAmortizedGuide(RefiningGuide):
         q(z_n) = q_{\phi_{n,T}}
 
     The steps use the ELBO of a single datapoint, in nats and without the scale of a subsampled plate; global latents
-    are held at their median meanwhile. Memory grows with ``num_steps`` under ``"unrolled"``; ``checkpoint=True`` keeps
-    it at that of a single step.
+    are held at their median meanwhile. Memory grows with ``num_steps`` where gradients pass through the steps;
+    ``checkpoint=True`` keeps it at that of a single step.
 
     Args:
         model: A Pyro model.
@@ -39,17 +39,21 @@ class SemiAmortizedGuide(RefiningGuide):
             :class:`~pyro_amortized.Newton`, which goes furthest in a step, for more than one particle. The default's
             step size is 2 / ``num_steps``, at most 0.5: larger ones make the steps forget where they started, so that
             nothing trains the encoder.
-        encoder_gradient: How the encoder learns. ``"unrolled"``: by the exact gradient of the refined ELBO through all
-            steps, as in the SA-VAE; ``"first_order"``: the same with the Jacobian of the steps taken for the identity,
+        encoder_gradient: How the encoder learns; by default ``"anchored"``, or ``"unrolled"`` with an ``update`` of
+            your own. ``"anchored"``: by the exact gradient of the refined ELBO through all
+            steps and that of the ELBO of its own answer; ``"unrolled"``: by the first of them alone, as in the SA-VAE,
+            so that an answer that the steps mend in any case may drift away from one training step to the next;
+            ``"first_order"``: the same with the Jacobian of the steps taken for the identity,
             which is cheaper; ``"initial"``: by the ELBO of its own answer, the model by that of the refined one
             (VAE+SVI); ``"distill"``: by the KL divergence from its answer to the refined one (VAE+SVI+KL).
-        num_particles: Number of draws for each step's gradient; antithetic pairs if it is even. With one, few steps may
-            end at worse answers than they started from; 8 cost little more and help where they do.
+        num_particles: Number of draws for each step's gradient; antithetic pairs if it is even. With one, as in the
+            paper, steps may end at worse answers than they started from.
         compile: Whether to compile the refinement gradient with ``torch.compile``, once per structure. The numbers stay
             the same; models that cannot be traced run uncompiled, with a warning.
         initial: ``"encoder"``, or ``"prior"`` to start every datapoint at its prior: plain stochastic variational
             inference of a few steps, without an encoder.
-        checkpoint: Whether to recompute the steps of ``"unrolled"`` in the backward pass instead of keeping them.
+        checkpoint: Whether to recompute the steps of ``"anchored"`` and ``"unrolled"`` in the backward pass instead of
+            keeping them.
         fixed_noise: Whether every call uses the same noise, for all datapoints, so that results can be repeated exactly
             and do not depend on the batch.
         keep_best: Whether each datapoint gets the best phi on its way instead of the last; None for: outside training,
@@ -87,17 +91,19 @@ class SemiAmortizedGuide(RefiningGuide):
         *,
         num_steps: int = 20,
         update: UpdateRule | None = None,
-        encoder_gradient: str = "unrolled",
-        num_particles: int = 1,
+        encoder_gradient: str | None = None,
+        num_particles: int = 8,
         compile: bool = False,
         initial: str = "encoder",
         checkpoint: bool = False,
         **options: Unpack[RefiningOptions],
     ) -> None:
+        if encoder_gradient is None:
+            encoder_gradient = "anchored" if update is None else "unrolled"
         if encoder_gradient not in ENCODER_GRADIENTS:
             raise ValueError(
                 f"Cannot use encoder_gradient={encoder_gradient!r} because it is none of {ENCODER_GRADIENTS}; try "
-                '"unrolled".'
+                '"anchored".'
             )
         check_update(update)
         check_flag("checkpoint", checkpoint)
@@ -106,7 +112,9 @@ class SemiAmortizedGuide(RefiningGuide):
                 f"Cannot use {type(update).__name__} in SemiAmortizedGuide because it has to be trained at every step; "
                 "try IterativeAmortizedGuide."
             )
-        if encoder_gradient != "unrolled" and any(True for _ in (update.parameters() if update is not None else ())):
+        if encoder_gradient not in ("anchored", "unrolled") and any(
+            True for _ in (update.parameters() if update is not None else ())
+        ):
             raise ValueError(
                 f"Cannot learn the step size with encoder_gradient={encoder_gradient!r} because no gradient passes "
                 'through the steps; try encoder_gradient="unrolled", or a given step size.'
