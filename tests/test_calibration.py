@@ -337,7 +337,7 @@ def test_what_cannot_be_calibrated_is_refused() -> None:
             pyro.sample("x", dist.Normal(z.exp(), 1.0), obs=x)
 
     with pytest.raises(ValueError, match=r"no answer to data simulated.*try a prior.*Cannot sample the latents of"):
-        calibrate(extreme, AmortizedGuide(extreme, MLPEncoder(1, standardize=False)), (torch.zeros(10),))
+        calibrate(extreme, AmortizedGuide(extreme, MLPEncoder(1, (), standardize=False)), (torch.zeros(10),))
     with pytest.raises(ValueError, match="no local latents"):
         calibrate(no_local, AmortizedGuide(no_local), (torch.randn(5),))
 

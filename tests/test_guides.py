@@ -106,8 +106,9 @@ def exact_guide(
         encoder = Recorder(lambda x: exact_phi(linear, x) + wrong)
         guide = AmortizedGuide(model, encoder, plate="data", family="multivariate_normal", **options)
         guide.setup(*args)
-        guide.inference.head.weight.copy_(torch.eye(*guide.inference.head.weight.shape) * guide.inference.head.size)
-        nn.init.zeros_(guide.inference.head.bias)
+        head = guide.inference.head
+        head.weight.data = torch.eye(*head.weight.shape) * head.size
+        nn.init.zeros_(head.bias)
     else:
         guide = PerDatapointGuide(model, plate="data", family="multivariate_normal", **options)
         guide.setup(*args)

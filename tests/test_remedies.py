@@ -739,13 +739,13 @@ case(
 )
 case(
     "Newton of one particle",
-    lambda: train(guide_class=SemiAmortizedGuide, update=Newton(), num_steps=2),
+    lambda: train(guide_class=SemiAmortizedGuide, update=Newton(), num_steps=2, num_particles=1),
     "num_particles=32",
     lambda: train(guide_class=SemiAmortizedGuide, update=Newton(), num_steps=2, num_particles=32),
 )
 case(
     "Newton of one particle, natural",
-    lambda: train(guide_class=SemiAmortizedGuide, update=Newton(), num_steps=2),
+    lambda: train(guide_class=SemiAmortizedGuide, update=Newton(), num_steps=2, num_particles=1),
     r"NaturalGradient\(0.5\)",
     lambda: train(guide_class=SemiAmortizedGuide, update=NaturalGradient(0.5), num_steps=2),
 )

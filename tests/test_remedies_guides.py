@@ -70,8 +70,8 @@ for Encoder in (MLPEncoder, DeepSetEncoder):
     case(
         f"an instance of an activation, {Encoder.__name__}",
         lambda Encoder=Encoder: Encoder(1, activation=nn.ReLU()),  # type: ignore[misc]
-        "activation=torch.nn.ReLU",
-        lambda Encoder=Encoder: Encoder(1, activation=nn.ReLU),  # type: ignore[misc]
+        "activation=torch.nn.SiLU",
+        lambda Encoder=Encoder: Encoder(1, activation=nn.SiLU),  # type: ignore[misc]
     )
     case(
         f"data for input_dim, {Encoder.__name__}",

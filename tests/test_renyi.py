@@ -213,6 +213,7 @@ def test_other_elbos_are_what_they_were(family: str, Elbo: Any) -> None:
 
 @pytest.mark.parametrize("make", [SemiAmortizedGuide, PerDatapointGuide])
 def test_other_guides_train_under_the_bound(make: Any) -> None:
+    """The semi-amortized guide adds the gradient of its encoder's own ELBO to the bound of every entry."""
     x = torch.randn(N, M)
     guide = make(left, family="multivariate_normal", plate="d", init_scale=0.7)
     elbo = RenyiELBO(alpha=0, num_particles=3, max_plate_nesting=2)

@@ -7,7 +7,7 @@ import types
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -496,9 +496,11 @@ class LocalGuide(AutoGuide):
         with call.plates[layout.plate]:
             result = sample_local(layout, self._sampling_family, phi, call.plates, f"{self._pyro_name}_latent")
             if call.signal is not None:
-                add_gradient(
-                    f"{self._pyro_name}_signal", layout.spread(layout.batch(-call.signal.unsqueeze(-1)).squeeze(-1))
-                )
+                term = layout.spread(layout.batch(-call.signal.unsqueeze(-1)).squeeze(-1))
+                with ExitStack() as stack:
+                    for frame in layout.shared:
+                        stack.enter_context(call.plates[frame.name] if frame.name else nullcontext())
+                    add_gradient(f"{self._pyro_name}_signal", term)
         return result
 
     @property
