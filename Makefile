@@ -9,7 +9,7 @@ START ?= 0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow fuzz lint format docs bench clean
+.PHONY: help demo test test-slow fuzz lint format docs bench robustness clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -40,6 +40,9 @@ docs: $(VENV)/.docs  ## build the documentation into docs/_build/html
 
 bench: $(VENV)/.examples  ## run the benchmarks
 	$(BIN)/python benchmarks/run.py
+
+robustness: $(VENV)/.examples  ## train every guide at every usual learning rate (an hour)
+	$(BIN)/python benchmarks/robustness.py
 
 clean:  ## remove the virtual environment and everything built
 	rm -rf $(VENV) build dist *.egg-info docs/_build .coverage .mypy_cache .pytest_cache .ruff_cache

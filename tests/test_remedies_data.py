@@ -64,7 +64,7 @@ def growing(scale: float) -> Callable[[Tensor], None]:
 
 
 def calibrated(model: Any) -> None:
-    calibrate(model, made(model, AmortizedGuide, MLPEncoder(1, standardize=False)), (X,), **FEW)
+    calibrate(model, made(model, AmortizedGuide, MLPEncoder(1, (), standardize=False)), (X,), **FEW)
 
 
 case(
