@@ -253,7 +253,7 @@ class GraphCache:
         """
         known = self._look_up(key)
         if self._misses > _MAX_MISSES and not known.is_due:
-            self._warn(_REPLACED)
+            self.warn(_REPLACED)
             return None
         for entry in [entry for entry in known.entries if entry.owner == owner]:
             if entry.graph is None or (use.derivatives and entry.is_differentiable is False):
@@ -264,7 +264,7 @@ class GraphCache:
                 return self._permitted(entry, use)
         self._misses += 1
         if (self._misses > _MAX_MISSES or known.traces > _MAX_MISSES + known.uses // 16) and not known.is_due:
-            self._warn(_REPLACED)
+            self.warn(_REPLACED)
             return None
         entry, known.traces = self._trace(use, owner), known.traces + 1
         known.entries = [entry, *known.entries[: _MAX_STATES - 1]]
@@ -280,7 +280,7 @@ class GraphCache:
 
     def _permitted(self, entry: _Entry, use: Use) -> Function | None:
         if use.derivatives and entry.is_differentiable is False:
-            self._warn("it has derivatives that are written by hand")
+            self.warn("it has derivatives that are written by hand")
             return None
         return entry.graph
 
@@ -290,21 +290,22 @@ class GraphCache:
             entry = _Entry(owner, recording.graph, recording.captured)
             entry.flags, entry.is_random = entry.flags_of(use), any(map(is_random, recording.graph.graph.nodes))
             entry.is_differentiable = None if recording.is_differentiable else False
-            compiled = replace(entry, graph=_Compiled(recording.graph, self._warn))
+            compiled = replace(entry, graph=_Compiled(recording.graph, self.warn))
             if not entry.serves(use, whole=True):
                 raise ValueError("the traced graph gives other numbers")
         except Exception as error:  # models may do anything
-            self._warn(_reason(error))
+            self.warn(_reason(error))
             return _Entry(owner)
         if not self.compile:
             return entry
         if _serves(compiled, use, whole=True) and compiled.is_differentiable == entry.is_differentiable:
             return compiled
-        self._warn("the compiled graph gives other numbers")
+        self.warn("the compiled graph gives other numbers")
         use.results = None
         return entry
 
-    def _warn(self, reason: str) -> None:
+    def warn(self, reason: str) -> None:
+        """Warns once that what was to be compiled is not."""
         if self.compile and not self._warned:
             self._warned = True
             warnings.warn(

@@ -119,6 +119,11 @@ class DatapointAxes:
         return self._agrees[number]
 
     @property
+    def found(self) -> Sequence[Axis] | None:
+        """The axes, none or one per argument; None if the model cannot be run on a part of its data."""
+        return self._axes
+
+    @property
     def reference(self) -> Tensor:
         """Log-joints ``(N,)`` of the call as it is."""
         if self._reference is None:

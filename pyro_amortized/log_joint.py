@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyro
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributions import kl_divergence
 
-from pyro_amortized.arguments import Arguments, CallArguments
+from pyro_amortized.arguments import Arguments, Axis, CallArguments
 from pyro_amortized.graphs import Function, GraphCache
 from pyro_amortized.influence import DatapointAxes
 from pyro_amortized.influence import close as _close
@@ -41,6 +41,25 @@ __all__ = ["MAX_ROWS", "LocalLogJoint", "chunks"]
 
 MAX_ROWS = 8192
 """How many draws times datapoints to evaluate at once; bounds memory."""
+
+
+@dataclass
+class Copying:
+    """How to evaluate draws as copies of the datapoints.
+
+    Attributes:
+        axes: The axes of the arguments that hold the datapoints.
+        serves: Whether it gives the numbers that single draws give, by the number of draws.
+        uses: What has been run once to find that out.
+    """
+
+    axes: Sequence[Axis]
+    serves: dict[int, bool] = field(default_factory=dict)
+    uses: set[Any] = field(default_factory=set)
+
+
+Mode = tuple[bool, Copying | None]
+"""Whether draws are evaluated together in an outermost plate, and else how they are as copies of the datapoints."""
 
 
 class LocalLogJoint:
@@ -86,6 +105,8 @@ class LocalLogJoint:
         self._axes: DatapointAxes | None = None
         self._origin: tuple[LocalLogJoint, Tensor] | None = None
         self._with_priors = True
+        self.copying: Copying | None = None
+        self._verifying = False
         self._copies: LocalLogJoint | None = None
 
     @property
@@ -113,6 +134,8 @@ class LocalLogJoint:
         """The same without graphs; differentiable any number of times, with respect to everything."""
         if self.vectorized:
             return self._evaluate(z)
+        if self._verifying:
+            self._verify_copies(z.detach())
         copies = self._copied(len(z)) if len(z) > 1 else None
         if copies is not None:
             return copies._evaluate(z.reshape(1, -1, z.shape[-1])).reshape(z.shape[:2])
@@ -132,16 +155,32 @@ class LocalLogJoint:
         Returns:
             Values of shape ``(K, N)``.
         """
-        return self._evaluate(z, (loc, scale)) if self.vectorized else self._one_by_one(z, (loc, scale))
+        if self.vectorized:
+            return self._evaluate(z, (loc, scale))
+        copies = self._copied(len(z)) if len(z) > 1 else None
+        if copies is None:
+            return self._one_by_one(z, (loc, scale))
+        normal = loc.repeat(len(z), 1), scale.repeat(len(z), 1)
+        return copies._evaluate(z.reshape(1, -1, z.shape[-1]), normal).reshape(z.shape[:2])
 
     def _one_by_one(self, z: Tensor, normal: tuple[Tensor, Tensor] | None = None) -> Tensor:
         return torch.stack([self._evaluate(draw.unsqueeze(0), normal).squeeze(0) for draw in z])
 
+    def runs_once(self, number: int) -> bool:
+        """Whether so many draws are evaluated in one run of the model."""
+        return self.vectorized or number == 1 or (self.copying is not None and self.copying.serves.get(number, False))
+
     def _copied(self, number: int) -> LocalLogJoint | None:
         """The log-joint of as many copies of all datapoints, if it can be had."""
         size = self.num_datapoints
+        if self.copying is not None and not self.copying.serves.get(number):
+            return None
         if self._copies is None or self._copies.num_datapoints != number * size:
-            self._copies = self.select(torch.arange(size).repeat(number))
+            rows = torch.arange(size).repeat(number)
+            if self.copying is None:
+                self._copies = self.select(rows)
+            else:
+                self._copies = self._part(Arguments(self.args, self.kwargs).take(self.copying.axes, rows), rows)
         return self._copies
 
     def _evaluate(self, z: Tensor, normal: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -323,14 +362,54 @@ class LocalLogJoint:
         check_outside(self.model, self.args, self.kwargs, self.structure, self.global_values, z)
 
     @torch.no_grad()
-    def choose_mode(self, z: Tensor) -> bool:
-        """Finds out whether draws ``(2, N, D)`` may be evaluated together, without the other checks of :meth:`check`.
+    def choose_mode(self, z: Tensor) -> Mode:
+        """Finds out how draws ``(2, N, D)`` may be evaluated, without the other checks of :meth:`check`.
 
-        Models that draw random numbers of their own, such as dropout's, get every draw in a run of its own.
+        Models that draw random numbers of their own, such as dropout's, get every draw in a run of its own, and so do
+        those in which datapoints matter to each other, by batch normalisation in training: the copies of a datapoint at
+        one draw would matter to those at another.
         """
-        self.validate, self.vectorized, self.selectable = False, False, False
-        self._try_vectorized(z, self(z))
-        return self.vectorized
+        self.validate, self.vectorized = False, False
+        reference = self._one_by_one(z)
+        self._try_vectorized(z, reference)
+        copying = None
+        if not self.vectorized and self._is_selectable and self._datapoint_axes.found is not None:
+            copying = Copying(self._datapoint_axes.found)
+        self.take_mode((self.vectorized, copying))
+        return self.vectorized, copying
+
+    def take_mode(self, mode: Mode) -> None:
+        """Evaluates draws as :meth:`choose_mode` found for a call of the same shapes."""
+        self.validate, self.selectable = False, False
+        self.vectorized, self.copying = mode
+
+    def verify_copies(self, use: Any, evaluate: Callable[[], Any]) -> None:
+        """Finds out by numbers whether the draws of a use may be evaluated as copies, where it is new.
+
+        Args:
+            use: What tells it from others.
+            evaluate: Evaluates this log-joint at as many draws.
+        """
+        if self.copying is None or use in self.copying.uses:
+            return
+        self.copying.uses.add(use)
+        self._verifying = True
+        try:
+            with torch.no_grad(), torch.random.fork_rng():
+                evaluate()
+        finally:
+            self._verifying = False
+
+    def _verify_copies(self, z: Tensor) -> None:
+        number = len(z)
+        if self.copying is None or number < 2 or number in self.copying.serves:
+            return
+        self.copying.serves[number], self._verifying = True, False
+        try:
+            self.copying.serves[number] = _close(self.plain(z), self._one_by_one(z))
+        except Exception:  # a model may fail in any way on copies of its data; then it is run on each draw
+            self.copying.serves[number] = False
+        self._verifying = True
 
     def _try_vectorized(self, z: Tensor, reference: Tensor) -> None:
         try:
@@ -459,7 +538,7 @@ class LocalLogJoint:
         global_values = self.global_values if global_values is None else global_values
         part = LocalLogJoint(self.model, args, kwargs, structure, global_values)
         part.validate, part.vectorized, part.like = self.validate, self.vectorized, self.like
-        part._with_priors = self._with_priors
+        part._with_priors, part.copying = self._with_priors, self.copying
         return part
 
 

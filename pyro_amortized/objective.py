@@ -232,17 +232,22 @@ class LocalObjective:
         if key in self._programs:
             return self._programs[key](*inputs) if again else ()
         family, estimator = self.family, self.estimator
+        self.log_joint.verify_copies((program.__name__, count or key[1]), lambda: self.elbo(phi, noise))
 
         def run(log_joint: LocalLogJoint, phi: Tensor, *noise_tensor: Tensor) -> tuple[Tensor, ...]:
             objective = LocalObjective(log_joint, family, estimator)
             return program(objective, phi, noise_tensor[0] if noise_tensor else count)
 
+        number, graphs = noise if isinstance(noise, int) else len(noise), self.graphs
+        if graphs is not None and number > _MOST_TRACED_RUNS and not self.log_joint.runs_once(number):
+            graphs.warn("it has to run once for each of many draws, which would be long to trace")
+            graphs = None
         results, self._programs[key] = run_traced(
             run,
             self.log_joint,
             inputs,
             (program.__name__, estimator, count),
-            self.graphs,
+            graphs,
             (self.log_joint.model, family),
             draws=None if isinstance(noise, int) else 1,
             derivatives=torch.is_grad_enabled(),
@@ -276,6 +281,9 @@ class LocalObjective:
         phi = self.family.laplace(loc, torch.diag_embed(scale.square().reciprocal()))
         return self.family.initial(loc, 1.0) if phi is None else phi
 
+
+_MOST_TRACED_RUNS = 2
+"""Runs of a model up to which they are traced, where draws are evaluated one by one."""
 
 _MOST_ORTHOGONAL = 128
 """Dimensions up to which draws are made orthogonal, at a cost that grows with their cube."""

@@ -76,7 +76,8 @@ def _key(
     model = getattr(log_joint.model, "__self__", log_joint.model)
     training = tuple(part.training for part in model.modules()) if isinstance(model, nn.Module) else ()
     frames = tuple(log_joint.structure.frames.values())
-    seen = (shapes, call_key(list(tensors)), frames, log_joint.vectorized, modes, training, scale)
+    mode = log_joint.vectorized or tuple((log_joint.copying.serves if log_joint.copying else {}).items())
+    seen = (shapes, call_key(list(tensors)), frames, mode, modes, training, scale)
     return (program.__name__, *settings, *seen)
 
 

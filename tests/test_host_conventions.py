@@ -873,7 +873,7 @@ def test_nothing_remembers_precision_or_device(Guide: Any, family: str) -> None:
     svi(topics, guide, lr=0.001).step(x)
     guide.median(x)
     guide.to(torch.float64)
-    state = {k: v for k, v in vars(guide).items() if k not in ("_structures", "_vectorized", "_graphs", "global_guide")}
+    state = {k: v for k, v in vars(guide).items() if k not in ("_structures", "_modes", "_graphs", "global_guide")}
     modules = {name: module for name, module in state["_modules"].items() if name != "global_guide"}
     for path, value in held({**state, "_modules": modules}, "", set()):
         if isinstance(value, Tensor):

@@ -1467,3 +1467,64 @@ def test_jit_tracing_is_refused() -> None:
         warnings.simplefilter("ignore")
         with pytest.raises(ValueError, match="inside torch.jit.trace"):
             step(x)
+
+
+# Models that take no dimension of draws in front
+
+
+class Shares(nn.Module):
+    """Shares along the last dimension, or along dimension 1, which is the last one without a dimension of draws."""
+
+    def __init__(self, dim: int, norm: nn.Module) -> None:
+        super().__init__()
+        self.dim, self.runs = dim, 0
+        self.layers = nn.Sequential(nn.Linear(3, 8), norm, nn.Tanh(), nn.Linear(8, 6))
+
+    def forward(self, x: Tensor) -> None:
+        self.runs += 1
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Multinomial(10, self.layers(z).softmax(self.dim)), obs=x)
+
+
+def shares(dim: int, norm: nn.Module | None = None) -> Any:
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    model = Shares(dim, nn.Identity() if norm is None else norm)
+    guide = SemiAmortizedGuide(model, nn.Linear(6, 8), num_steps=3, fixed_noise=True, name=f"shares_{dim}")
+    x = dist.Multinomial(10, torch.ones(6)).sample((7,))
+    guide.setup(x)
+    guide(x)  # finds how draws can be evaluated
+    return model, guide, x
+
+
+@pytest.mark.usefixtures("_float64")
+def test_draws_are_evaluated_as_copies_of_the_datapoints() -> None:
+    """In as many runs of the model as with a dimension of draws, with the same losses and gradients."""
+    found = []
+    for dim in (-1, 1):
+        model, guide, x = shares(dim)
+        model.runs = 0
+        torch.manual_seed(1)
+        loss = Trace_ELBO().differentiable_loss(model, guide, x)
+        found.append((loss, gradients(loss, guide, model), model.runs))
+    assert found[0][0].item() == pytest.approx(found[1][0].item(), rel=1e-9)
+    assert relative_error(found[1][1], found[0][1]) < 1e-6
+    assert found[0][2] == found[1][2]
+
+
+@pytest.mark.usefixtures("_float64")
+def test_draws_that_batch_normalisation_mixes_are_not_evaluated_together() -> None:
+    """Copies of a datapoint at other draws would matter to it; in evaluation mode they do not."""
+    runs = []
+    for training in (False, True):
+        norm = nn.BatchNorm1d(8)
+        model, guide, x = shares(-1, norm)
+        model.train(training)
+        guide(x)
+        model.runs, before = 0, norm.running_mean.clone()
+        phi = guide.variational_parameters(x)
+        runs.append(model.runs)
+        assert phi.isfinite().all()
+        assert torch.equal(norm.running_mean, before)
+    assert runs[0] < 3 * 8 <= runs[1]

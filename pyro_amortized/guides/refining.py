@@ -16,7 +16,7 @@ from pyro_amortized.graphs import GraphCache
 from pyro_amortized.guides.amortized import AmortizedGuide
 from pyro_amortized.guides.base import GuideOptions
 from pyro_amortized.inference import InferenceStrategy, Refined
-from pyro_amortized.log_joint import LocalLogJoint
+from pyro_amortized.log_joint import LocalLogJoint, Mode
 from pyro_amortized.objective import ESTIMATORS, LocalObjective
 from pyro_amortized.tracing import call_key, kept_state, untouched
 from pyro_amortized.updates import UpdateRule
@@ -85,7 +85,7 @@ class RefiningGuide(AmortizedGuide):
             "keep_best": keep_best,
         }
         self._graphs = GraphCache(compile)
-        self._vectorized: dict[Any, bool] = {}
+        self._modes: dict[Any, Mode] = {}
 
     @property
     def num_steps(self) -> int:
@@ -100,7 +100,7 @@ class RefiningGuide(AmortizedGuide):
 
     def __getstate__(self) -> dict[str, Any]:
         """As every guide's, without what has been found out about the model."""
-        return {**super().__getstate__(), "_vectorized": {}}
+        return {**super().__getstate__(), "_modes": {}}
 
     def _run_strategy(self, strategy: InferenceStrategy, inputs: tuple[Tensor, ...], call: Call) -> Tensor:
         with kept_state():  # the model's own run in this step counts, not those of refinement
@@ -116,7 +116,6 @@ class RefiningGuide(AmortizedGuide):
             )
         model = self.model if call.model is None else call.model
         log_joint = LocalLogJoint(model, call.args, call.kwargs, call.structure, self._global_values(call))
-        log_joint.validate = False
         if torch._C._get_tracing_state():
             raise ValueError(
                 "Cannot refine phi inside torch.jit.trace, as JitTrace_ELBO does, because gradients cannot be taken "
@@ -124,15 +123,15 @@ class RefiningGuide(AmortizedGuide):
             )
         shapes = call_key((call.args, call.kwargs))
         key = (model, tuple(call.structure.frames.values()), getattr(model, "training", None), shapes)
-        if shapes is None or key not in self._vectorized:
-            self._vectorized[key] = self._choose_mode(log_joint)
-            if len(self._vectorized) > _MAX_MODES:
-                self._vectorized.pop(next(iter(self._vectorized)))
-        log_joint.vectorized = self._vectorized[key]
+        if shapes is None or key not in self._modes:
+            self._modes[key] = self._choose_mode(log_joint)
+            if len(self._modes) > _MAX_MODES:
+                self._modes.pop(next(iter(self._modes)))
+        log_joint.take_mode(self._modes[key])
         return LocalObjective(log_joint, self._family, self._estimator, self._graphs)
 
-    def _choose_mode(self, log_joint: LocalLogJoint) -> bool:
-        """Whether many draws may be evaluated in one run of the model; refuses those that leave sites out."""
+    def _choose_mode(self, log_joint: LocalLogJoint) -> Mode:
+        """How many draws may be evaluated in one run of the model; refuses those that leave sites out."""
         shape = (2, log_joint.num_datapoints, log_joint.layout.latent_dim)
         z = torch.linspace(-0.5, 0.5, math.prod(shape), dtype=self._like.dtype, device=self._like.device).reshape(shape)
         with untouched():
