@@ -54,13 +54,18 @@ class Standardize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Standardised features of the shape of ``x``."""
         standardized = (x - self.loc) / self.scale
-        beyond = (standardized.abs() - _FAR).clamp(min=0)
-        limited = standardized.clamp(-_FAR, _FAR) + standardized.sign() * beyond.log1p()
+        size = standardized.abs()
+        limited = standardized.sign() * _limited(size)
         return torch.where(self.fitted, limited, standardized)
 
 
 _FAR = 5.0
-"""Deviations up to which standardised features are linear."""
+"""Sizes, relative to those in the data of the first call, up to which features are taken as they are."""
+
+
+def _limited(size: Tensor) -> Tensor:
+    """Sizes that go on as a logarithm beyond :data:`_FAR`."""
+    return size.clamp(max=_FAR) + (size - _FAR).clamp(min=0).log1p()
 
 
 def hidden_layers(
@@ -87,7 +92,8 @@ class Head(nn.Linear):
 
     r is the root mean square of the features at first. A step of Adam at learning rate :math:`\eta` moves an output by
     up to :math:`\eta \sqrt{H}` so, whatever the scale of the features, where a plain layer moves by
-    :math:`\eta \sum_h |f_h|`; and at the start outputs differ little from b.
+    :math:`\eta \sum_h |f_h|`; and at the start outputs differ little from b. Features of a datapoint whose norm exceeds
+    :math:`5 r \sqrt{H}`, as an outlier's, or when the encoder is about to diverge, go on as a logarithm of it.
 
     Args:
         features: The features of the first call, ``(..., H)``.
@@ -104,6 +110,8 @@ class Head(nn.Linear):
 
     def forward(self, features: Tensor) -> Tensor:
         """Outputs ``(..., P)`` of features ``(..., H)``."""
+        size = torch.linalg.vector_norm(features, dim=-1, keepdim=True) / self.size
+        features = features * (_limited(size) / size.clamp(min=_FAR)).where(size > _FAR, 1.0)
         return F.linear(features, self.weight / self.size, self.bias)
 
 

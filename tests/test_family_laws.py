@@ -610,7 +610,8 @@ def test_local_optimum_of_a_custom_family(trained: tuple[AmortizedGuide, Tensor]
     evidence = dist.Normal(0.0, 2**0.5).log_prob(x).double()
     shortfall = (evidence - LAPLACE_GAP - optimum.elbo).abs()
     assert (shortfall < 5 * optimum.elbo_se + 0.01).all()
-    assert ((evidence - optimum.initial_elbo - LAPLACE_GAP) > 5 * optimum.initial_elbo_se + 0.01).all()
+    before = (evidence - optimum.initial_elbo - LAPLACE_GAP).sum()
+    assert before > 5 * optimum.initial_elbo_se.square().sum().sqrt() + 0.05
 
 
 @pytest.mark.slow

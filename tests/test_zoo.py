@@ -20,7 +20,7 @@ MODULES = ["vae", "lda", "sparse_gamma", "single_cell", "hierarchical", "cevae",
 AMORTIZED = ("amortized", "semi-amortized", "iterative")
 CHEAP = {"semi-amortized": ("missing_data",), "iterative": ("missing_data",)}
 """Models on which guides that refine are trained by default too."""
-BUDGETS = {"sparse_gamma": (300, 5e-3)}
+BUDGETS = {"sparse_gamma": (300, 2e-2)}
 """Steps and learning rate, where not 100 and 0.01."""
 SHORT = (40, 1e-2)
 """The same for guides without an encoder, and for those that take long."""
@@ -136,7 +136,7 @@ def test_gaps_of_unseen_data(name: str, guide: str) -> None:
 COMPARED = ["vae", "lda", "sparse_gamma", "single_cell", "hierarchical"]
 STEPS = {"hierarchical": 300, "lda": 300}
 """Numbers of steps where not 200."""
-RATES = {"vae": 2e-2, "sparse_gamma": 2e-3, "hierarchical": 1e-2}
+RATES = {"vae": 2e-2, "lda": 2e-2, "sparse_gamma": 1e-2, "hierarchical": 1e-2}
 """Learning rates where not 0.005."""
 
 

@@ -17,9 +17,7 @@ import pyro.distributions as dist
 import torch
 from _problem import RATES, Problem, indices, main
 from pyro.infer import TraceEnum_ELBO
-from torch import Tensor, nn
-
-from pyro_amortized import MLPEncoder
+from torch import Tensor
 
 
 def model(words: Tensor, index: Tensor | None = None, *, num_topics: int, num_words: int) -> None:
@@ -54,10 +52,6 @@ def batches(args: tuple[Tensor], size: int) -> Iterator[tuple[Tensor, Tensor]]:
     return ((*args, index) for index in indices(args[0].shape[1], size))
 
 
-def make_encoder(num_words: int, hidden_dim: int) -> nn.Module:
-    return MLPEncoder(num_words, (hidden_dim, hidden_dim), activation=nn.Softplus)
-
-
 def make_problem(seed: int = 0, small: bool = False) -> Problem:
     pyro.set_rng_seed(seed)
     num_topics, num_words, length, num_documents, num_unseen = (3, 12, 40, 50, 2) if small else (4, 40, 64, 1000, 20)
@@ -68,7 +62,6 @@ def make_problem(seed: int = 0, small: bool = False) -> Problem:
         train=(words[:, :num_documents].contiguous(),),
         held_out=(words[:, num_documents:].contiguous(),),
         options={"plate": "documents", "encoder_input": partial(counts, num_words=num_words)},
-        encoder=partial(make_encoder, num_words, 32 if small else 64),
         loss=partial(TraceEnum_ELBO, max_plate_nesting=2),
         num_datapoints=lambda words, *_: words.shape[1],
         batches=partial(batches, size=num_documents // 2 if small else 50),
@@ -78,4 +71,4 @@ def make_problem(seed: int = 0, small: bool = False) -> Problem:
 
 
 if __name__ == "__main__":
-    main(make_problem, num_steps=500, rates=RATES)
+    main(make_problem, num_steps=500, lr=2e-2, rates=RATES)

@@ -20,8 +20,6 @@ from sklearn.datasets import load_breast_cancer
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pyro_amortized import MLPEncoder
-
 
 class FactorModel(nn.Module):
     """p(x, z) = N(z; 0, I) N(x; W z + b, diag(scale^2)), for standardised x ``(N, P)`` of which a part is present."""
@@ -118,7 +116,6 @@ def make_problem(seed: int = 0, small: bool = False, latent_entries: bool = Fals
         train=(x[first], present[first]),
         held_out=(x[last], present[last]),
         options={"encoder_input": encoder_input, "plate": "people"},
-        encoder=lambda: MLPEncoder(2 * x.shape[1], (hidden_dim,) * 2, standardize=False),
         batches=None if small else batches,
         create_plates=None if latent_entries else people,
         # AutoNormal has no masks: it would count an entropy for entries that are present, and so have no prior.

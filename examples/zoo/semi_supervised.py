@@ -26,7 +26,7 @@ from pyro.optim import ClippedAdam
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from pyro_amortized import DiscreteAmortizedGuide, MLPEncoder
+from pyro_amortized import DiscreteAmortizedGuide
 
 NUM_PIXELS, NUM_LABELS = 64, 10
 
@@ -182,7 +182,6 @@ def make_problem(seed: int = 0, small: bool = False) -> Problem:
         train=(x[first], label[first], known[first]),
         held_out=(x[last], label[last], known[last]),
         options={"encoder_input": encoder_input},
-        encoder=lambda: MLPEncoder(NUM_PIXELS, (hidden_dim,), standardize=False),
         loss=lambda: TraceEnum_ELBO(max_plate_nesting=1),
         batches=None if small else batches,
         create_plates=images,
@@ -197,7 +196,7 @@ def fit_discrete(
     old = problem.model.__self__
     pyro.set_rng_seed(0)
     model = SemiSupervisedVAE(old.latent_dim, old.decoder[0].out_features, NUM_PIXELS, NUM_LABELS)
-    guide = DiscreteAmortizedGuide(model, problem.encoder())
+    guide = DiscreteAmortizedGuide(model)
     labels = nn.functional.one_hot(label[known], NUM_LABELS).to(x)
     train(model, guide, (x[known], labels), x[~known], num_steps, weight=weight)
     return model, guide.eval()

@@ -18,9 +18,7 @@ import torch
 from _problem import RATES, Problem, indices, main
 from pyro.infer.autoguide import init_to_mean
 from sklearn.datasets import load_digits
-from torch import Tensor, nn
-
-from pyro_amortized import MLPEncoder
+from torch import Tensor
 
 TINY = 1e-6
 """The least mean, and one over the largest, lest a Gamma or Poisson lose its density where those above it go wild."""
@@ -57,12 +55,8 @@ def batches(args: tuple[Tensor], size: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def log_counts(counts: Tensor, index: Tensor | None = None) -> Tensor:
-    """What the encoder sees; standardised, a pixel that hardly ever is on would be far from all others."""
+    """What the encoder sees."""
     return pyro.subsample(counts, event_dim=1).log1p()
-
-
-def make_encoder(num_pixels: int, hidden_dim: int) -> nn.Module:
-    return MLPEncoder(num_pixels, (hidden_dim, hidden_dim), standardize=False)
 
 
 def make_problem(seed: int = 0, small: bool = False) -> Problem:
@@ -77,7 +71,6 @@ def make_problem(seed: int = 0, small: bool = False) -> Problem:
         train=(counts[:size],),
         held_out=(counts[size : size + num_unseen],),
         options={"encoder_input": log_counts, "init_loc_fn": init_to_mean},
-        encoder=partial(make_encoder, counts.shape[1], 32 if small else 128),
         num_datapoints=lambda counts, *_: len(counts),
         batches=partial(batches, size=size // 2 if small else 64),
         create_plates=images,
@@ -86,4 +79,4 @@ def make_problem(seed: int = 0, small: bool = False) -> Problem:
 
 
 if __name__ == "__main__":
-    main(make_problem, num_steps=500, lr=2e-3, rates=RATES)
+    main(make_problem, num_steps=500, lr=1e-2, rates=RATES)
