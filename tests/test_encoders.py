@@ -274,3 +274,13 @@ def test_parameters_are_the_same_under_a_seed(name: str) -> None:
     assert list(first) == list(second)
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+def test_a_head_limits_outliers_alone() -> None:
+    features = torch.randn(50, 40)
+    head, outlier = Head(features, 4), features.clone()
+    outlier[0] *= 1e6
+    torch.testing.assert_close(head(outlier)[1:], head(features)[1:])
+    size = float(outlier[0].norm() / head.size)
+    limited = outlier[0] * (5.0 + math.log1p(size - 5.0)) / size
+    torch.testing.assert_close(head(outlier)[0], (limited / head.size) @ head.weight.T + head.bias)
