@@ -111,7 +111,7 @@ class Head(nn.Linear):
     def forward(self, features: Tensor) -> Tensor:
         """Outputs ``(..., P)`` of features ``(..., H)``."""
         traced = torch.compiler.is_compiling() or torch._C._get_tracing_state()
-        if traced or torch.linalg.vector_norm(features.detach(), dim=-1).max() > _FAR * self.size:
+        if traced or (torch.linalg.vector_norm(features.detach(), dim=-1) > _FAR * self.size).any():
             size = torch.linalg.vector_norm(features, dim=-1, keepdim=True) / self.size
             features = features * (_limited(size) / size.clamp(min=_FAR)).where(size > _FAR, 1.0)
         return F.linear(features, self.weight / self.size, self.bias)
