@@ -36,6 +36,7 @@ __all__ = [
     "call_key",
     "isolated",
     "kept_state",
+    "modes_of_modules",
     "probe",
     "run_model",
     "sample_sites",
@@ -154,6 +155,11 @@ def kept_state(*, first: bool = False) -> Iterator[None]:
         for name in set(store.keys()) - known:
             with suppress(KeyError):  # Pyro's, for the second name of a parameter that has two
                 del store[name]
+
+
+def modes_of_modules() -> frozenset[tuple[int, bool]]:
+    """Which of the modules with buffers that models have called, such as batch normalisation, are in training."""
+    return frozenset((id(module), module.training) for module in list(_WITH_BUFFERS))
 
 
 def _buffers(module: nn.Module) -> list[tuple[str, Tensor, Tensor]]:

@@ -1528,3 +1528,25 @@ def test_draws_that_batch_normalisation_mixes_are_not_evaluated_together() -> No
         assert phi.isfinite().all()
         assert torch.equal(norm.running_mean, before)
     assert runs[0] < 3 * 8 <= runs[1]
+
+
+@pytest.mark.usefixtures("_float64")
+def test_batch_normalisation_may_go_into_training_behind_a_function() -> None:
+    """Draws were evaluated as copies of the datapoints before."""
+    norm = nn.BatchNorm1d(8)
+    net = Shares(1, norm)
+
+    def model(x: Tensor) -> None:
+        net(x)
+
+    guide = SemiAmortizedGuide(model, nn.Linear(6, 8), num_steps=3, fixed_noise=True, keep_best=False)
+    x = dist.Multinomial(10, torch.ones(6)).sample((7,))
+    guide.setup(x)
+    runs = []
+    for training in (False, True):
+        norm.train(training)
+        guide(x)
+        net.runs = 0
+        guide.variational_parameters(x)
+        runs.append(net.runs)
+    assert runs[0] < 3 * 8 <= runs[1]

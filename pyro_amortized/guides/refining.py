@@ -18,7 +18,7 @@ from pyro_amortized.guides.base import GuideOptions
 from pyro_amortized.inference import InferenceStrategy, Refined
 from pyro_amortized.log_joint import LocalLogJoint, Mode
 from pyro_amortized.objective import ESTIMATORS, LocalObjective
-from pyro_amortized.tracing import call_key, kept_state, untouched
+from pyro_amortized.tracing import call_key, kept_state, modes_of_modules, untouched
 from pyro_amortized.updates import UpdateRule
 
 __all__ = ["RefiningGuide", "RefiningOptions", "check_update"]
@@ -122,7 +122,8 @@ class RefiningGuide(AmortizedGuide):
                 "there; try Trace_ELBO, and compile=True for speed."
             )
         shapes = call_key((call.args, call.kwargs))
-        key = (model, tuple(call.structure.frames.values()), getattr(model, "training", None), shapes)
+        modes = getattr(model, "training", None), modes_of_modules()
+        key = (model, tuple(call.structure.frames.values()), modes, shapes)
         if shapes is None or key not in self._modes:
             self._modes[key] = self._choose_mode(log_joint)
             if len(self._modes) > _MAX_MODES:
