@@ -54,18 +54,17 @@ class Standardize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Standardised features of the shape of ``x``."""
         standardized = (x - self.loc) / self.scale
-        size = standardized.abs()
-        limited = standardized.sign() * _limited(size)
-        return torch.where(self.fitted, limited, standardized)
+        return torch.where(self.fitted, standardized * _limit(standardized.abs()), standardized)
 
 
 _FAR = 5.0
 """Sizes, relative to those in the data of the first call, up to which features are taken as they are."""
 
 
-def _limited(size: Tensor) -> Tensor:
-    """Sizes that go on as a logarithm beyond :data:`_FAR`."""
-    return size.clamp(max=_FAR) + (size - _FAR).clamp(min=0).log1p()
+def _limit(size: Tensor) -> Tensor:
+    """What to multiply values by for their sizes to go on as a logarithm beyond :data:`_FAR`."""
+    size = size.clamp(min=_FAR)
+    return (_FAR + (size - _FAR).log1p()) / size
 
 
 def hidden_layers(
@@ -112,8 +111,7 @@ class Head(nn.Linear):
         """Outputs ``(..., P)`` of features ``(..., H)``."""
         traced = torch.compiler.is_compiling() or torch._C._get_tracing_state()
         if traced or (torch.linalg.vector_norm(features.detach(), dim=-1) > _FAR * self.size).any():
-            size = torch.linalg.vector_norm(features, dim=-1, keepdim=True) / self.size
-            features = features * (_limited(size) / size.clamp(min=_FAR)).where(size > _FAR, 1.0)
+            features = features * _limit(torch.linalg.vector_norm(features, dim=-1, keepdim=True) / self.size)
         return F.linear(features, self.weight / self.size, self.bias)
 
 
