@@ -105,14 +105,15 @@ class Head(nn.Linear):
         num_features = features.shape[-1]
         super().__init__(num_features, num_outputs, dtype=features.dtype, device=features.device)
         size = features.detach().square().mean().sqrt() * num_features**0.5
-        self.register_buffer("size", torch.where(size > 0, size, torch.ones_like(size)))
+        self.register_buffer("size", torch.where(size > 0, size, num_features**0.5))
 
     def forward(self, features: Tensor) -> Tensor:
         """Outputs ``(..., P)`` of features ``(..., H)``."""
         traced = torch.compiler.is_compiling() or torch._C._get_tracing_state()
         if traced or (torch.linalg.vector_norm(features.detach(), dim=-1) > _FAR * self.size).any():
             features = features * _limit(torch.linalg.vector_norm(features, dim=-1, keepdim=True) / self.size)
-        return F.linear(features, self.weight / self.size, self.bias)
+        output = F.linear(features, self.weight / self.size, self.bias)
+        return output.to(self.weight.dtype)  # under autocast, where it has fewer digits than scales need
 
 
 def _check_width(module: nn.Module, x: Tensor, input_dim: int) -> None:

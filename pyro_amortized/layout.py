@@ -21,7 +21,15 @@ import torch
 from pyro.distributions.util import sum_rightmost
 from pyro.poutine import Trace
 from torch import Tensor
-from torch.distributions import AffineTransform, ComposeTransform, IndependentTransform, Transform, biject_to
+from torch.distributions import (
+    AffineTransform,
+    ComposeTransform,
+    IndependentTransform,
+    Transform,
+    biject_to,
+    constraints,
+)
+from torch.distributions.mixture_same_family import MixtureSameFamilyConstraint
 
 from pyro_amortized.periodic import check_periodic
 from pyro_amortized.tracing import PlateFrame, Site, sample_sites, size_at
@@ -194,6 +202,22 @@ def bounds(transform: Any) -> list[Tensor]:
     return [tensor for part in transform for tensor in bounds(part)] if isinstance(transform, list | tuple) else []
 
 
+def _without_mixtures(support: Any) -> Any:
+    """The support of the components in place of that of a ``MixtureSameFamily``, of which torch knows no bijection.
+
+    Raises:
+        NotImplementedError: If each component has bounds of its own.
+    """
+    if isinstance(support, MixtureSameFamilyConstraint):
+        base = _without_mixtures(support.base_constraint)
+        if any(bound.numel() > 1 for bound in bounds(biject_to(base))):
+            raise NotImplementedError
+        return base
+    if isinstance(support, constraints.independent):
+        return constraints.independent(_without_mixtures(support.base_constraint), support.reinterpreted_batch_ndims)
+    return support
+
+
 def _without_identities(transform: Transform) -> Transform:
     """Drops shifts by 0 and scales by 1: torch's way to the positive numbers then is that of a ``LogNormal``."""
     if isinstance(transform, IndependentTransform):
@@ -237,13 +261,18 @@ def is_data(site: Site) -> bool:
     return site["is_observed"] and not site["infer"].get("_deterministic", False)
 
 
-def datapoint_plate(trace: Trace, frames: Mapping[str, PlateFrame], requested: str | None) -> str | None:
+def datapoint_plate(
+    trace: Trace, frames: Mapping[str, PlateFrame], requested: str | None, *, encodes: bool = False
+) -> str | None:
     """Decides which plate's indices are the datapoints.
+
+    Plates whose data are but terms of ``pyro.factor`` count where no other plate has any.
 
     Args:
         trace: A run of the model.
         frames: The plates in it.
         requested: The user's choice, or None for the outermost plate that holds an observed site.
+        encodes: Whether observed values are needed, so that terms of ``pyro.factor`` are none.
 
     Returns:
         The plate's name; None if no observed site lies in a plate.
@@ -253,11 +282,14 @@ def datapoint_plate(trace: Trace, frames: Mapping[str, PlateFrame], requested: s
     """
     holders: dict[str, None] = {}
     outermost: dict[str, None] = {}
+    of_factors: dict[str, None] = {}
     for site in sample_sites(trace).values():
         names = [frame.name for frame in site["cond_indep_stack"]]
         if is_data(site) and names:
             holders.update(dict.fromkeys(names))
-            outermost[names[0]] = None
+            (outermost if torch.as_tensor(site["value"]).numel() else of_factors)[names[0]] = None
+    if not outermost and not encodes:
+        outermost = of_factors
     if requested is None:
         if len(outermost) > 1:
             raise ValueError(
@@ -406,6 +438,13 @@ class SiteLayout:
         return any(site.weight.is_scaled for site in self.sites)
 
     @cached_property
+    def is_apart(self) -> bool:
+        """Whether each site needs a density of its own: they share a dimension, or the model scales them apart."""
+        with suppress(ValueError):
+            return bool(self.shared) or self.scale is None
+        return True
+
+    @cached_property
     def scale(self) -> float | Tensor:
         """The model's own scale of the local sites: a number, or one for each datapoint ``(N,)``.
 
@@ -543,7 +582,7 @@ def _local_site(name: str, site: dict[str, Any], inner: list[PlateFrame], start:
     check_continuous(name, site)
     support = site["fn"].support
     try:
-        transform = _without_identities(biject_to(support))
+        transform = _without_identities(biject_to(_without_mixtures(support)))
     except NotImplementedError as error:
         raise ValueError(
             f"Cannot guide local site {name!r} because no bijection from unconstrained space to its support {support} "

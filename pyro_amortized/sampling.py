@@ -78,7 +78,14 @@ class KeepLogDensity(Messenger):
         name = msg["name"]
         weight = self.weights.get(name, self.weights.get(name.removesuffix("_unconstrained"), NEUTRAL))
         joint = msg["infer"].get("is_auxiliary") and not name.endswith("_unconstrained")
-        if weight.within_event:
+        within, fn = weight.within_event, msg["fn"]
+        if within and isinstance(fn, dist.Independent) and fn.reinterpreted_batch_ndims >= weight.fn_mask_events:
+            outer = fn.reinterpreted_batch_ndims - weight.fn_mask_events
+            masked = fn.base_dist.to_event(weight.fn_mask_events).mask(weight.fn_mask)
+            msg["fn"], weight = masked.to_event(outer), replace(weight, fn_mask=None)
+        elif within and isinstance(fn, dist.Delta) and not torch.as_tensor(fn.log_density).any():
+            weight = replace(weight, fn_mask=None)  # nothing of this site's own is in the density
+        elif within:
             raise ValueError(
                 f"Cannot guide global site {name!r} because parts of its events are masked; try a mask for whole "
                 "events, `dist.to_event(...).mask(present)`, or a plate in place of to_event."
@@ -116,8 +123,9 @@ def sample_local(
 
     The normal family samples the sites directly, so that Pyro's analytic KL divergences apply; others draw one flat
     auxiliary latent per datapoint, of which the sites are functions. It carries the log-density; but where every site
-    of the model lies in an inner plate, each site has that of its entries given those before them: ELBOs that keep the
-    plates which all sites share, such as ``RenyiELBO``, weigh every entry on its own.
+    of the model lies in an inner plate, or the model scales the sites differently, each site has that of its entries
+    given those before them: ELBOs that keep the plates which all sites share, such as ``RenyiELBO``, weigh every entry
+    on its own.
 
     Args:
         layout: The local latents.
@@ -135,14 +143,19 @@ def sample_local(
             site.name: _sample(site, site.normal(site.unflatten(loc), site.unflatten(scale)), plates, site.weight)
             for site in layout.sites
         }
-    joint = SiteWeight(layout.scale)
+    apart = layout.is_apart
+    joint = SiteWeight() if apart else SiteWeight(layout.scale)
     if isinstance(joint.scale, Tensor) and joint.scale.dim():
         joint = SiteWeight(layout.batch(joint.scale.unsqueeze(-1)).squeeze(-1))
     with joint.handlers():
         fn: Any = family(phi)
-        latent = pyro.sample(latent_name, fn.mask(False) if layout.shared else fn, infer={"is_auxiliary": True})
-        log_q = log_conditionals(layout, family, phi, latent) if layout.shared else None
-        return {site.name: _sample(site, _delta(site, latent, log_q), plates, NEUTRAL) for site in layout.sites}
+        latent = pyro.sample(latent_name, fn.mask(False) if apart else fn, infer={"is_auxiliary": True})
+        log_q = log_conditionals(layout, family, phi, latent) if apart else None
+        result = {}
+        for site in layout.sites:
+            weight = SiteWeight(site.weight.scale) if apart and site.weight.is_scaled else NEUTRAL
+            result[site.name] = _sample(site, _delta(site, latent, log_q), plates, weight)
+        return result
 
 
 def log_conditionals(layout: SiteLayout, family: VariationalFamily, phi: Tensor, latent: Tensor) -> Tensor:
@@ -151,6 +164,13 @@ def log_conditionals(layout: SiteLayout, family: VariationalFamily, phi: Tensor,
         return family.log_conditionals(phi, latent)
     except NotImplementedError as error:
         where = [f"plate {f.name!r}" if f.name else f"dimension {f.dim} outside of all plates" for f in layout.shared]
+        if not where:
+            raise ValueError(
+                f"Cannot guide the sites of a datapoint by one {type(family).__name__} because the model scales sites "
+                f"{[site.name for site in layout.sites]} of plate {layout.plate!r} differently, and this family has no "
+                'density of one given others; try family="normal" or "multivariate_normal", or one poutine.scale '
+                "around all of them."
+            ) from error
         raise ValueError(
             f"Cannot guide all entries of a datapoint by one {type(family).__name__} because every site of the model "
             f"lies in {' and '.join(where)} beside plate {layout.plate!r}: ELBOs such as RenyiELBO weigh each entry on "

@@ -7,7 +7,7 @@ that no observed values are asked for, is the run spared, and repeated now and t
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -54,6 +54,8 @@ class Structure:
         present: Which of the observed values are not masked, by site, ``(N, ...)``, for sites that are masked.
         data_plates: Names of further plates, of which the call has a subsample, with observed values of the datapoints.
         depth: Number of batch dimensions of the model's sites, in plates or outside of all.
+        data: Names of the sites that are observed.
+        missing: Those of them that are latent in this call, which asks for predictions of them.
     """
 
     frames: Mapping[str, PlateFrame]
@@ -69,6 +71,8 @@ class Structure:
     discrete: tuple[DiscreteSite, ...] = ()
     data_plates: tuple[str, ...] = ()
     depth: int = 0
+    data: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
 
     @property
     def datapoints(self) -> PlateFrame:
@@ -84,6 +88,12 @@ class Structure:
         index = self.indices.get(self.datapoints.name)
         return None if index is None or index.dim() != 1 or index.is_floating_point() else index
 
+    @cached_property
+    def latents(self) -> frozenset[str]:
+        """Names of the latents that a guide draws."""
+        local = [site.name for site in self.layout.sites] if self.layout is not None else []
+        return frozenset([*self.global_sites, *local, *(site.name for site in self.discrete)])
+
     def without_tensors(self) -> Structure:
         """The structure without indices and observed values, which may be kept without keeping data alive."""
         return replace(self, indices={}, observed=None, present={})
@@ -96,6 +106,13 @@ class Structure:
             per_step: Whether the number of steps of sites numbered alike may differ.
         """
         remedy = "try the same structure in every call, or one guide per structure."
+        turned = [name for name in self.data if name in other.latents]
+        if turned:
+            raise ValueError(
+                f"Cannot run this guide because sites {turned} are latent in this call and were observed when it was "
+                "set up; try the data that the model observes, or for predictions pyro.infer.Predictive(model, "
+                "guide=guide, num_samples=...)."
+            )
         if self.layout is not None and other.layout is not None:
             self.layout.check_same(other.layout, per_step=per_step)
         elif self.layout is not other.layout:
@@ -136,7 +153,7 @@ class Structure:
     def is_fixed(self) -> bool:
         """Whether nothing but the shapes of the arguments may decide it: no subsample, mask, scale or bounds."""
         subsampled = any(frame.subsampled for frame in self.frames.values())
-        return self.is_static and not self.is_weighted and not subsampled
+        return self.is_static and not self.is_weighted and not subsampled and not self.missing
 
     @cached_property
     def latent_plates(self) -> tuple[str, ...]:
@@ -243,10 +260,17 @@ def check_steady(
             again = reader.look(model, args, kwargs, first.indices)
 
 
-def observed_values(trace: Trace, frame: PlateFrame) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def observed_values(
+    trace: Trace, frame: PlateFrame, missing: Collection[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The observed values in a plate by site, datapoints first, each of shape ``(N, ...)``.
 
     Masked values are replaced by zeros.
+
+    Args:
+        trace: A run of the model.
+        frame: The plate.
+        missing: Names of sites whose values in this run are no data: all of them count as masked.
 
     Returns:
         The values, and which of them are not masked for the sites that have a mask.
@@ -255,7 +279,7 @@ def observed_values(trace: Trace, frame: PlateFrame) -> tuple[dict[str, Tensor],
     for name, site in sample_sites(trace).items():
         if is_data(site) and any(f.name == frame.name for f in site["cond_indep_stack"]):
             value = torch.as_tensor(site["value"])
-            present = site_weight(site).present
+            present = site_weight(site).present if name not in missing else torch.zeros_like(value, dtype=torch.bool)
             if value.numel() > 0 and present is not None:
                 value, present = torch.broadcast_tensors(value, present)
                 value = value.masked_fill(~present, 0)
@@ -327,15 +351,23 @@ class StructureReader:
         plate: The datapoint plate that the user asked for, or None.
         discrete: Whether the guide draws discrete local latents itself.
         promised: Whether the structure depends on the shapes of the arguments, and values that are no tensors, alone.
+        encodes: Whether observed values are needed: latents of plates that have none count as global.
         max_size: Number of structures kept.
     """
 
     def __init__(
-        self, plate: str | None = None, *, discrete: bool = False, promised: bool = False, max_size: int = 128
+        self,
+        plate: str | None = None,
+        *,
+        discrete: bool = False,
+        promised: bool = False,
+        encodes: bool = False,
+        max_size: int = 128,
     ) -> None:
         self.requested_plate = plate
         self.discrete = discrete
         self.promised = promised
+        self.encodes = encodes
         self.max_size = max_size
         self._known: OrderedDict[Any, _Known] = OrderedDict()
         self._drawn: OrderedDict[Any, Structure] = OrderedDict()
@@ -377,13 +409,20 @@ class StructureReader:
             )
         return structure
 
-    def read(self, model: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Structure:
+    def read(
+        self,
+        model: Callable[..., Any] | None,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        data: Collection[str] = (),
+    ) -> Structure:
         """The structure of a call; without observed values where the run is spared.
 
         Args:
             model: The model, or None if it is not at hand (a guide loaded from a file).
             args: Its positional arguments.
             kwargs: Its keyword arguments.
+            data: As for :meth:`look`.
 
         Raises:
             ValueError: If the structure cannot be known, is one that no guide can serve, or is another than that of an
@@ -400,13 +439,14 @@ class StructureReader:
                 "arguments of shapes that it has seen, because the model shows what a call looks like; try "
                 "`guide.model = model`."
             )
-        structure = self.look(model, args, kwargs)
+        structure = self.look(model, args, kwargs, data=data)
         if known is not None:
             self._check_promise(key, known, structure)
         elif key is not None and structure.is_fixed:
             self._keep(self._known, key, _Known(structure.without_tensors()))
         explicit = any(frame.kind == "explicit" for frame in structure.frames.values())
-        if structure.random_plates and structure.is_static and not structure.is_weighted and not explicit:
+        foreseeable = structure.is_static and not structure.is_weighted and not structure.missing
+        if structure.random_plates and foreseeable and not explicit:
             key = call_key((args, dict(kwargs)))
             if key is not None:
                 self._keep(self._drawn, key, structure.without_tensors())
@@ -441,8 +481,16 @@ class StructureReader:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         values: Mapping[str, Tensor] | None = None,
+        data: Collection[str] = (),
     ) -> Structure:
-        """Runs the model once and reads the structure off the run; arguments as for :func:`probe`.
+        """Runs the model once and reads the structure off the run.
+
+        Args:
+            model: A Pyro model.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            values: Values to give to sites, such as the indices of a plate.
+            data: Names of sites that are no latents even where they are not observed: those to be predicted.
 
         Raises:
             ValueError: If the structure is one that no guide can serve, or the model changes its arguments.
@@ -458,7 +506,10 @@ class StructureReader:
                 "Cannot guide a model that changes its arguments in place because guide and model would see different "
                 "data; try x = x.clone() at its beginning."
             )
-        plate = datapoint_plate(trace, frames, self.requested_plate)
+        missing = tuple(name for name, site in latent_sites(trace).items() if name in data)
+        for name in missing:
+            trace.nodes[name]["is_observed"] = True
+        plate = datapoint_plate(trace, frames, self.requested_plate, encodes=self.encodes)
         discrete = discrete_sites(trace, frames, plate) if self.discrete and plate is not None else ()
         local = {site.name for site in discrete}
         layout = None if plate is None else SiteLayout.from_trace(trace, frames, plate, local)
@@ -468,7 +519,7 @@ class StructureReader:
         global_sites = {name: site for name, site in latent_sites(trace).items() if name not in local}
         for name, site in global_sites.items():
             check_periodic(name, site)
-        observed, present = ({}, {}) if plate is None else observed_values(trace, frames[plate])
+        observed, present = ({}, {}) if plate is None else observed_values(trace, frames[plate], missing)
         weights = {name: site_weight(site) for name, site in global_sites.items()}
         return Structure(
             frames=frames,
@@ -483,6 +534,8 @@ class StructureReader:
             global_weights={name: weight for name, weight in weights.items() if weight is not NEUTRAL},
             data_plates=_subsampled_data_plates(trace, frames, plate),
             depth=batch_depth(trace, frames),
+            data=tuple(name for name, site in sample_sites(trace).items() if is_data(site)),
+            missing=missing,
             enumerated=tuple(
                 name for name, site in sample_sites(trace).items() if not site["is_observed"] and is_enumerated(site)
             ),

@@ -20,10 +20,13 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import ImproperUniform
 from pyro.poutine import Trace, runtime
+from pyro.poutine.mask_messenger import MaskMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
+from torch.distributions import biject_to
 from torch.fx import GraphModule
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
@@ -31,9 +34,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
+    "Feasible",
     "PlateFrame",
     "batch_depth",
     "call_key",
+    "is_predicting",
     "isolated",
     "kept_state",
     "modes_of_modules",
@@ -60,6 +65,11 @@ def isolated() -> Iterator[None]:
     finally:
         stack[:], dims[:] = saved[:2]
         enumeration.update(saved[2])
+
+
+def is_predicting() -> bool:
+    """Whether no log-probabilities are asked for, as by ``pyro.infer.Predictive``."""
+    return any(isinstance(handler, MaskMessenger) and handler.mask is False for handler in runtime._PYRO_STACK)
 
 
 class _NumpyGenerator:
@@ -195,6 +205,18 @@ class _PlateKinds(Messenger):
             else:
                 kind = "full" if size is None or size >= msg["fn"].size else "random"
             self.kinds[msg["name"]] = kind
+
+
+class Feasible(Messenger):
+    """Gives latents whose prior cannot be drawn from, being no density, a value in their support."""
+
+    def _pyro_sample(self, msg: Site) -> None:
+        fn = msg["fn"]
+        while hasattr(fn, "base_dist"):
+            fn = fn.base_dist
+        if isinstance(fn, ImproperUniform) and msg["value"] is None:
+            transform, shape = biject_to(msg["fn"].support), msg["fn"].shape()
+            msg["value"] = transform(torch.zeros(transform.inverse_shape(shape)))
 
 
 class _Untraced(Messenger):
@@ -439,6 +461,6 @@ def probe(
     """
     kinds = _PlateKinds()
     with torch.no_grad(), pyro.validation_enabled(False), untouched(first=first):
-        handlers = (_Untraced(), kinds) if torch._C._get_tracing_state() else (kinds,)
+        handlers = (*((_Untraced(),) if torch._C._get_tracing_state() else ()), Feasible(), kinds)
         trace = run_model(model, args, kwargs, values, handlers=handlers)
     return trace, plate_frames(trace, kinds.kinds)

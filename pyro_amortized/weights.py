@@ -106,7 +106,9 @@ def site_weight(site: Site) -> SiteWeight:
     for frame in site["cond_indep_stack"]:
         if frame.full_size and frame.full_size != frame.size:
             scale = scale * frame.size / frame.full_size
-    if not isinstance(scale, Tensor):
+    if isinstance(scale, Tensor):
+        scale = 1.0 if ((scale - 1.0).abs() < 1e-6).all() else scale
+    else:
         scale = 1.0 if abs(scale - 1.0) < 1e-6 else float(scale)
     if handler_mask is None and fn_mask is None and isinstance(scale, float) and scale == 1.0:
         return NEUTRAL

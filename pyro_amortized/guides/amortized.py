@@ -81,6 +81,7 @@ class AmortizedGuide(LocalGuide):
             )
         super().__init__(model, **options)
         self._encoder_spec = (encoder,)
+        self._structures.encodes = encoder is None and options.get("encoder_input") is None
 
     @property
     def _shows_masks(self) -> bool:
@@ -183,11 +184,12 @@ class AmortizedGuide(LocalGuide):
 
 @torch.no_grad()
 def _first_output(encoder: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-    """The encoder's output, without dropout or an update of running statistics."""
+    """The encoder's output in full precision, without dropout or an update of running statistics."""
     training = {module: module.training for module in encoder.modules()}
     encoder.eval()
     try:
-        return encoder(*inputs)
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            return encoder(*inputs)
     finally:
         for module, mode in training.items():
             module.training = mode

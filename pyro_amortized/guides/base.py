@@ -33,7 +33,7 @@ from pyro_amortized.observed import WholeObservations
 from pyro_amortized.sampling import KeepLogDensity, add_gradient, check_scaled_once, log_conditionals, sample_local
 from pyro_amortized.simulated import simulated_call, takes_observations
 from pyro_amortized.structure import Structure, StructureReader, check_observed, check_steady
-from pyro_amortized.tracing import isolated, run_model, untouched
+from pyro_amortized.tracing import Feasible, is_predicting, isolated, run_model, untouched
 from pyro_amortized.updates import UpdateRule, rule_for
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ class LocalGuide(AutoGuide):
         self._global_sites: tuple[str, ...] = ()
         self._first_parameter = ""
         self._taken: list[str] = []
+        self._shown_masks: tuple[str, ...] = ()
         self._global_shapes: dict[str, torch.Size] = {}
         self.register_buffer("_like", torch.empty(0), persistent=False)  # knows precision and device, after moves too
         self._pending_state: dict[str, Tensor] = {}
@@ -132,7 +133,7 @@ class LocalGuide(AutoGuide):
             **kwargs: The model's keyword arguments.
 
         Raises:
-            ValueError: If the model has no latents, or none that this guide can serve.
+            ValueError: If the model has latents that this guide cannot serve.
         """
         if not self._ready:
             with isolated():
@@ -140,11 +141,6 @@ class LocalGuide(AutoGuide):
 
     def _build(self, call: Call) -> None:
         structure = call.structure
-        if structure.layout is None and not structure.global_sites and not structure.discrete:
-            raise ValueError(
-                "Cannot build a guide because the model has no latent sites; try an empty guide, "
-                "`lambda *args, **kwargs: None`."
-            )
         check_steady(self._structures, structure, self.model, call.args, call.kwargs, observed=self._needs_observed)
         with torch.no_grad(), untouched():
             init = run_model(self.model, call.args, call.kwargs, structure.indices, (InitMessenger(self._initial),))
@@ -157,7 +153,7 @@ class LocalGuide(AutoGuide):
             self._like = init_loc.new_empty(0)
             find_parents = partial(self._parents, call)
             self.family = build_family(self._family_spec, structure.layout.latent_dim, find_parents).to(init_loc)
-            if structure.layout.shared and structure.layout.sites:
+            if structure.layout.is_apart:
                 log_conditionals(
                     structure.layout, self.family, init_loc.new_zeros(1, self.family.num_params), init_loc[:1]
                 )
@@ -172,6 +168,7 @@ class LocalGuide(AutoGuide):
                 raise
             self._first_parameter = next((name for name, _ in self.inference.named_parameters()), "")
         self.layout = structure.layout
+        self._shown_masks = tuple(structure.present) if self._shows_masks else ()
         self._built_structure = structure.without_tensors()
         self._ready = True
         if self._pending_state:
@@ -187,7 +184,10 @@ class LocalGuide(AutoGuide):
         """Where a latent starts; sites enumerated in the model, and discrete ones, are left to the model."""
         if is_enumerated(site) or site["fn"].support.is_discrete:
             return None
-        value = self.init_loc_fn(site)
+        try:
+            value = self.init_loc_fn(site)
+        except NotImplementedError:  # torch knows no way to the support of a MixtureSameFamily: at a draw
+            return None
         check_initial_value(site, value)
         return value
 
@@ -205,7 +205,7 @@ class LocalGuide(AutoGuide):
         self._taken = self._stored_globals()  # by another guide, with which they would be shared
         expose = list(call.structure.global_sites)
         self.global_guide = self._global_guide_factory(
-            InitMessenger(self.init_loc_fn)(poutine.block(self.model, expose=expose))
+            InitMessenger(self.init_loc_fn)(poutine.block(Feasible()(self.model), expose=expose))
         )
         with isolated(), torch.no_grad(), untouched():
             try:
@@ -230,13 +230,20 @@ class LocalGuide(AutoGuide):
 
     # One call
 
-    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """Finds the structure of a call and opens its plates; builds the guide in the first one."""
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, predicting: bool = False) -> Call:
+        """Finds the structure of a call and opens its plates; builds the guide in the first one.
+
+        Args:
+            args: The model's positional arguments.
+            kwargs: Its keyword arguments.
+            predicting: Whether sites that were observed when the guide was set up may be latent, to be predicted.
+        """
         if "observations" in kwargs and not self._observes_itself(args, kwargs):
             return self._prepare_simulated(args, kwargs)
         alone = self._ready and self.create_plates is None and self.master is None
         foreseen = self._structures.foresee(args, kwargs) if alone else None
-        structure = foreseen or self._structures.read(self._model_at_hand, args, kwargs)
+        data = self._built_structure.data if predicting and self._ready else ()
+        structure = foreseen or self._without_model or self._structures.read(self._model_at_hand, args, kwargs, data)
         plates = self._call_plates(structure, args, kwargs)
         drawn = structure.random_plates if self.create_plates is None else [n for n in plates if n in structure.frames]
         if drawn:
@@ -250,9 +257,17 @@ class LocalGuide(AutoGuide):
                 structure = self._look_at(structure, args, kwargs)
         return self._checked(Call(args, kwargs, structure, plates))
 
+    @property
+    def _without_model(self) -> Structure | None:
+        """What calls of a guide look like that was loaded without its model, and has global latents alone."""
+        if self._model_at_hand is not None or not self._ready:
+            return None
+        built = self._built_structure
+        return built if built.latents == {*built.global_sites} and built.is_fixed else None
+
     def _look_at(self, structure: Structure, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Structure:
         """The structure of a call at the indices of a known one, those of plates that this one leaves to chance too."""
-        looked = self._structures.look(self.model, args, kwargs, structure.indices)
+        looked = self._structures.look(self.model, args, kwargs, structure.indices, structure.missing)
         return replace(looked, indices={**looked.indices, **structure.indices})
 
     def _prepare_simulated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -319,7 +334,7 @@ class LocalGuide(AutoGuide):
         self, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, pyro.plate]:
         if self.master is not None:
-            plates = dict(self.master().plates)
+            self.__dict__["plates"] = plates = dict(self.master().plates)
             for name, frame in structure.frames.items():
                 if name in plates and plates[name].subsample_size != frame.size:
                     raise ValueError(
@@ -430,16 +445,26 @@ class LocalGuide(AutoGuide):
     @property
     def _family(self) -> VariationalFamily:
         """The family; reading ``self.family`` instead registers its own parameters, if it has any, with Pyro."""
-        return self._modules["family"]  # type: ignore[return-value]
+        return self._modules.get("family")  # type: ignore[return-value]
+
+    def _makes_distributions(self, phi: Tensor) -> bool:
+        with pyro.validation_enabled():
+            try:
+                self._family(phi)
+            except ValueError:
+                return False
+        return True
 
     def _check_phi(self, phi: Tensor, inputs: tuple[Tensor, ...]) -> None:
         """Raises a ValueError naming the datapoints whose variational parameters make no distribution."""
-        wrong = ~phi.isfinite()
+        rows = phi.detach().reshape(-1, phi.shape[-1])
+        wrong = ~rows.isfinite().all(-1)
         if isinstance(self._family, Normal):
-            scale = self._family.marginals(phi)[1]
-            usable = scale.isfinite() & (scale > 0)
-            wrong = wrong | ~torch.cat([usable, usable], -1)
-        bad = wrong.any(-1).flatten().nonzero().squeeze(-1).tolist()
+            scale = self._family.marginals(rows)[1]
+            wrong |= ~(scale.isfinite() & (scale > 0)).all(-1)
+        elif not self._makes_distributions(rows[~wrong]):
+            wrong |= torch.tensor([not self._makes_distributions(row) for row in rows], device=rows.device)
+        bad = wrong.nonzero().squeeze(-1).tolist()
         if not bad:
             return
         cause = "its parameters have diverged"
@@ -474,7 +499,7 @@ class LocalGuide(AutoGuide):
             ValueError: If the data are not finite, the structure has changed since the guide was set up, or another
                 guide's parameters lie in the parameter store under this guide's names.
         """
-        call = self._prepare(args, kwargs)
+        call = self._prepare(args, kwargs, predicting=is_predicting())
         self._check_parameter_store()
         args, kwargs = call.args, call.kwargs
         result: dict[str, Tensor] = {}
@@ -484,8 +509,40 @@ class LocalGuide(AutoGuide):
             with KeepLogDensity(call.structure.global_weights):
                 result.update(self._global()(*args, **kwargs))
             call.global_values = dict(result)
-        result.update(self._sample_local(call))
+        if not self._sees_nothing(call):
+            result.update(self._sample_local(call))
         return result
+
+    def _sees_nothing(self, call: Call) -> bool:
+        """Whether no data are at hand, to be predicted, of those that phi depends on; latents then have their prior.
+
+        Raises:
+            ValueError: If some are, and the encoder cannot tell those at hand from the others.
+        """
+        structure = call.structure
+        if not structure.missing or structure.layout is None or not self._needs_observed:
+            return False
+        seen = [name for name in structure.observed or {} if name not in self._hidden]
+        missing = [name for name in structure.missing if name in seen]
+        if len(missing) == len(seen):
+            return True
+        unknown = sorted(set(missing) - set(self._shown_masks))
+        if unknown:
+            raise ValueError(
+                f"Cannot infer latents from part of the data because sites {unknown} are not observed in this call and "
+                "the encoder does not know of missing values; try the default encoder and a model that masks them, "
+                "`dist.Normal(...).mask(present)` with obs filled in, in training as in this call."
+            )
+        return False
+
+    def _require_data(self, call: Call) -> None:
+        """Refuses to say what is known of the latents of a call where nothing is."""
+        if self._sees_nothing(call):
+            raise ValueError(
+                f"Cannot infer local latents because none of the data that they depend on, "
+                f"{[*call.structure.missing]}, are observed in this call; try pyro.infer.Predictive(model, guide=guide, "
+                "num_samples=...), which draws them from their prior."
+            )
 
     def _sample_local(self, call: Call) -> dict[str, Tensor]:
         """Samples the local latents as Pyro sites."""
@@ -561,7 +618,8 @@ class LocalGuide(AutoGuide):
     def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Structure, Tensor]:
         """The structure of a call and phi, outside any inference of the caller."""
         with isolated():
-            call = self._prepare(args, kwargs)
+            call = self._prepare(args, kwargs, predicting=True)
+            self._require_data(call)
             if call.structure.layout is None:
                 raise ValueError(
                     "Cannot give variational parameters per datapoint because the model has no local latents; "
@@ -620,7 +678,8 @@ class LocalGuide(AutoGuide):
         quantiles = check_probabilities(quantiles)
         result: dict[str, Tensor] = {}
         with isolated():
-            call = self._prepare(args, kwargs)
+            call = self._prepare(args, kwargs, predicting=True)
+            self._require_data(call)
             if self._global_sites:
                 result.update(_global_quantiles(self._global(), quantiles, args, kwargs))
             result.update(self._local_quantiles(quantiles, call))
@@ -640,7 +699,7 @@ class LocalGuide(AutoGuide):
         if not self._global_sites:
             return {}
         with isolated():
-            self._prepare(args, kwargs)
+            self._prepare(args, kwargs, predicting=True)
             return self._global().median(*args, **kwargs)
 
     def refined(

@@ -15,7 +15,7 @@ from pyro_amortized.encoder_inputs import Call
 from pyro_amortized.graphs import GraphCache
 from pyro_amortized.guides.amortized import AmortizedGuide
 from pyro_amortized.guides.base import GuideOptions
-from pyro_amortized.inference import InferenceStrategy, Refined
+from pyro_amortized.inference import InferenceStrategy, Prior, Refined
 from pyro_amortized.log_joint import LocalLogJoint, Mode
 from pyro_amortized.objective import ESTIMATORS, LocalObjective
 from pyro_amortized.tracing import call_key, kept_state, modes_of_modules, untouched
@@ -32,6 +32,13 @@ class RefiningOptions(GuideOptions, total=False):
     fixed_noise: bool
     keep_best: bool | None
     estimator: str | None
+
+
+def _start(strategy: Any) -> Any:
+    """Where refinement starts."""
+    while isinstance(strategy, Refined):
+        strategy = strategy.initial
+    return strategy
 
 
 def check_update(update: Any) -> None:
@@ -98,15 +105,35 @@ class RefiningGuide(AmortizedGuide):
         if "inference" in self._modules:
             self._modules["inference"].num_steps = value  # type: ignore[union-attr]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "model":
+            self.__dict__["_modes"] = {}
+        super().__setattr__(name, value)
+
     def __getstate__(self) -> dict[str, Any]:
         """As every guide's, without what has been found out about the model."""
         return {**super().__getstate__(), "_modes": {}}
 
     def _run_strategy(self, strategy: InferenceStrategy, inputs: tuple[Tensor, ...], call: Call) -> Tensor:
+        if call.structure.missing:  # there is nothing to refine to
+            return _start(strategy)(inputs, call.index)
         with kept_state():  # the model's own run in this step counts, not those of refinement
             refinement = strategy.refine(inputs, call.index, self._objective(call))  # type: ignore[operator]
         call.signal = refinement.signal
         return refinement.phi
+
+    def _sees_nothing(self, call: Call) -> bool:
+        """Whether no data are at hand; without any to refine to, phi is where refinement starts."""
+        structure = call.structure
+        left = [name for name in structure.observed or {} if name not in structure.missing]
+        if structure.missing and left and structure.layout is not None:
+            raise ValueError(
+                f"Cannot refine phi to part of the data because sites {[*structure.missing]} are not observed in this "
+                f"call, and {left} are; try a model that masks them, `dist.Normal(...).mask(present)` with obs filled "
+                "in."
+            )
+        at_prior = structure.missing and isinstance(_start(self._modules.get("inference")), Prior)
+        return bool(at_prior) or super()._sees_nothing(call)
 
     def _objective(self, call: Call) -> LocalObjective:
         """The per-datapoint ELBO of a call, with global latents at their median."""
@@ -123,7 +150,7 @@ class RefiningGuide(AmortizedGuide):
             )
         shapes = call_key((call.args, call.kwargs))
         modes = getattr(model, "training", None), modes_of_modules()
-        key = (model, tuple(call.structure.frames.values()), modes, shapes)
+        key = (call.model is None, tuple(call.structure.frames.values()), modes, shapes)
         if shapes is None or key not in self._modes:
             self._modes[key] = self._choose_mode(log_joint)
             if len(self._modes) > _MAX_MODES:

@@ -134,6 +134,7 @@ class SemiAmortizedGuide(RefiningGuide):
             **options,
         )
         self._settings.update(encoder_gradient=encoder_gradient, checkpoint=checkpoint)
+        self._structures.encodes &= initial == "encoder"
 
     @property
     def _needs_inputs(self) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import pyro_amortized
 from pyro_amortized import GradientAscent
+from pyro_amortized.encoders import Head
 
 __all__ = ["Stored", "build", "hold", "latent_dim"]
 
@@ -72,8 +73,9 @@ class Stored(nn.Module):
         self.phi = torch.zeros(0, NUM_FEATURES)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        features = torch.zeros(max(len(x) for x in inputs), NUM_FEATURES)
+        features = torch.full((max(len(x) for x in inputs), NUM_FEATURES), 100.0)  # that of phi is not far out
         if len(self.phi):
+            features.zero_()
             features[:, : self.phi.shape[-1]] = self.phi
         return features
 
@@ -121,9 +123,10 @@ def hold(guide: Any, stored: Stored, exact: Exact, rows: Tensor | None) -> bool:
     with torch.no_grad():
         if not torch.allclose(guide.family(phi).log_prob(z), exact.posterior.log_prob(z), atol=1e-9):
             return False
+        sizes = [module.size for module in guide.inference.modules() if isinstance(module, Head)]
         for parameter in guide.inference.parameters():
             if parameter.shape[-1:] == (NUM_FEATURES,):
-                parameter.copy_(torch.eye(len(parameter), NUM_FEATURES))
+                parameter.copy_(torch.eye(len(parameter), NUM_FEATURES) * sizes[0])
             elif parameter.dim() == 1:
                 parameter.zero_()
             else:
