@@ -539,9 +539,9 @@ class LocalGuide(AutoGuide):
         """Refuses to say what is known of the latents of a call where nothing is."""
         if self._sees_nothing(call):
             raise ValueError(
-                f"Cannot infer local latents because none of the data that they depend on, "
-                f"{[*call.structure.missing]}, are observed in this call; try pyro.infer.Predictive(model, guide=guide, "
-                "num_samples=...), which draws them from their prior."
+                f"Cannot infer local latents because none of the data that they depend on, {call.structure.missing}, "
+                "are observed in this call; try pyro.infer.Predictive(model, guide=guide, num_samples=...), which "
+                "draws them from their prior."
             )
 
     def _sample_local(self, call: Call) -> dict[str, Tensor]:
