@@ -106,7 +106,7 @@ class Structure:
             per_step: Whether the number of steps of sites numbered alike may differ.
         """
         remedy = "try the same structure in every call, or one guide per structure."
-        turned = [name for name in self.data if name in other.latents]
+        turned = [name for name in self.data if name in other.latents - {site.name for site in other.discrete}]
         if turned:
             raise ValueError(
                 f"Cannot run this guide because sites {turned} are latent in this call and were observed when it was "

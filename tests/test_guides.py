@@ -587,11 +587,6 @@ def discrete(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(k, 1.0), obs=x)
 
 
-def no_latents(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
-
-
 def sequential(x: Tensor) -> None:
     for i in pyro.plate("data", len(x)):
         z = pyro.sample(f"z_{i}", dist.Normal(0.0, 1.0))
@@ -611,7 +606,6 @@ X = torch.linspace(-1.0, 1.0, 4)
         (two_plates, {}, (X, X), r"several plates hold observed sites: \['xs', 'ys'\].*plate="),
         (normals, {}, (X[:0],), r"Cannot run the model on an empty batch"),
         (discrete, {}, (X,), r"discrete.*'k'|'k'.*discrete"),
-        (no_latents, {}, (X,), r"no latent sites"),
         (sequential, {}, (X,), r"site 'z_0' .*sequential plate 'data'.*pyro.plate"),
         (normals, {"family": Normal(3)}, (X,), r"Normal\(latent_dim=3\).*1 unconstrained dimensions.*latent_dim=1"),
         (normals, {"family": lambda dim: None}, (X,), r"gave a NoneType"),
@@ -644,7 +638,7 @@ def test_options_that_cannot_work(Guide: Any, options: Any, match: str) -> None:
 @pytest.mark.parametrize(
     ("model", "first", "second", "match"),
     [
-        (optional, (X, X), (X,), r"site 'y' has become a latent site of plate 'data'"),
+        (optional, (X, X), (X,), r"sites \['y'\] are latent in this call and were observed"),
         (optional, (X,), (X, X), r"site 'y' is no longer a latent site of plate 'data'"),
         (longer, (X, 2), (X, 3), r"site 'z_2' has become a latent site"),
         (longer, (X, 2), (X, 1), r"site 'z_1' is no longer a latent site"),

@@ -116,6 +116,9 @@ def test_refinement_to_part_of_the_data_is_refused() -> None:
     guide = trained(SemiAmortizedGuide, two_views, X, Y)
     with pytest.raises(ValueError, match=r"refine phi to part of the data because sites \['y'\].*\['x'\].*masks"):
         guide.median(X[:5], None)
+    present = torch.arange(60) % 2 == 0
+    masked = trained(SemiAmortizedGuide, two_views, X, Y, present, name="masked")
+    assert masked.median(X[:5], torch.zeros(5), present[:5])["z"].shape == (5,)
 
 
 def test_beside_discrete_latents() -> None:

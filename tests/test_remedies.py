@@ -525,7 +525,7 @@ def factored(x: Tensor) -> None:
 
 case(
     "no observations to encode",
-    lambda: train(factored),
+    lambda: train(factored, plate="data"),
     "with the name of an argument",
     lambda: train(factored, encoder_input="x"),
 )
@@ -537,11 +537,6 @@ def global_only(x: Tensor) -> None:
     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
     with pyro.plate("data", len(x)):
         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
-
-
-def no_latents(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
 
 
 def loaded() -> Any:
@@ -569,7 +564,6 @@ def cleared() -> None:
     step(model, AmortizedGuide(model))
 
 
-case("no latents", lambda: train(no_latents), "an empty guide", lambda: step(no_latents, lambda *args, **kwargs: None))
 case(
     "phi of a model without local latents",
     lambda: made(global_only).variational_parameters(X),
@@ -639,7 +633,7 @@ case(
 
 def masked_global(event: bool, whole: bool = False) -> Callable[[Tensor], None]:
     def other(x: Tensor) -> None:
-        prior = dist.Normal(torch.zeros(2), 1.0)
+        prior = dist.LogNormal(torch.zeros(2), 1.0)
         if event:
             prior = prior.to_event(1).mask(torch.tensor(True)) if whole else prior.mask(HALF).to_event(1)
         else:

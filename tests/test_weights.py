@@ -319,21 +319,56 @@ def test_a_scale_held_by_the_model_is_read_anew() -> None:
         assert poutine.trace(guide).get_trace(x).nodes["z"]["scale"] == pytest.approx(beta)
 
 
+def different(x: Tensor) -> None:
+    """Sites of scales of their own, as in scvi-tools' Decipher."""
+    with pyro.plate("data", len(x)):
+        a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with poutine.scale(scale=0.5):
+            b = pyro.sample("b", dist.Normal(a.sum(-1), 1.0))
+        pyro.sample("x", dist.Normal(a.sum(-1) + b, 1.0), obs=x)
+
+
+@pytest.mark.parametrize("family", ["multivariate_normal", "low_rank_multivariate_normal"])
+def test_sites_scaled_differently_count_by_their_conditionals(family: str) -> None:
+    """The loss is that of the chain rule by hand, sum_i s_i (log p_i - log q(z_i | z_<i)), at the same draws."""
+    x = data()[0][:, 0]
+    guide = PerDatapointGuide(different, family=family, init_scale=0.5)
+    guide.setup(x)
+    with torch.no_grad():
+        guide.inference.table.add_(0.3 * torch.randn_like(guide.inference.table))
+    with torch.no_grad():
+        trace = poutine.trace(guide).get_trace(x)
+        q, a, b = guide.posterior(x), trace.nodes["a"]["value"], trace.nodes["b"]["value"]
+    log_q_a = dist.MultivariateNormal(q.mean[:, :2], q.covariance_matrix[:, :2, :2]).log_prob(a)
+    log_q_b = q.log_prob(torch.cat([a, b.unsqueeze(-1)], -1)) - log_q_a
+    log_p_a = dist.Normal(0.0, 1.0).log_prob(a).sum(-1)
+    log_p_b, log_p_x = dist.Normal(a.sum(-1), 1.0).log_prob(b), dist.Normal(a.sum(-1) + b, 1.0).log_prob(x)
+    elbo = (log_p_x + log_p_a - log_q_a + 0.5 * (log_p_b - log_q_b)).sum()
+    found = Trace_ELBO().loss(different, poutine.replay(guide, trace), x)
+    assert found == pytest.approx(-float(elbo), rel=1e-10)
+    assert abs(found + float((log_p_x + log_p_a + 0.5 * log_p_b - log_q_a - log_q_b).sum())) > 0.1  # no other scale
+
+
+@pytest.mark.parametrize("one", [torch.tensor(1.0), torch.ones(SIZE), 0.5 * torch.tensor(2.0)])
+def test_a_scale_of_one_is_none(one: Tensor) -> None:
+    x = data()[0][:, 0]
+    guide = AmortizedGuide(annealed)
+    guide(x, one)
+    assert not guide._structures.look(annealed, (x, one), {}).is_weighted
+    assert not guide._structures.look(annealed, (x, 0.9 * one), {}).is_fixed
+    assert bool(estimate_gaps(annealed, guide, (x, one), tolerance=0.2).dataset["reliable"].all())
+
+
 def test_scales_that_cannot_be_used_are_refused() -> None:
     x = data()[0][:, 0]
-
-    def different(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            a = pyro.sample("a", dist.Normal(0.0, 1.0))
-            with poutine.scale(scale=0.5):
-                b = pyro.sample("b", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(a + b, 1.0), obs=x)
-
     assert math.isfinite(Trace_ELBO().loss(different, AmortizedGuide(different), x))
     with pytest.raises(ValueError, match="scales its local sites 'a' and 'b' differently"):
         SemiAmortizedGuide(different)(x)
     with pytest.raises(ValueError, match="scales its local sites 'a' and 'b' differently"):
-        AmortizedGuide(different, family="multivariate_normal", name="joint")(x)
+        SemiAmortizedGuide(different, family="multivariate_normal", name="joint")(x)
+    with pytest.raises(ValueError, match=r"one Flow because the model scales sites \['a', 'b'\].*differently"):
+        AmortizedGuide(different, family="flow", name="flow")(x)
+    AmortizedGuide(different, name="remedy")(x)
     guide = AmortizedGuide(annealed, name="annealed")
     with pytest.raises(ValueError, match="scales local site 'z' by 0.5.*no density"):
         estimate_gaps(annealed, guide, (x, 0.5))
