@@ -33,6 +33,7 @@ __all__ = [
     "Prior",
     "Refined",
     "check_output",
+    "start_of",
 ]
 
 
@@ -411,6 +412,13 @@ class Refined(InferenceStrategy):
         with _seeded(_SEED + step):
             noise = objective.noise(phi[:1], num_particles)
         return noise if isinstance(noise, int) else noise.expand(-1, len(phi), -1)
+
+
+def start_of(strategy: Any) -> Any:
+    """Where refinement starts; the strategy itself if it is none."""
+    while isinstance(strategy, Refined):
+        strategy = strategy.initial
+    return strategy
 
 
 _SEED = 20180207

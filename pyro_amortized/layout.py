@@ -379,6 +379,14 @@ class SiteLayout:
             found += [f"{site.name}[{','.join(map(str, at))}]" if at else site.name for at in positions]
         return tuple(found)
 
+    @cached_property
+    def names_over_time(self) -> tuple[str, ...] | None:
+        """Names of the D dimensions without the number of their step, ``z_*[0]``; None unless sites are numbered."""
+        if self.steps is None or len(self.steps) < 2:
+            return None
+        pairs = [(site, name) for site in self.sites for name in self.names[site.start : site.stop]]
+        return tuple(f"{site.name.rstrip('0123456789')}*{name[len(site.name) :]}" for site, name in pairs)
+
     def batch(self, flat: Tensor) -> Tensor:
         """Puts datapoints at their plate's dimension: ``(*, N, P)`` to ``(*, N, 1, ..., 1, P)``."""
         if self.dim == -1:

@@ -641,3 +641,21 @@ def test_discrete_latents_beside_inner_plates_are_refused() -> None:
 
     with pytest.raises(ValueError, match="depends on a discrete latent in a model with nested plates"):
         collapse_report(model, AmortizedGuide(model), (make_data(),))
+
+
+def test_a_latent_over_time_has_one_row() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = torch.zeros(2)
+            for t in range(1, 4):
+                z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0).to_event(1))
+                pyro.sample(f"x_{t}", dist.Normal(z.sum(-1), 1.0), obs=x[:, t - 1])
+
+    x = torch.randn(20, 3)
+    guide = AmortizedGuide(model)
+    guide(x)
+    report = collapse_report(model, guide, (x,))
+    assert list(report.dataset["over_time"].values) == ["z_*[0]", "z_*[1]"] * 3
+    rows = [line.split() for line in str(report).splitlines() if line.startswith("z_")]
+    assert [row[0] for row in rows] == ["z_*[0]", "z_*[1]"]
+    assert [float(row[1]) for row in rows] == pytest.approx(report.dataset["kl"].values.reshape(3, 2).mean(0), abs=1e-4)

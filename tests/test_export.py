@@ -41,7 +41,8 @@ mpl.use("Agg")
 
 LATENTS, FEATURES, POINTS = 3, 4, 6
 BEFORE_1 = int(arviz.__version__.split(".")[0]) < 1
-DEFAULT = {"posterior", "posterior_predictive", "log_likelihood", "observed_data", "sample_stats"}
+DEFAULT = {"posterior", "posterior_predictive", "observed_data", "sample_stats"}
+LIKELIHOOD = {*DEFAULT, "constant_data", "log_likelihood"}
 
 
 class Function(nn.Module):
@@ -53,6 +54,11 @@ class Function(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.function(*inputs)
+
+
+def with_likelihood(*args: Any, **options: Any) -> Any:
+    """An export with all groups: beside local latents the log-likelihood has to be asked for."""
+    return to_arviz(*args, groups=LIKELIHOOD, **options)
 
 
 @pytest.fixture
@@ -107,9 +113,9 @@ def call(oracle: LinearGaussian, kind: str) -> tuple[Any, tuple[Tensor, ...], Am
 @pytest.mark.parametrize("kind", KINDS)
 def test_axes_are_named_after_the_plates(oracle: LinearGaussian, kind: str) -> None:
     model, args, guide = call(oracle, kind)
-    data = to_arviz(model, guide, args, num_samples=50, prior=True)
+    data = with_likelihood(model, guide, args, num_samples=50, prior=True)
     latent, observed, batch = KINDS[kind]
-    assert group_names(data) == DEFAULT | {"prior", "prior_predictive"}
+    assert group_names(data) == DEFAULT | {"log_likelihood", "prior", "prior_predictive"}
     lead = ("chain", "draw")
     for group, name, dims in [
         ("posterior", "z", (*lead, *latent)),
@@ -216,7 +222,7 @@ def test_constrained_latents_lie_in_their_supports() -> None:
 
 def test_sites_of_a_sequence() -> None:
     x, lengths = torch.randn(5, 3), torch.tensor([3, 1, 2, 3, 2])
-    data = to_arviz(chains, AmortizedGuide(chains), (x, lengths), num_samples=10)
+    data = with_likelihood(chains, AmortizedGuide(chains), (x, lengths), num_samples=10)
     assert set(data["posterior"].data_vars) == {"z_0", "z_1", "z_2"}
     assert np.array_equal(data["observed_data"]["x_1"].values, x[:, 1].numpy())
     assert (draws(data, "log_likelihood", "x_2")[:, lengths.numpy() < 3] == 0).all()
@@ -255,7 +261,7 @@ def test_moments_of_the_exact_posterior(oracle: LinearGaussian) -> None:
 
 def test_log_likelihoods_are_those_of_the_draws(oracle: LinearGaussian) -> None:
     x = oracle.simulate(POINTS)
-    data = to_arviz(oracle.full, exact(oracle), (x,), num_samples=30)
+    data = with_likelihood(oracle.full, exact(oracle), (x,), num_samples=30)
     z = torch.tensor(draws(data, "posterior", "z"))
     expected = dist.Normal(z @ oracle.weights.T, 1.0).log_prob(x).sum(-1).numpy()
     assert np.allclose(draws(data, "log_likelihood", "x"), expected, atol=1e-12)
@@ -272,7 +278,7 @@ def test_log_likelihoods_are_masked_but_not_scaled(scale: float) -> None:
                 pyro.sample("x", dist.Normal(z, 1.0).mask(present), obs=x)
 
     x = torch.randn(4)
-    data = to_arviz(model, AmortizedGuide(model), (x,), num_samples=10)
+    data = with_likelihood(model, AmortizedGuide(model), (x,), num_samples=10)
     expected = dist.Normal(torch.tensor(draws(data, "posterior", "z")), 1.0).log_prob(x) * present
     assert np.allclose(draws(data, "log_likelihood", "x"), expected)
 
@@ -307,7 +313,7 @@ def check_regression(data: Any, t: Tensor, y: Tensor, guide: AmortizedGuide) -> 
 def test_inner_plates_and_global_draws() -> None:
     t, y = regression_data()
     guide = AmortizedGuide(regression)
-    data = to_arviz(regression, guide, (t, y), num_samples=30)
+    data = with_likelihood(regression, guide, (t, y), num_samples=30)
     assert data["posterior"]["slope"].dims == ("chain", "draw", "terms")
     assert data["posterior"]["level"].dims == ("chain", "draw", "groups")
     assert data["log_likelihood"]["y"].dims == ("chain", "draw", "groups", "times")
@@ -321,13 +327,13 @@ def test_batches_share_the_global_draws() -> None:
     guide = AmortizedGuide(regression)
     guide.setup(t, y)
     loader = DataLoader(TensorDataset(t, y), batch_size=3)
-    data = to_arviz(regression, guide, loader, num_samples=20, prior=True)
+    data = with_likelihood(regression, guide, loader, num_samples=20, prior=True)
     assert data["posterior"]["mu"].shape == (1, 20)
     assert data["posterior"]["groups"].values.tolist() == list(range(7))
     assert np.array_equal(data["observed_data"]["y"].values, y.numpy())
     assert np.array_equal(data["constant_data"]["t"].values, t.numpy())
     check_regression(data, t, y, guide)
-    once = to_arviz(regression, guide, (t, y), num_samples=20, prior=True)
+    once = with_likelihood(regression, guide, (t, y), num_samples=20, prior=True)
     for name in group_names(once):
         assert {n: v.dims for n, v in data[name].data_vars.items()} == {
             n: v.dims for n, v in once[name].data_vars.items()
@@ -341,7 +347,7 @@ def test_batches_share_the_global_draws() -> None:
 def test_global_guides(global_guide: Any) -> None:
     t, y = regression_data()
     guide = AmortizedGuide(regression, global_guide=global_guide)
-    data = to_arviz(regression, guide, (t, y), num_samples=10)
+    data = with_likelihood(regression, guide, (t, y), num_samples=10)
     check_regression(data, t, y, guide)
     assert data["posterior"].attrs["global_latents"] == f"drawn from {global_guide.__name__}: mu, slope"
 
@@ -358,7 +364,7 @@ def test_discrete_latents_are_summed_out_of_the_log_likelihood() -> None:
             pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
     x, y = torch.randn(5), torch.randn(5)
-    data = to_arviz(model, AmortizedGuide(model), (x, y), num_samples=20)
+    data = with_likelihood(model, AmortizedGuide(model), (x, y), num_samples=20)
     assert set(data["posterior"].data_vars) == {"z"}
     z = torch.tensor(draws(data, "posterior", "z"))
     prior = torch.stack(
@@ -383,7 +389,7 @@ def mixture(x: Tensor) -> None:
 def test_a_mixture_without_local_latents() -> None:
     x = torch.randn(5, 2)
     data = to_arviz(mixture, AmortizedGuide(mixture), (x,), num_samples=20)
-    assert group_names(data) == DEFAULT - {"sample_stats"}
+    assert group_names(data) == (DEFAULT | {"log_likelihood"}) - {"sample_stats"}
     loc = torch.tensor(draws(data, "posterior", "loc"))
     joint = dist.Normal(loc[:, None, None], 1.0).log_prob(x.unsqueeze(-1)).sum(-2) + torch.tensor([0.25, 0.75]).log()
     assert data["log_likelihood"]["x"].dims == ("chain", "draw", "data")
@@ -404,7 +410,7 @@ def linear_regression(x: Tensor, y: Tensor) -> None:
 def test_global_latents_alone(features: int) -> None:
     x, y = torch.randn(5, features), torch.randn(5)
     data = to_arviz(linear_regression, AmortizedGuide(linear_regression), (x, y), num_samples=20, prior=True)
-    assert group_names(data) == (DEFAULT | {"constant_data", "prior", "prior_predictive"}) - {"sample_stats"}
+    assert group_names(data) == (LIKELIHOOD | {"prior", "prior_predictive"}) - {"sample_stats"}
     weights, noise = (torch.tensor(draws(data, "posterior", name)) for name in ("weights", "noise"))
     expected = dist.Normal(weights @ x.T, noise.unsqueeze(-1)).log_prob(y)
     assert np.allclose(draws(data, "log_likelihood", "y"), expected)
@@ -436,7 +442,7 @@ def test_a_decoder_of_images(likelihood: Any) -> None:
             pyro.sample("x", likelihood(decoder(z)).to_event(3), obs=x)
 
     x = torch.bernoulli(torch.full((4, 1, 3, 3), 0.5))
-    data = to_arviz(model, AmortizedGuide(model), (x,), num_samples=300)
+    data = with_likelihood(model, AmortizedGuide(model), (x,), num_samples=300)
     z = draws(data, "posterior", "z")
     means = decoder(torch.tensor(z[:5]).flatten(0, 1)).reshape(5, 4, 1, 3, 3)
     assert np.allclose(draws(data, "log_likelihood", "x")[:5], likelihood(means).log_prob(x).sum((-1, -2, -3)).detach())
@@ -483,7 +489,7 @@ def test_resampling_leads_to_the_exact_posterior(oracle: LinearGaussian) -> None
     x = oracle.simulate(POINTS)
     wrong = exact(oracle, shift=0.1, widen=1.3)
     posterior = oracle.posterior(x)
-    plain, better = (to_arviz(oracle.full, wrong, (x,), num_samples=8000, resample=r) for r in (False, True))
+    plain, better = (with_likelihood(oracle.full, wrong, (x,), num_samples=8000, resample=r) for r in (False, True))
     for data, right in ((plain, False), (better, True)):
         z = draws(data, "posterior", "z")
         # resampled draws repeat: their standard errors are at most sqrt(K / ESS) < 2 times those of independent ones
@@ -657,7 +663,7 @@ def test_dtypes_are_kept() -> None:
 
 def test_attributes() -> None:
     t, y = regression_data()
-    data = to_arviz(regression, SemiAmortizedGuide(regression), (t, y), num_samples=5, seed=3)
+    data = with_likelihood(regression, SemiAmortizedGuide(regression), (t, y), num_samples=5, seed=3)
     for name in group_names(data):
         attributes = data[name].attrs
         assert attributes["inference_library"] == "pyro_amortized"
@@ -853,3 +859,24 @@ def test_summaries_that_cannot_be_made(oracle: LinearGaussian) -> None:
     assert posterior_summary(topics, guide, (x,), quantiles=(0.5,))["rate"].shape == (1, 3)
     with pytest.raises(ValueError, match=r"Cannot take quantiles of global latents \['rate'\] because AutoDelta"):
         posterior_summary(topics, guide, (x,))
+
+
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")
+def test_leave_one_out_is_refused_where_it_would_be_wrong(oracle: LinearGaussian) -> None:
+    guide, x = exact(oracle), torch.randn(POINTS, FEATURES)
+    with pytest.raises(TypeError, match="log likelihood not found"):
+        arviz.loo(to_arviz(oracle.full, guide, (x,), num_samples=20))
+    arviz.loo(with_likelihood(oracle.full, guide, (x,), num_samples=20))
+
+
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+def test_sparse_arguments(layout: str) -> None:
+    def model(counts: Tensor) -> None:
+        x = counts.to_dense()
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Poisson(z.exp().unsqueeze(-1).expand(z.shape + (6,))).to_event(1), obs=x)
+
+    counts = getattr(torch.poisson(torch.ones(POINTS, 6)), layout)()
+    assert group_names(to_arviz(model, AmortizedGuide(model), (counts,), num_samples=3)) == DEFAULT

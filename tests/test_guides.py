@@ -1116,3 +1116,21 @@ def test_guide_adds_only_latents_to_the_trace() -> None:
     for _ in range(2):
         trace = poutine.trace(guide).get_trace(x)
         assert samples(trace) == {"topics", "data", "rate", "size", "share"}
+
+
+@pytest.mark.parametrize("Guide", GUIDES)
+def test_print_shows_what_is_guided_by_what(Guide: Any) -> None:
+    def model(x: Tensor) -> None:
+        shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1) + shift, 1.0), obs=x)
+
+    guide = Guide(model)
+    assert "model" in str(guide)
+    assert "not set up yet" in str(guide)
+    guide(X)
+    number = sum(p.numel() for p in guide.parameters())
+    for line in ("plate: data", "local latents: z (3)", "global latents: shift", "data: x", f"parameters: {number:,}"):
+        assert f"  {line}" in str(guide)
+    assert ("encoder: MLPEncoder" in str(guide)) == (Guide is not PerDatapointGuide)

@@ -329,6 +329,7 @@ def different(x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("family", ["multivariate_normal", "low_rank_multivariate_normal"])
+@torch.no_grad()
 def test_sites_scaled_differently_count_by_their_conditionals(family: str) -> None:
     """The loss is that of the chain rule by hand, sum_i s_i (log p_i - log q(z_i | z_<i)), at the same draws."""
     x = data()[0][:, 0]

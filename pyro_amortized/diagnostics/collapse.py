@@ -38,7 +38,8 @@ class CollapseReport(Report):
     r"""What a guide's latents tell of the data.
 
     Attributes:
-        dataset: Over the dimension ``latent``, whose coordinates are named after the sites (``z[0]``):
+        dataset: Over the dimension ``latent``, whose coordinates are named after the sites (``z[0]``); where these are
+            numbered by time (``z_1[0]``), the coordinate ``over_time`` names them without (``z_*[0]``):
 
             ``kl``: KL divergence from the prior given the sites before, nats, averaged over the datapoints; ``kl_se``
             its Monte Carlo standard error, 0 where there is a closed form.
@@ -112,11 +113,13 @@ class CollapseReport(Report):
             f"{'':{width}s}{'KL, nats':>10s}{'var of mean':>13s}{'tells, nats':>13s}{'active':>8s}{'collapsed':>11s}"
             + (f"{'perplexity':>12s}" if "perplexity" in data else ""),
         ]
-        for i, name in enumerate(data["latent"].values):
-            flags = ("yes" if data[flag].values[i] else "no" for flag in ("active", "collapsed"))
-            numbers = (data[key].values[i] for key in ("kl", "relative_variance", "information"))
+        for name, rows in self._rows().items():
+            numbers = (float(data[key].values[rows].mean()) for key in ("kl", "relative_variance", "information"))
+            flags = (_share(data[flag].values[rows]) for flag in ("active", "collapsed"))
             line = "{:{}s}{:10.4f}{:13.4f}{:13.4f}{:>8s}{:>11s}".format(name, width, *numbers, *flags)
-            lines.append(line + (f"{data['perplexity'].values[i]:12.2f}" if "perplexity" in data else ""))
+            lines.append(line + (f"{data['perplexity'].values[rows].mean():12.2f}" if "perplexity" in data else ""))
+        if "over_time" in data.coords:
+            lines.append("Numbers are means over time, and shares counts of steps.")
         lines += [
             "The variance of the posterior mean is in units of the prior's."
             if "perplexity" not in data
@@ -127,6 +130,13 @@ class CollapseReport(Report):
             self.verdict,
         ]
         return "\n".join(lines)
+
+    def _rows(self) -> dict[str, list[int]]:
+        """The dimensions in each row of the table: one, or those of all steps of time."""
+        rows: dict[str, list[int]] = {}
+        for i, name in enumerate(self.dataset.coords.get("over_time", self.dataset["latent"]).values):
+            rows.setdefault(str(name), []).append(i)
+        return rows
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draws the KL divergence of every dimension; those that are not active are pale.
@@ -181,6 +191,10 @@ class CollapseReport(Report):
         if label is not None:
             ax.legend(frameon=False)
         return ax
+
+
+def _share(flags: np.ndarray[Any, Any]) -> str:
+    return f"{flags.sum()}/{len(flags)}" if len(flags) > 1 else "yes" if flags[0] else "no"
 
 
 def _surgery(attrs: Mapping[str, Any]) -> str:
@@ -392,6 +406,10 @@ def _to_dataset(found: _Found, settings: Mapping[str, Any]) -> xarray.Dataset:
         "family": type(family).__name__,
         "global_latents": f"held at the guide's median: {held}" if held else "none",
     }
+    layout = problem.objective.log_joint.layout
+    coords: dict[str, Any] = {"latent": list(layout.names), "epsilon": EPSILONS}
+    if layout.names_over_time is not None:
+        coords["over_time"] = ("latent", list(layout.names_over_time))
     return xarray.Dataset(
         {
             "kl": ("latent", kl.mean(0)),
@@ -404,7 +422,7 @@ def _to_dataset(found: _Found, settings: Mapping[str, Any]) -> xarray.Dataset:
             "collapsed": ("latent", (kl < settings["epsilon"]).mean(0) >= 1 - settings["delta"]),
             "share_below": (("latent", "epsilon"), share),
         },
-        coords={"latent": list(problem.objective.log_joint.layout.names), "epsilon": EPSILONS},
+        coords=coords,
         attrs={**attributes, **settings},
     )
 

@@ -68,7 +68,7 @@ def label_arguments(
     observed: Iterable[Tensor],
     log_probs: PlateLogProbs,
 ) -> Group:
-    """The tensors among a model's arguments that are neither observed values nor indices of a plate.
+    """The dense tensors among a model's arguments that are neither observed values nor indices of a plate.
 
     An axis is a plate's if its entries matter to the plate's entries, each to one; of an axis that is that of all
     entries of a subsampled plate the rows at hand are taken.
@@ -82,7 +82,9 @@ def label_arguments(
     group: Group = {}
     taken = [*observed, *structure.indices.values()]
     for name, value in arguments.items():
-        if not isinstance(value, Tensor) or any(_same(value, other) for other in taken):
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:  # no array could hold a sparse one
+            continue
+        if any(_same(value, other) for other in taken):
             continue
         variable = f"{name}_argument" if name in structure.frames else name  # an axis of that name has coordinates
         dims, value = _label_argument(name, value, structure, log_probs)

@@ -49,20 +49,21 @@ def to_arviz(
                             that the model sums out (``infer={"enumerate": "parallel"}``) are left out
     posterior_predictive    new observations given each draw, ``(chain, draw, *plates, *event)``
     log_likelihood          :math:`\log p(x_n \mid z_n, \theta)` in nats, ``(chain, draw, *plates)``, masked, without
-                            any scale, discrete latents summed out
+                            any scale, discrete latents summed out; where there are local latents only if asked for
     sample_stats            ``log_weight``, :math:`\log p(x_n, z_n \mid \theta) - \log q(z_n)` in nats, ``(chain, draw,
                             plate)``, and the Pareto ``khat`` of each datapoint's weights, ``(plate)``, where no global
                             latents are drawn; nothing for a model without local latents
     observed_data           observed values, ``(*plates, *event)``
-    constant_data           tensors among the model's arguments that are not observed, such as covariates; axes whose
-                            entries are seen to matter to one entry of a plate each are named after it
+    constant_data           dense tensors among the model's arguments that are not observed, such as covariates; axes
+                            whose entries are seen to matter to one entry of a plate each are named after it
     prior                   draws of the latents from the prior, on request
     prior_predictive        observations given those, on request
     ======================  ==========================================================================================
 
     The log-likelihood is that of an observation *given its own latents*. Leave-one-out cross-validation (``arviz.loo``)
     and WAIC are wrong with it as soon as there are local latents, since :math:`x_n` is what informs :math:`z_n`: what
-    they need is the marginal :math:`\log p(x_n \mid \theta)`, which :func:`~pyro_amortized.log_evidence` estimates.
+    they need is the marginal :math:`\log p(x_n \mid \theta)`, which :func:`~pyro_amortized.log_evidence` estimates. So
+    that ``arviz.loo`` refuses the export, the group is then made only where ``groups`` names it.
 
     Args:
         model: The Pyro model.
@@ -75,7 +76,8 @@ def to_arviz(
         resample: Whether to correct the guide by importance resampling: each datapoint's draws are drawn once more, in
             proportion to their Pareto-smoothed weights. ``khat`` is that of the weights before; above 0.7 the result
             cannot be trusted. All other groups belong to the resampled draws.
-        groups: Which groups to make; by default all but those of the prior. Memory is that of the groups asked for:
+        groups: Which groups to make; by default all but those of the prior, and, beside local latents,
+            ``log_likelihood``. Memory is that of the groups asked for:
             draws of large observations are best left out of large data sets.
         seed: Seed of all draws; torch's global seed is not touched.
         progress: Whether to show a progress bar.
@@ -110,6 +112,8 @@ def to_arviz(
         for args, kwargs in calls(model_args, model_kwargs):
             for name, dataset in exporter.export(args, kwargs, bar.update).items():
                 parts.setdefault(name, []).append(dataset)
+    if groups is None and guide.has_local_latents:
+        parts.pop("log_likelihood", None)
     joined = {name: join_group(name, parts[name], exporter.plate) for name in (*GROUPS, *PRIOR_GROUPS) if name in parts}
     return _inference_data({name: dataset for name, dataset in joined.items() if dataset.data_vars})
 

@@ -48,7 +48,7 @@ def posterior_summary(
     Returns:
         A dataset with the quantiles of every latent under its name, ``(quantile, *plates, *event)``, in the site's own
         units; and, if asked for, draws under ``<site>_draws``, ``(draw, *plates, *event)``. Coordinates of a plate are
-        the positions in the full data set.
+        the positions in the full data set; the attribute ``global_latents`` names those that all datapoints share.
 
     Raises:
         ValueError: If the guide is none of this package, a probability lies outside of 0 and 1, or the guide of the
@@ -81,6 +81,7 @@ def posterior_summary(
                 parts[name].append(dataset)
             bar.update()
     summary = join_group("quantiles", parts["quantiles"], exporter.plate).assign_coords(quantile=list(probs))
+    summary.attrs["global_latents"] = ", ".join(guide.global_sites)
     if not num_samples:
         return summary
     draws = join_group("posterior", parts["posterior"], exporter.plate).squeeze("chain", drop=True)

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from pyro_amortized.checks import check_count, check_probabilities
 from pyro_amortized.dependence import posterior_parents
-from pyro_amortized.encoder_inputs import Call, EncoderInput, encoder_inputs
+from pyro_amortized.encoder_inputs import Call, EncoderInput, encoder_inputs, named_function
 from pyro_amortized.families import Normal, Structured, VariationalFamily, build_family
 from pyro_amortized.families.base import FamilySpec, check_family_spec
 from pyro_amortized.guides.options import check_initial, check_initial_value, check_options, check_state, created_plates
-from pyro_amortized.inference import InferenceStrategy, Refined
+from pyro_amortized.inference import InferenceStrategy, Refined, start_of
 from pyro_amortized.layout import SiteLayout, check_continuous, is_enumerated
 from pyro_amortized.observed import WholeObservations
 from pyro_amortized.sampling import KeepLogDensity, add_gradient, check_scaled_once, log_conditionals, sample_local
@@ -258,12 +258,49 @@ class LocalGuide(AutoGuide):
         return self._checked(Call(args, kwargs, structure, plates))
 
     @property
+    def global_sites(self) -> tuple[str, ...]:
+        """Names of the latents that all datapoints share; known once the guide has been set up."""
+        return self._global_sites
+
+    def __repr__(self) -> str:
+        """The model, its sites, and what guides them, before and after the guide is set up."""
+        model = self._model_at_hand
+        name = "none at hand" if model is None else getattr(named_function(model), "__qualname__", type(model).__name__)
+        lines = [f"{type(self).__name__} {self._pyro_name!r}", f"  model: {name.removesuffix('.forward')}"]
+        if not self._ready:
+            asked = self._structures.requested_plate
+            lines += [
+                f"  plate: {'that of the observed sites' if asked is None else asked}",
+                f"  family: {self._family_spec if isinstance(self._family_spec, str) else 'of your own'}",
+                "  not set up yet: the first call, or guide.setup(...), looks at the model",
+            ]
+            return "\n".join(lines)
+        structure, family = self._built_structure, self._family
+        local = [] if structure.layout is None else [f"{s.name} ({s.stop - s.start})" for s in structure.layout.sites]
+        local += [f"{site.name} (discrete)" for site in structure.discrete]
+        modules = {"encoder": None, "inference": self._modules.get("inference"), "global guide": None}
+        modules["encoder"] = getattr(start_of(modules["inference"]), "encoder", None)
+        modules["global guide"] = self._modules.get("global_guide")
+        lines += [f"  plate: {structure.plate}"] if structure.plate is not None else []
+        lines += [f"  local latents: {', '.join(local) or 'none'}"]
+        lines += [f"  global latents: {', '.join(self.global_sites) or 'none'}"]
+        lines += [f"  data: {', '.join(structure.data) or 'none'}"]
+        lines += [f"  family: {type(family).__name__} of {family.latent_dim} dimensions"] if family is not None else []
+        lines += [f"  {what}: {type(module).__name__}" for what, module in modules.items() if module is not None]
+        return "\n".join([*lines, f"  parameters: {sum(p.numel() for p in self.parameters()):,}"])
+
+    @property
+    def has_local_latents(self) -> bool:
+        """Whether the model has latents of single datapoints; known once the guide has been set up."""
+        return self._ready and self._built_structure.latents != {*self._built_structure.global_sites}
+
+    @property
     def _without_model(self) -> Structure | None:
         """What calls of a guide look like that was loaded without its model, and has global latents alone."""
         if self._model_at_hand is not None or not self._ready:
             return None
         built = self._built_structure
-        return built if built.latents == {*built.global_sites} and built.is_fixed else None
+        return built if built.is_fixed and not self.has_local_latents else None
 
     def _look_at(self, structure: Structure, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Structure:
         """The structure of a call at the indices of a known one, those of plates that this one leaves to chance too."""

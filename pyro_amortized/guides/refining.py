@@ -15,7 +15,7 @@ from pyro_amortized.encoder_inputs import Call
 from pyro_amortized.graphs import GraphCache
 from pyro_amortized.guides.amortized import AmortizedGuide
 from pyro_amortized.guides.base import GuideOptions
-from pyro_amortized.inference import InferenceStrategy, Prior, Refined
+from pyro_amortized.inference import InferenceStrategy, Prior, Refined, start_of
 from pyro_amortized.log_joint import LocalLogJoint, Mode
 from pyro_amortized.objective import ESTIMATORS, LocalObjective
 from pyro_amortized.tracing import call_key, kept_state, modes_of_modules, untouched
@@ -32,13 +32,6 @@ class RefiningOptions(GuideOptions, total=False):
     fixed_noise: bool
     keep_best: bool | None
     estimator: str | None
-
-
-def _start(strategy: Any) -> Any:
-    """Where refinement starts."""
-    while isinstance(strategy, Refined):
-        strategy = strategy.initial
-    return strategy
 
 
 def check_update(update: Any) -> None:
@@ -116,7 +109,7 @@ class RefiningGuide(AmortizedGuide):
 
     def _run_strategy(self, strategy: InferenceStrategy, inputs: tuple[Tensor, ...], call: Call) -> Tensor:
         if call.structure.missing:  # there is nothing to refine to
-            return _start(strategy)(inputs, call.index)
+            return start_of(strategy)(inputs, call.index)
         with kept_state():  # the model's own run in this step counts, not those of refinement
             refinement = strategy.refine(inputs, call.index, self._objective(call))  # type: ignore[operator]
         call.signal = refinement.signal
@@ -132,7 +125,7 @@ class RefiningGuide(AmortizedGuide):
                 f"call, and {left} are; try a model that masks them, `dist.Normal(...).mask(present)` with obs filled "
                 "in."
             )
-        at_prior = structure.missing and isinstance(_start(self._modules.get("inference")), Prior)
+        at_prior = structure.missing and isinstance(start_of(self._modules.get("inference")), Prior)
         return bool(at_prior) or super()._sees_nothing(call)
 
     def _objective(self, call: Call) -> LocalObjective:
