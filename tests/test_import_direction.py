@@ -12,7 +12,7 @@ import pyro_amortized
 
 LAYERS: list[set[str]] = [
     {"checks"},
-    {"arguments", "batches", "families", "encoders", "quantization"},
+    {"arguments", "families", "encoders", "quantization"},
     {"updates"},
     {"inference"},
     {"tracing"},
@@ -23,7 +23,7 @@ LAYERS: list[set[str]] = [
     {"structure"},
     {"programs", "sampling", "observed", "outside"},
     {"encoder_inputs"},
-    {"simulated"},
+    {"batches", "simulated"},
     {"log_joint"},
     {"objective"},
     {"guides"},
@@ -31,7 +31,7 @@ LAYERS: list[set[str]] = [
     {"training", "export"},
 ]
 """From low to high: a module imports from lower layers only. ``__init__`` gathers them all."""
-WITHOUT_PYRO = {"arguments", "checks", "batches", "families", "encoders", "quantization", "updates", "inference"}
+WITHOUT_PYRO = {"arguments", "checks", "families", "encoders", "quantization", "updates", "inference"}
 """Modules that know torch, not Pyro, but for its distributions."""
 
 ROOT = Path(pyro_amortized.__file__).parent

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_amortized.batches import ModelArgs, calls, num_calls
+from pyro_amortized.batches import ModelArgs, ToArgs, calls, num_calls
 from pyro_amortized.checks import check_count, check_seed
 from pyro_amortized.diagnostics.calibration_plots import draw_coverage, draw_ecdf, draw_ranks
 from pyro_amortized.diagnostics.findings import DENSITY, JOINT, LEVEL, TARP, advice, findings
@@ -141,6 +141,7 @@ def calibrate(
     *,
     num_simulations: int = 1000,
     num_samples: int = 199,
+    to_args: ToArgs | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> CalibrationReport:
@@ -165,6 +166,8 @@ def calibrate(
         model_kwargs: Its keyword arguments.
         num_simulations: S, at least 20. 500 show a scale that is off by 20%.
         num_samples: L, draws from the guide for each simulation, at least 19.
+        to_args: Where batches of a loader hold something else than the model's arguments: a function from a batch to
+            the positional arguments, a tuple, or to a pair of these and keyword arguments, ``(args, kwargs)``.
         seed: Seed of all draws; torch's global seed is left alone.
         progress: Whether to show a progress bar.
 
@@ -209,7 +212,7 @@ def calibrate(
     seed = check_seed(seed)
     rng, parts = generator(seed, 21), []
     with progress_bar(num_simulations, "calibration", progress) as bar:
-        for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs)):
+        for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs, to_args, model)):
             share = _share(num_simulations, num_calls(model_args), number)
             if share == 0:
                 continue

@@ -12,7 +12,7 @@ import torch
 from pyro.distributions import Independent
 from torch import Tensor
 
-from pyro_amortized.batches import ModelArgs, calls, num_calls
+from pyro_amortized.batches import ModelArgs, ToArgs, calls, num_calls
 from pyro_amortized.diagnostics.problem import progress_bar
 from pyro_amortized.guides import VectorQuantizedGuide
 from pyro_amortized.guides.vector_quantized import code_value
@@ -52,6 +52,7 @@ def find_codes(
     guide: VectorQuantizedGuide,
     model_args: ModelArgs,
     model_kwargs: Mapping[str, Any] | None,
+    to_args: ToArgs | None,
     progress: bool,
 ) -> Codes:
     """The codes of a data set; arguments as for :func:`~pyro_amortized.collapse_report`.
@@ -61,7 +62,7 @@ def find_codes(
     """
     parts = []
     with progress_bar(num_calls(model_args) or 0, "codes", progress) as bar:
-        for args, kwargs in calls(model_args, model_kwargs):
+        for args, kwargs in calls(model_args, model_kwargs, to_args, model):
             parts.append(_find(model, guide, args, kwargs))
             bar.update()
     return replace(parts[-1], codes=torch.cat([p.codes for p in parts]), kl=torch.cat([p.kl for p in parts]))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_amortized.batches import ModelArgs, calls, num_calls
+from pyro_amortized.batches import ModelArgs, ToArgs, calls, num_calls
 from pyro_amortized.checks import check_count, check_positive, check_real, check_seed
 from pyro_amortized.diagnostics.activity import PriorSpread, dimension_information, least_information
 from pyro_amortized.diagnostics.codes import code_verdict, codes_dataset, find_codes
@@ -257,6 +257,7 @@ def collapse_report(
     epsilon: float = 0.1,
     delta: float = 0.01,
     max_pairs: int = 1000,
+    to_args: ToArgs | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> CollapseReport:
@@ -289,6 +290,8 @@ def collapse_report(
         epsilon: KL divergence below which a datapoint counts as collapsed, nats.
         delta: Share of datapoints that may exceed it in a collapsed dimension.
         max_pairs: Most datapoints, drawn at random, for the mutual information: its cost is quadratic in their number.
+        to_args: Where batches of a loader hold something else than the model's arguments: a function from a batch to
+            the positional arguments, a tuple, or to a pair of these and keyword arguments, ``(args, kwargs)``.
         seed: Seed of all noise; torch's global seed is not touched.
         progress: Whether to show a progress bar.
 
@@ -316,12 +319,12 @@ def collapse_report(
     seed = check_seed(seed)
     settings = {"threshold": threshold, "epsilon": epsilon, "delta": delta, "num_samples": num_samples, "seed": seed}
     if isinstance(guide, VectorQuantizedGuide):
-        codes = find_codes(model, guide, model_args, model_kwargs, progress)
+        codes = find_codes(model, guide, model_args, model_kwargs, to_args, progress)
         _check_enough(len(codes.codes))
         return CollapseReport(codes_dataset(codes, EPSILONS, settings))
     found = _Found(max_pairs)
     with progress_bar(num_calls(model_args) or 0, "posterior collapse", progress) as bar:
-        for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs)):
+        for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs, to_args, model)):
             problem = bind(model, guide, args, kwargs, seed)
             found.add(problem, local_divergence(problem, num_samples, generator(seed, 11, number)), seed, number)
             bar.update()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_amortized.batches import ModelArgs, calls, num_calls
+from pyro_amortized.batches import ModelArgs, ToArgs, calls, num_calls
 from pyro_amortized.diagnostics.gaps import QUANTITIES, GapEstimate, decompose, warn_of_violations
 from pyro_amortized.diagnostics.noise import batch_seed
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, check_effort, progress_bar
@@ -160,6 +160,7 @@ def compare_gaps(
     *,
     tolerance: float = 0.02,
     max_samples: int = 20000,
+    to_args: ToArgs | None = None,
     seed: int = 0,
     compile: bool = False,
     progress: bool = False,
@@ -178,6 +179,8 @@ def compare_gaps(
         model_kwargs: The model's keyword arguments.
         tolerance: As for :func:`estimate_gaps`.
         max_samples: As for :func:`estimate_gaps`.
+        to_args: Where batches of a loader hold something else than the model's arguments: a function from a batch to
+            the positional arguments, a tuple, or to a pair of these and keyword arguments, ``(args, kwargs)``.
         seed: As for :func:`estimate_gaps`.
         compile: As for :func:`estimate_gaps`.
         progress: Whether to show a progress bar.
@@ -202,7 +205,7 @@ def compare_gaps(
     total = None if None in counts else len(by_name) * sum(filter(None, counts))
     with progress_bar(total, "gap decompositions", progress) as bar:
         for data_name, own_args in data.items():
-            for number, (args, kwargs) in enumerate(calls(own_args, model_kwargs)):
+            for number, (args, kwargs) in enumerate(calls(own_args, model_kwargs, to_args, model)):
                 own_seed = batch_seed(seed, number)
                 known: list[tuple[LocalProblem, dict[str, Tensor]]] = []
                 for guide_name, guide in by_name.items():

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_amortized.batches import ModelArgs, calls, is_single
+from pyro_amortized.batches import ModelArgs, ToArgs, calls, is_single
 from pyro_amortized.diagnostics.annealing import anneal
 from pyro_amortized.diagnostics.importance import psis
 from pyro_amortized.diagnostics.local_optimum import LocalOptimum, solve
@@ -59,6 +59,7 @@ def log_evidence(
     tolerance: float = 0.02,
     max_samples: int = 20000,
     optimum: LocalOptimum | None = None,
+    to_args: ToArgs | None = None,
     seed: int = 0,
     compile: bool = False,
     progress: bool = False,
@@ -76,6 +77,8 @@ def log_evidence(
         tolerance: Twice the standard error at which a datapoint is done, in nats.
         max_samples: Most draws from one proposal per datapoint.
         optimum: The result of :func:`optimize_local` on the same call, if it is at hand.
+        to_args: Where batches of a loader hold something else than the model's arguments: a function from a batch to
+            the positional arguments, a tuple, or to a pair of these and keyword arguments, ``(args, kwargs)``.
         seed: Seed of the draws; torch's global seed is not touched.
         compile: Whether to compile the log-joint, which pays for many datapoints or a costly model.
         progress: Whether to show progress bars.
@@ -105,7 +108,7 @@ def log_evidence(
         )
     tolerance, max_samples, seed = check_effort(tolerance, max_samples, seed)
     graphs, parts, num_annealed = GraphCache(compile), [], 0
-    for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs)):
+    for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs, to_args, model)):
         own_seed = batch_seed(seed, number)
         problem = bind(model, guide, args, kwargs, own_seed, graphs=graphs)
         if optimum is None:

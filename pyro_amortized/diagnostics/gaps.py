@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_amortized.batches import ModelArgs, calls, is_single, num_calls
+from pyro_amortized.batches import ModelArgs, ToArgs, calls, is_single, num_calls
 from pyro_amortized.checks import check_count
 from pyro_amortized.diagnostics.evidence import estimate_evidence, reliable_evidence
 from pyro_amortized.diagnostics.local_optimum import solve
@@ -204,6 +204,7 @@ def estimate_gaps(
     *,
     tolerance: float = 0.02,
     max_samples: int = 20000,
+    to_args: ToArgs | None = None,
     seed: int = 0,
     compile: bool = False,
     progress: bool = False,
@@ -223,6 +224,8 @@ def estimate_gaps(
         tolerance: Error wanted per datapoint, in nats: standard errors aim at half of it, and a datapoint counts as
             unreliable if one exceeds it.
         max_samples: Most importance samples per datapoint and proposal.
+        to_args: Where batches of a loader hold something else than the model's arguments: a function from a batch to
+            the positional arguments, a tuple, or to a pair of these and keyword arguments, ``(args, kwargs)``.
         seed: Seed of all noise; torch's global seed is not touched.
         compile: Whether to compile the log-joint, which pays for many datapoints or a costly model.
         progress: Whether to show progress bars.
@@ -246,7 +249,7 @@ def estimate_gaps(
     estimates = []
     single = is_single(model_args)
     with progress_bar(num_calls(model_args), "batches", progress and not single) as bar:
-        for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs)):
+        for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs, to_args, model)):
             own_seed = batch_seed(seed, number)
             problem = bind(model, guide, args, kwargs, own_seed, graphs=graphs)
             part = decompose(problem, tolerance, max_samples, own_seed, progress and single)[0]

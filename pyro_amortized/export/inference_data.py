@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pyro_amortized.batches import ModelArgs, calls, num_calls
+from pyro_amortized.batches import ModelArgs, ToArgs, calls, num_calls
 from pyro_amortized.checks import check_count, check_seed
 from pyro_amortized.diagnostics.problem import progress_bar
 from pyro_amortized.export.batch import Options
@@ -34,6 +34,7 @@ def to_arviz(
     num_prior_samples: int | None = None,
     resample: bool = False,
     groups: Collection[str] | None = None,
+    to_args: ToArgs | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> Any:
@@ -79,6 +80,8 @@ def to_arviz(
         groups: Which groups to make; by default all but those of the prior, and, beside local latents,
             ``log_likelihood``. Memory is that of the groups asked for:
             draws of large observations are best left out of large data sets.
+        to_args: Where batches of a loader hold something else than the model's arguments: a function from a batch to
+            the positional arguments, a tuple, or to a pair of these and keyword arguments, ``(args, kwargs)``.
         seed: Seed of all draws; torch's global seed is not touched.
         progress: Whether to show a progress bar.
 
@@ -109,7 +112,7 @@ def to_arviz(
     exporter = Exporter(model, guide, options)
     parts: dict[str, list[xarray.Dataset]] = {}
     with progress_bar(None if total is None else total * num_samples, "Drawing", progress) as bar:
-        for args, kwargs in calls(model_args, model_kwargs):
+        for args, kwargs in calls(model_args, model_kwargs, to_args, model):
             for name, dataset in exporter.export(args, kwargs, bar.update).items():
                 parts.setdefault(name, []).append(dataset)
     if groups is None and guide.has_local_latents:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pyro_amortized.batches import ModelArgs, calls, num_calls
+from pyro_amortized.batches import ModelArgs, ToArgs, calls, num_calls
 from pyro_amortized.checks import check_count, check_probabilities, check_seed
 from pyro_amortized.diagnostics.problem import progress_bar
 from pyro_amortized.export.batch import Options
@@ -27,6 +27,7 @@ def posterior_summary(
     *,
     quantiles: Sequence[float] = (0.05, 0.5, 0.95),
     num_samples: int = 0,
+    to_args: ToArgs | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> xarray.Dataset:
@@ -42,6 +43,8 @@ def posterior_summary(
         model_kwargs: The model's keyword arguments.
         quantiles: Q probabilities between 0 and 1; 0.5 is the median. See :meth:`LocalGuide.quantiles`.
         num_samples: Number of draws K.
+        to_args: Where batches of a loader hold something else than the model's arguments: a function from a batch to
+            the positional arguments, a tuple, or to a pair of these and keyword arguments, ``(args, kwargs)``.
         seed: Seed of all draws; torch's global seed is not touched.
         progress: Whether to show a progress bar over batches.
 
@@ -76,7 +79,7 @@ def posterior_summary(
     exporter = Exporter(model, guide, Options(num_samples, 0, False, frozenset(names), seed, probs))
     parts: dict[str, list[xarray.Dataset]] = {name: [] for name in names}
     with progress_bar(num_calls(model_args), "Summarising", progress) as bar:
-        for args, kwargs in calls(model_args, model_kwargs):
+        for args, kwargs in calls(model_args, model_kwargs, to_args, model):
             for name, dataset in exporter.export(args, kwargs).items():
                 parts[name].append(dataset)
             bar.update()
