@@ -21,6 +21,12 @@ REFUSALS: list[tuple[Callable[[Structure, str], bool], str]] = [
     (lambda s, check: s.scale in ("number", "tensor") and s.mask == "obs_mask", "scale"),  # one part of the latents
     (lambda s, check: s.scale == "tensor_all" and s.guide.family != "normal", "scale"),
     (lambda s, check: s.scale in ("all", "tensor_all") and check in DIAGNOSTICS, "a scaled prior is no density"),
+    (lambda s, check: s.guide.kind == "IterativeAmortizedGuide" and s.guide.encoder == "pair", "returns a pair in"),
+    (lambda s, check: s.guide.kind == "IterativeAmortizedGuide" and s.guide.encoder == "steps", "a row per datapoint"),
+    (lambda s, check: s.numpy and s.guide.sees in ("name", "names"), "Cannot encode ['ndarray'"),
+    (lambda s, check: s.guide.encoder == "steps" and s.mask == "obs_mask", "are not numbered alike"),
+    (lambda s, check: s.has_anonymous and s.guide.family == "flow", "dimension -1 outside of all plates"),
+    (lambda s, check: s.guide.sees == "names" and check == "renyi", "vectorize_particles=False"),
     (lambda s, check: s.guide.family == "structured", "Cannot find which local latents depend on which"),
 ]
 """A structure and a check that may be refused, and a part of the message; everything else is refused without need."""
