@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
 from torch import Tensor, nn
 
 from pyro_amortized import AmortizedGuide, DiscreteAmortizedGuide, MLPEncoder
@@ -441,3 +441,48 @@ def test_parameters_per_datapoint_are_refused_with_the_remedy() -> None:
     guide = random_heads(DiscreteAmortizedGuide(semi_supervised), data())
     with pytest.raises(ValueError, match="they depend on discrete latents"):
         guide.variational_parameters(data())
+
+
+def two_levels(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        y = pyro.sample("y", dist.Categorical(torch.ones(3)))
+        z2 = pyro.sample("z2", dist.Normal(0.0, 1.0))
+        z1 = pyro.sample("z1", dist.Normal(z2 + y, 1.0))
+        pyro.sample("x", dist.Normal(z1, 0.5), obs=x)
+
+
+def test_latents_conditioned_on_labels_of_their_own() -> None:
+    """The enumerated ELBO is that of q(z2 | x) q(y | x) q(z1 | x, y) by hand, at the same draws: one z2 for all y."""
+    x = data()
+    guide = DiscreteAmortizedGuide(two_levels, conditioned={"z2": []})
+    random_heads(guide, x)
+    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    with torch.no_grad():
+        pyro.set_rng_seed(3)
+        found = -elbo.loss(two_levels, guide, x)
+        pyro.set_rng_seed(3)
+        enumerated = pyro.poutine.enum(config_enumerate(guide), first_available_dim=-2)
+        sites = pyro.poutine.trace(enumerated).get_trace(x).nodes
+        y, z1, z2 = (sites[name]["value"] for name in ("y", "z1", "z2"))
+        log_q = {name: sites[name]["fn"].log_prob(sites[name]["value"]) for name in ("y", "z1", "z2")}
+    assert z2.shape == (len(x),)
+    assert z1.shape == (3, len(x))
+    log_p = dist.Normal(z2 + y, 1.0).log_prob(z1) + dist.Normal(z1, 0.5).log_prob(x) - math.log(3)
+    terms = log_p - log_q["y"] - log_q["z1"]
+    expected = (log_q["y"].exp() * terms).sum() + (dist.Normal(0.0, 1.0).log_prob(z2) - log_q["z2"]).sum()
+    assert found == pytest.approx(float(expected), rel=1e-5)
+    assert guide.median(x).keys() == {"y", "z1", "z2"}
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"conditioned": {"q": []}}, r"because of \['q'\]: keys are continuous latents, \['z2', 'z1'\]"),
+        ({"conditioned": {"z1": ["k"]}}, r"because of \['k'\].* a datapoint has one, \['y'\]"),
+        ({"conditioned": {"z1": "y"}}, r"lists of names are wanted by name"),
+        ({"conditioned": {"z2": []}, "family": "multivariate_normal"}, r"couples them; try family=\"normal\""),
+    ],
+)
+def test_conditions_that_cannot_be_met(options: dict, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        DiscreteAmortizedGuide(two_levels, **options)(data())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +14,11 @@ from pyro_amortized.checks import check_positive
 from pyro_amortized.discrete import DiscreteSite, check_inference, mode, one_hot, sample_discrete
 from pyro_amortized.encoder_inputs import Call
 from pyro_amortized.encoders import Head, hidden_layers
+from pyro_amortized.families import Normal
 from pyro_amortized.guides.amortized import AmortizedGuide
 from pyro_amortized.guides.base import GuideOptions
 from pyro_amortized.inference import InferenceStrategy
+from pyro_amortized.layout import LocalSite, SiteLayout
 from pyro_amortized.sampling import sample_local
 from pyro_amortized.structure import Structure, StructureReader
 from pyro_amortized.tracing import isolated
@@ -63,12 +65,16 @@ class DiscreteAmortizedGuide(AmortizedGuide):
             :class:`~pyro_amortized.MLPEncoder` by default.
         temperature: Of the Gumbel-softmax variables through which gradients flow, above 0; None (the default) to
             enumerate the values under ``TraceEnum_ELBO``, and to draw them without gradient under other ELBOs.
+        conditioned: Which discrete latents each continuous one depends on, by name, as ``{"z1": ["y"], "z2": []}``;
+            those not named, and by default all, depend on every discrete latent of which a datapoint has one. For the
+            mean-field normal family.
         **options: As for :class:`AmortizedGuide`. Discrete latents that are observed in a call are no encoder input.
 
     Raises:
         ValueError: If a discrete local latent is of another kind, or was observed when the guide was set up and is
             latent now; without a temperature, if it cannot be enumerated because its values are joined by
-            ``to_event``; with one, if it is a Categorical, through whose integers no gradient flows.
+            ``to_event``; with one, if it is a Categorical, through whose integers no gradient flows; if ``conditioned``
+            names a latent that there is not, or the family couples what it tells apart.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -102,9 +108,12 @@ class DiscreteAmortizedGuide(AmortizedGuide):
         encoder: nn.Module | None = None,
         *,
         temperature: float | None = None,
+        conditioned: Mapping[str, Sequence[str]] | None = None,
         **options: Unpack[GuideOptions],
     ) -> None:
         super().__init__(model, encoder, **options)
+        _check_conditioned(conditioned)
+        self._conditioned = {name: frozenset(on) for name, on in (conditioned or {}).items()}
         if temperature is not None:  # by which gradients are divided
             check_positive("temperature", temperature, 0.5)
         self.temperature = temperature
@@ -134,6 +143,7 @@ class DiscreteAmortizedGuide(AmortizedGuide):
         logits = head = None
         if self._discrete:
             logits = Head(features, self._discrete[-1].logits.stop)
+        self._check_groups(structure)
         if structure.layout is not None:
             head = self._conditional_head(features)
             last: Any = head[-1]
@@ -151,6 +161,36 @@ class DiscreteAmortizedGuide(AmortizedGuide):
         with torch.no_grad():
             first = hidden(torch.cat([features, features.new_zeros(len(features), num_indicators)], -1))
         return nn.Sequential(*hidden, Head(first, self.family.num_params))
+
+    def _check_groups(self, structure: Structure) -> None:
+        """Raises a ValueError unless the latents that ``conditioned`` names are there, and can be told apart."""
+        layout = structure.layout
+        continuous = [] if layout is None else [site.name for site in layout.sites]
+        discrete = [site.name for site in self._known]
+        unknown = sorted({*self._conditioned} - {*continuous}) or sorted(
+            {name for on in self._conditioned.values() for name in on} - {*discrete}
+        )
+        if unknown:
+            raise ValueError(
+                f"Cannot condition as conditioned=... says because of {unknown}: keys are continuous latents, "
+                f"{continuous}, and values lists of discrete ones of which a datapoint has one, {discrete}; try names "
+                "among these."
+            )
+        if layout is not None and len(self._groups(layout)) > 1 and not isinstance(self.family, Normal):
+            raise ValueError(
+                f"Cannot condition {continuous} on other discrete latents each because {type(self.family).__name__} "
+                'couples them; try family="normal".'
+            )
+
+    def _groups(self, layout: SiteLayout) -> list[tuple[SiteLayout, frozenset[str]]]:
+        """The continuous latents that depend on the same discrete ones, and the names of these."""
+        every = frozenset(site.name for site in self._known)
+        groups: dict[frozenset[str], list[LocalSite]] = {}
+        for site in layout.sites:
+            groups.setdefault(self._conditioned.get(site.name, every), []).append(site)
+        if len(groups) == 1:
+            return [(layout, next(iter(groups)))]
+        return [(replace(layout, sites=tuple(sites)), on) for on, sites in groups.items()]
 
     @property
     def _known(self) -> list[DiscreteSite]:
@@ -218,9 +258,15 @@ class DiscreteAmortizedGuide(AmortizedGuide):
                 result[site.name] = value.reshape(value.shape[:1] + dims + value.shape[value.dim() - num_events :])
         return result
 
-    def _conditional_phi(self, call: Call, inputs: Any, features: Tensor, values: dict[str, Tensor]) -> Tensor:
-        """phi of the continuous latents given the discrete ones, ``(*batch, P)``."""
-        labels = [one_hot(site, values[site.name], features) for site in self._known]
+    def _conditional_phi(
+        self, call: Call, inputs: Any, features: Tensor, values: dict[str, Tensor], on: Collection[str] = ()
+    ) -> Tensor:
+        """phi of the continuous latents given the discrete ones named in ``on``, ``(*batch, P)``."""
+        labels = []
+        for site in self._known:
+            width = site.num_categories * site.logits.shape[:-1].numel()
+            unknown = features.new_zeros(features.shape[:-1] + (width,))
+            labels.append(one_hot(site, values[site.name], features) if site.name in on else unknown)
         batch = torch.broadcast_shapes(features.shape[:-1], *(label.shape[:-1] for label in labels))
         parts = [part.expand(batch + part.shape[-1:]) for part in (features, *labels)]
         phi = self.inference.head(torch.cat(parts, -1))  # type: ignore[operator]
@@ -236,10 +282,11 @@ class DiscreteAmortizedGuide(AmortizedGuide):
         inputs, features, logits = self._features(call)
         with call.plates[call.structure.datapoints.name]:
             result = {n: sample_discrete(s, logits, call.plates, self.temperature) for n, s in latent.items()}
-            if layout is not None:
-                phi = self._conditional_phi(call, inputs, features, self._observed(call) | result)
+            values = self._observed(call) | result
+            for part, on in [] if layout is None else self._groups(layout):
+                phi = self._conditional_phi(call, inputs, features, values, on)
                 name = f"{self._pyro_name}_latent"
-                result.update(sample_local(layout, self._sampling_family, phi, call.plates, name))
+                result.update(sample_local(part, self._sampling_family, phi, call.plates, name))
         return result
 
     # What is known of the posterior
@@ -270,9 +317,20 @@ class DiscreteAmortizedGuide(AmortizedGuide):
         values = {name: mode(site, site.logits.unflatten(logits)) for name, site in latent.items()}
         probs = torch.as_tensor(quantiles, dtype=features.dtype, device=features.device)
         result = {name: value.expand(len(probs), *value.shape) for name, value in values.items()}
-        if layout is not None:
-            phi = self._conditional_phi(call, inputs, features, self._observed(call) | values).reshape(
-                -1, self._family.num_params
-            )
-            result.update(layout.values(self._family.quantile(phi, probs)))
+        for part, on in [] if layout is None else self._groups(layout):
+            phi = self._conditional_phi(call, inputs, features, self._observed(call) | values, on)
+            result.update(part.values(self._family.quantile(phi.reshape(-1, phi.shape[-1]), probs)))
         return result
+
+
+def _check_conditioned(conditioned: Any) -> None:
+    """Raises a ValueError unless it maps names to lists of names."""
+    usable = conditioned is None or (
+        isinstance(conditioned, Mapping)
+        and all(isinstance(on, Collection) and not isinstance(on, str) for on in conditioned.values())
+    )
+    if not usable:
+        raise ValueError(
+            f"Cannot condition by conditioned={conditioned!r} because lists of names are wanted by name; try "
+            '{"z": ["y"]}, or None for all.'
+        )
