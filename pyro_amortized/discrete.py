@@ -85,7 +85,7 @@ def _discrete_site(name: str, site: Site, inner: list[PlateFrame], start: int) -
     dims = tuple((frame.dim, frame.size) for frame in inner)
     names = tuple(frame.name for frame in inner)
     logits = LocalSite(name, transform_to(constraints.real), len(shape), shape, dims, names, start, start + size)
-    return DiscreteSite(name, kind, num_categories, num_events, logits, site_weight(site))
+    return DiscreteSite(name, kind, num_categories, num_events, logits, site_weight(site).simplified)
 
 
 class _StraightThroughOneHotCategorical(dist.OneHotCategorical):

@@ -602,7 +602,7 @@ def _local_site(name: str, site: dict[str, Any], inner: list[PlateFrame], start:
     shape = unconstrained.shape[value.dim() - event_dim :]
     size = torch.Size([frame.size for frame in inner]).numel() * shape.numel()
     dims = tuple((frame.dim, frame.size) for frame in inner)
-    weight = site_weight(site)
+    weight = site_weight(site).simplified
     local = LocalSite(
         name, transform, event_dim, shape, dims, tuple(f.name for f in inner), start, start + size, weight
     )

@@ -520,7 +520,7 @@ class StructureReader:
         for name, site in global_sites.items():
             check_periodic(name, site)
         observed, present = ({}, {}) if plate is None else observed_values(trace, frames[plate], missing)
-        weights = {name: site_weight(site) for name, site in global_sites.items()}
+        weights = {name: site_weight(site).simplified for name, site in global_sites.items()}
         return Structure(
             frames=frames,
             plate=plate,

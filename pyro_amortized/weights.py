@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,6 +58,13 @@ class SiteWeight:
         found = [mask for mask in masks if mask is not None]
         return None if not found else found[0] if len(found) == 1 else found[0] & found[1]
 
+    @property
+    def simplified(self) -> SiteWeight:
+        """The same without a scale that is a tensor of ones; reads its values, which traced code may not."""
+        if not isinstance(self.scale, Tensor) or not ((self.scale - 1.0).abs() < 1e-6).all():
+            return self
+        return replace(self, scale=1.0) if self.is_masked else NEUTRAL
+
     def same_as(self, other: SiteWeight) -> bool:
         """Whether mask and scale are the same, by value."""
         pairs = ((self.scale, other.scale), (self.handler_mask, other.handler_mask), (self.fn_mask, other.fn_mask))
@@ -106,9 +113,7 @@ def site_weight(site: Site) -> SiteWeight:
     for frame in site["cond_indep_stack"]:
         if frame.full_size and frame.full_size != frame.size:
             scale = scale * frame.size / frame.full_size
-    if isinstance(scale, Tensor):
-        scale = 1.0 if ((scale - 1.0).abs() < 1e-6).all() else scale
-    else:
+    if not isinstance(scale, Tensor):
         scale = 1.0 if abs(scale - 1.0) < 1e-6 else float(scale)
     if handler_mask is None and fn_mask is None and isinstance(scale, float) and scale == 1.0:
         return NEUTRAL
