@@ -18,6 +18,12 @@ from pyro_amortized import (
     IterativeAmortizedGuide,
     PerDatapointGuide,
     SemiAmortizedGuide,
+    collapse_report,
+    estimate_gaps,
+    log_evidence,
+    optimize_local,
+    simulate,
+    to_arviz,
 )
 
 X = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
@@ -97,6 +103,15 @@ def test_what_cannot_be_known_is_refused(Guide: Any) -> None:
         SVI(regression, guide, pyro.optim.Adam({}), Trace_ELBO()).step(X)
     with pytest.raises(ValueError, match=r"sites \['y'\] are latent in this call"):
         guide(X)
+
+
+@pytest.mark.parametrize("function", [estimate_gaps, log_evidence, collapse_report, optimize_local, to_arviz, simulate])
+@pytest.mark.parametrize("plate", [None, "data"])
+def test_diagnostics_want_the_data(function: Any, plate: str | None) -> None:
+    guide = trained(AmortizedGuide, regression, X, Y, encoder_input="x", plate=plate)
+    guide.median(X)
+    with pytest.raises(ValueError, match="are latent in this call|no observed site lies in it"):
+        function(regression, guide, (X,))
 
 
 def test_part_of_the_data_needs_an_encoder_that_shows_masks() -> None:

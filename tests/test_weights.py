@@ -406,6 +406,23 @@ def test_masks_and_scales_of_global_latents() -> None:
         AmortizedGuide(model, global_guide=AutoDiagonalNormal, name="joint")(x, y, False, 0.5)
 
 
+def test_entries_of_a_global_event_that_are_masked_count_in_neither_model_nor_guide() -> None:
+    present = torch.tensor([True, False, True])
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).mask(present).to_event(1))
+        pyro.sample("x", dist.Normal(z[present].sum(), 1.0), obs=torch.tensor(1.0))
+
+    guide = AmortizedGuide(model)
+    trace = poutine.trace(guide).get_trace()
+    loc, scale = (getattr(guide.global_guide, name).z.detach() for name in ("locs", "scales"))
+    z = trace.nodes["z"]["value"].detach()
+    terms = dist.Normal(0.0, 1.0).log_prob(z) - dist.Normal(loc, scale).log_prob(z)
+    expected = terms[present].sum() + dist.Normal(z[present].sum(), 1.0).log_prob(torch.tensor(1.0))
+    assert Trace_ELBO().loss(model, poutine.replay(guide, trace)) == pytest.approx(-float(expected), rel=1e-10)
+    assert abs(terms[1]) > 1e-3, "the masked entry would not show"
+
+
 def test_a_mask_costs_one_run_of_the_model() -> None:
     x, present = data()
     runs = []

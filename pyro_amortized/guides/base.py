@@ -652,10 +652,12 @@ class LocalGuide(AutoGuide):
 
     # What is known of the posterior
 
-    def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Structure, Tensor]:
-        """The structure of a call and phi, outside any inference of the caller."""
+    def _infer(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, predicting: bool = False
+    ) -> tuple[Structure, Tensor]:
+        """The structure of a call and phi, outside any inference of the caller; ``predicting`` as in `_prepare`."""
         with isolated():
-            call = self._prepare(args, kwargs, predicting=True)
+            call = self._prepare(args, kwargs, predicting=predicting)
             self._require_data(call)
             if call.structure.layout is None:
                 raise ValueError(
@@ -673,7 +675,7 @@ class LocalGuide(AutoGuide):
         Returns:
             phi of shape ``(N, P)``.
         """
-        return self._infer(args, kwargs)[1]
+        return self._infer(args, kwargs, predicting=True)[1]
 
     def posterior(self, *args: Any, **kwargs: Any) -> dist.TorchDistribution:
         """q(z | x) over the flat unconstrained latent.
