@@ -759,7 +759,7 @@ class _LargestTensor(TorchDispatchMode):
 
 def test_report_of_a_large_codebook_takes_little_memory() -> None:
     model, _, guide = setup(data(40))
-    found = find_codes(model, guide.eval(), (data(40),), None, False)
+    found = find_codes(model, guide.eval(), (data(40),), None, None, False)
     found.num_codes, (count, positions) = 1000, found.codes.shape
     found.codes = torch.randint(0, 1000, (count, positions))
     settings = {"threshold": 0.01, "epsilon": 0.01, "delta": 0.01}

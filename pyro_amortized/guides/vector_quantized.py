@@ -260,7 +260,9 @@ class VectorQuantizedGuide(AmortizedGuide):
             codes = self._codebook.nearest(self._features(call))
             return call.structure, code_place(call.structure.discrete[0]), codes
 
-    def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Structure, Tensor]:
+    def _infer(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, predicting: bool = False
+    ) -> tuple[Structure, Tensor]:
         raise ValueError(
             "Cannot give variational parameters per datapoint because q has one possible value, the nearest codes; try "
             "guide.codes(...) and collapse_report(...)."
