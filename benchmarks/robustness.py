@@ -197,8 +197,8 @@ def run(job: tuple[str, str, float, int], num_steps: int = NUM_STEPS) -> Run:
                 elbo = mean(-loss.loss(problem.model, guide, *problem.train) / size for _ in range(NUM_PARTICLES))
             elbo = elbo if math.isfinite(elbo) else None
             return Run(name, guide_name, lr, seed, max(losses[1:30]), elbo, seconds)
-    except (ValueError, RuntimeError):
-        pass
+    except (ValueError, RuntimeError) as error:  # a run that fails is a result
+        print(f"{name}, {guide_name}, lr {lr:g}, seed {seed}: {str(error).splitlines()[0]}", file=sys.stderr)
     return Run(name, guide_name, lr, seed, max([*losses[1:30], 0.0]), None, time.perf_counter() - start)
 
 

@@ -98,6 +98,14 @@ def encoder_inputs(
         known = {} if known is None else known
         found = [_argument(name, model, call, known) for name in ([spec] if isinstance(spec, str) else spec)]
     inputs = tuple(found) if isinstance(found, list | tuple) else (found,)
+    absent = [x is None for x in inputs] if call.structure.missing else []
+    if absent and all(absent):
+        return ()
+    if any(absent):
+        raise ValueError(
+            f"Cannot infer latents from part of what encoder_input={spec!r} gives because the rest is None in this "
+            f"call, where {[*call.structure.missing]} are not observed; try all of it, or none for their prior."
+        )
     kinds = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in inputs]
     if not inputs or not all(isinstance(x, Tensor) and x.numel() for x in inputs) or not any(kinds):
         raise ValueError(

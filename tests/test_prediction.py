@@ -114,6 +114,16 @@ def test_diagnostics_want_the_data(function: Any, plate: str | None) -> None:
         function(regression, guide, (X,))
 
 
+@pytest.mark.parametrize("encoder_input", ["y", lambda x, y=None: y])
+def test_an_encoder_of_arguments_that_are_not_given_leaves_latents_to_the_prior(encoder_input: Any) -> None:
+    guide = trained(AmortizedGuide, regression, X, Y, encoder_input=encoder_input)
+    found = Predictive(regression, guide=guide, num_samples=2000, parallel=True)(X[:5])
+    assert abs((found["z"] - found["weight"] * X[:5].sum(-1)).var() - 1) < 4 * (2 / 10000) ** 0.5
+    both = trained(AmortizedGuide, regression, X, Y, encoder_input=["x", "y"], name="both")
+    with pytest.raises(ValueError, match=r"part of what encoder_input=\['x', 'y'\] gives.*all of it, or none"):
+        both.median(X[:5])
+
+
 def test_part_of_the_data_needs_an_encoder_that_shows_masks() -> None:
     guide = trained(AmortizedGuide, two_views, X, Y)
     with pytest.raises(ValueError, match=r"part of the data because sites \['y'\].*mask"):

@@ -557,8 +557,11 @@ class LocalGuide(AutoGuide):
             ValueError: If some are, and the encoder cannot tell those at hand from the others.
         """
         structure = call.structure
-        if not structure.missing or structure.layout is None or not self._needs_observed:
+        if not structure.missing or structure.layout is None or not self._needs_inputs:
             return False
+        if not self._needs_observed:
+            with isolated():
+                return not self._inputs(call)
         seen = [name for name in structure.observed or {} if name not in self._hidden]
         missing = [name for name in structure.missing if name in seen]
         if len(missing) == len(seen):
