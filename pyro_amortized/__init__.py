@@ -22,7 +22,7 @@ from pyro_amortized.diagnostics import (
     psis,
     simulate,
 )
-from pyro_amortized.encoders import DeepSetEncoder, MLPEncoder
+from pyro_amortized.encoders import Codebook, DeepSetEncoder, MLPEncoder
 from pyro_amortized.export import posterior_summary, to_arviz
 from pyro_amortized.families import (
     Flow,
@@ -41,7 +41,6 @@ from pyro_amortized.guides import (
     SemiAmortizedGuide,
     VectorQuantizedGuide,
 )
-from pyro_amortized.quantization import Codebook
 from pyro_amortized.updates import Adam, GradientAscent, LearnedUpdate, NaturalGradient, Newton, UpdateRule
 
 __version__ = "0.1.0"

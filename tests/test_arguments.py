@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_amortized import AmortizedGuide, MLPEncoder, PerDatapointGuide, estimate_gaps, log_evidence, to_arviz
-from pyro_amortized.arguments import Arguments
 from pyro_amortized.diagnostics.problem import bind
-from pyro_amortized.influence import DatapointAxes
-from pyro_amortized.log_joint import LocalLogJoint
+from pyro_amortized.objective.log_joint import LocalLogJoint
+from pyro_amortized.structure.arguments import Arguments
+from pyro_amortized.structure.influence import DatapointAxes
 
 pytestmark = pytest.mark.usefixtures("_float64")
 

@@ -9,7 +9,7 @@ from models import LinearGaussian
 from torch import Tensor
 
 from pyro_amortized import AmortizedGuide, PerDatapointGuide, evidence_bounds
-from pyro_amortized.diagnostics import bounds
+from pyro_amortized.diagnostics.evidence import bounds
 
 pytestmark = pytest.mark.usefixtures("_float64")
 

@@ -25,7 +25,7 @@ from pyro_amortized import (
     SemiAmortizedGuide,
     calibrate,
 )
-from pyro_amortized.diagnostics.uniformity import holm, simultaneous_band, uniformity_test
+from pyro_amortized.diagnostics.calibration.uniformity import holm, simultaneous_band, uniformity_test
 
 matplotlib.use("Agg")
 pytestmark = pytest.mark.usefixtures("_float64")

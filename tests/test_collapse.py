@@ -22,7 +22,7 @@ from pyro_amortized import (
     PerDatapointGuide,
     SemiAmortizedGuide,
 )
-from pyro_amortized.diagnostics.collapse import CollapseReport, collapse_report
+from pyro_amortized.diagnostics.collapse.collapse import CollapseReport, collapse_report
 from pyro_amortized.families.base import VariationalFamily
 
 matplotlib.use("Agg")

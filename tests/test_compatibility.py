@@ -28,7 +28,7 @@ from compatibility import (
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 
-from pyro_amortized.tracing import PlateFrame
+from pyro_amortized.structure.plates import PlateFrame
 
 TITLES = [structure.title for structure in STRUCTURES]
 REFUSALS = (

@@ -12,8 +12,8 @@ from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, TraceMeanFie
 from torch import Tensor, nn
 
 from pyro_amortized import AmortizedGuide, DiscreteAmortizedGuide, MLPEncoder
-from pyro_amortized.discrete import discrete_sites, distribution
-from pyro_amortized.tracing import probe
+from pyro_amortized.structure.discrete import discrete_sites, distribution
+from pyro_amortized.structure.plates import probe
 
 pytestmark = pytest.mark.usefixtures("_float64")
 

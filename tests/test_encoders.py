@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_amortized import DeepSetEncoder, MLPEncoder
-from pyro_amortized.encoders import Head, StandardizedEncoder
+from pyro_amortized.encoders.layers import Head
+from pyro_amortized.encoders.standardize import StandardizedEncoder
 
 Build = Callable[..., StandardizedEncoder]
 

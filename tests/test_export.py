@@ -25,14 +25,7 @@ from pyro.ops.indexing import Vindex
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_amortized import (
-    AmortizedGuide,
-    IterativeAmortizedGuide,
-    Normal,
-    PerDatapointGuide,
-    SemiAmortizedGuide,
-    psis,
-)
+from pyro_amortized import AmortizedGuide, IterativeAmortizedGuide, Normal, PerDatapointGuide, SemiAmortizedGuide, psis
 from pyro_amortized.export import posterior_summary, to_arviz
 from pyro_amortized.export.runs import ModelRuns
 

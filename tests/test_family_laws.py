@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_amortized import AmortizedGuide, PerDatapointGuide, estimate_gaps, optimize_local
-from pyro_amortized.diagnostics import local_optimum
+from pyro_amortized.diagnostics.optimum import local_optimum
 from pyro_amortized.families import (
     Flow,
     LowRankMultivariateNormal,

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from pyro_amortized import AmortizedGuide, GradientAscent, SemiAmortizedGuide, estimate_gaps, optimize_local
 from pyro_amortized.families import Normal
-from pyro_amortized.graphs import GraphCache, Use
-from pyro_amortized.log_joint import LocalLogJoint
-from pyro_amortized.objective import LocalObjective
-from pyro_amortized.recording import record
-from pyro_amortized.structure import StructureReader
+from pyro_amortized.graphs.cache import GraphCache, Use
+from pyro_amortized.graphs.recording import record
+from pyro_amortized.objective.elbo import LocalObjective
+from pyro_amortized.objective.log_joint import LocalLogJoint
+from pyro_amortized.structure.reader import StructureReader
 
 
 class Slotted:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from pyro_amortized.diagnostics import importance
-from pyro_amortized.diagnostics.importance import psis, reliability_threshold
+from pyro_amortized.diagnostics.evidence import importance
+from pyro_amortized.diagnostics.evidence.importance import psis, reliability_threshold
 
 INF = math.inf
 NAN = math.nan

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_amortized.families import Normal
-from pyro_amortized.inference import Encoded, InferenceStrategy, PerDatapoint
+from pyro_amortized.inference.base import InferenceStrategy
+from pyro_amortized.inference.strategies import Encoded, PerDatapoint
 
 
 @pytest.fixture(autouse=True)

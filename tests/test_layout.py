@@ -10,8 +10,8 @@ from models import uniform_bounds
 from torch import Tensor
 
 from pyro_amortized import AmortizedGuide, PerDatapointGuide
-from pyro_amortized.layout import SiteLayout
-from pyro_amortized.tracing import probe
+from pyro_amortized.structure.layout import SiteLayout
+from pyro_amortized.structure.plates import probe
 
 pytestmark = pytest.mark.usefixtures("_float64")
 SIZE = 5

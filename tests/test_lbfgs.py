@@ -8,7 +8,7 @@ import torch
 from scipy import optimize
 from torch import Tensor
 
-from pyro_amortized.diagnostics.lbfgs import Minimum, minimize_rows
+from pyro_amortized.diagnostics.optimum.lbfgs import Minimum, minimize_rows
 
 Values = Callable[[Tensor, Tensor], Tensor]
 """(points ``(n, P)``, rows ``(n,)``) -> values ``(n,)``."""

@@ -18,11 +18,11 @@ from pyro_amortized import (
     SemiAmortizedGuide,
     estimate_gaps,
 )
-from pyro_amortized.diagnostics import local_optimum
+from pyro_amortized.diagnostics.optimum import local_optimum
 from pyro_amortized.diagnostics.problem import bind
 from pyro_amortized.families import Mixture, mixture
 from pyro_amortized.families.mixture import _search
-from pyro_amortized.log_joint import MAX_ROWS, LocalLogJoint
+from pyro_amortized.objective.log_joint import MAX_ROWS, LocalLogJoint
 
 
 def squares(x: Tensor) -> None:

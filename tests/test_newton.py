@@ -22,11 +22,13 @@ from pyro_amortized import (
     objective,
 )
 from pyro_amortized.families import Flow, LowRankMultivariateNormal
-from pyro_amortized.graphs import GraphCache
-from pyro_amortized.log_joint import LocalLogJoint
-from pyro_amortized.objective import LocalObjective
-from pyro_amortized.structure import StructureReader
-from pyro_amortized.updates import Adam, Curvature, rule_for
+from pyro_amortized.graphs.cache import GraphCache
+from pyro_amortized.objective.elbo import LocalObjective
+from pyro_amortized.objective.log_joint import LocalLogJoint
+from pyro_amortized.structure.reader import StructureReader
+from pyro_amortized.updates.base import Curvature
+from pyro_amortized.updates.gradient import Adam
+from pyro_amortized.updates.rules import rule_for
 
 pytestmark = pytest.mark.usefixtures("_float64")
 

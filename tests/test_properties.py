@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from pyro_amortized import AmortizedGuide, IterativeAmortizedGuide, PerDatapointGuide, SemiAmortizedGuide
-from pyro_amortized.layout import LocalSite
-from pyro_amortized.log_joint import LocalLogJoint
-from pyro_amortized.objective import LocalObjective
-from pyro_amortized.structure import Structure, StructureReader
-from pyro_amortized.tracing import PlateFrame
+from pyro_amortized.objective.elbo import LocalObjective
+from pyro_amortized.objective.log_joint import LocalLogJoint
+from pyro_amortized.structure.local_site import LocalSite
+from pyro_amortized.structure.plates import PlateFrame
+from pyro_amortized.structure.reader import StructureReader
+from pyro_amortized.structure.structure import Structure
 
 FULL_SIZE = 5
 INDEX = torch.tensor([3, 0, 4])
@@ -464,7 +465,7 @@ def wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def wrong_log_joint(monkeypatch: pytest.MonkeyPatch) -> None:
     """The per-datapoint log-joint leaves the model's own scales out."""
-    monkeypatch.setattr("pyro_amortized.log_joint._scaled", lambda log_prob, site, frame: log_prob)
+    monkeypatch.setattr("pyro_amortized.objective.log_joint._scaled", lambda log_prob, site, frame: log_prob)
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_amortized import AmortizedGuide, Codebook, CollapseReport, VectorQuantizedGuide, collapse_report
-from pyro_amortized.diagnostics.codes import codes_dataset, find_codes
+from pyro_amortized.diagnostics.collapse.codes import codes_dataset, find_codes
+from pyro_amortized.encoders.codebook import perplexity
 from pyro_amortized.guides import LocalGuide
-from pyro_amortized.quantization import perplexity
 
 matplotlib.use("Agg")
 pytestmark = pytest.mark.usefixtures("_float64")

@@ -45,12 +45,13 @@ from pyro_amortized import (
     estimate_gaps,
     graphs,
 )
-from pyro_amortized.graphs import GraphCache
-from pyro_amortized.inference import InferenceStrategy, Refined
-from pyro_amortized.log_joint import LocalLogJoint
-from pyro_amortized.objective import LocalObjective
-from pyro_amortized.structure import StructureReader
-from pyro_amortized.updates import Curvature
+from pyro_amortized.graphs.cache import GraphCache
+from pyro_amortized.inference.base import InferenceStrategy
+from pyro_amortized.inference.refined import Refined
+from pyro_amortized.objective.elbo import LocalObjective
+from pyro_amortized.objective.log_joint import LocalLogJoint
+from pyro_amortized.structure.reader import StructureReader
+from pyro_amortized.updates.base import Curvature
 
 FAMILIES = ["normal", "multivariate_normal", "low_rank_multivariate_normal"]
 OTHERS = ["first_order", "initial", "distill"]

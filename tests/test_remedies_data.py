@@ -29,7 +29,7 @@ from pyro_amortized import (
     simulate,
     to_arviz,
 )
-from pyro_amortized.diagnostics.importance import reliability_threshold
+from pyro_amortized.diagnostics.evidence.importance import reliability_threshold
 
 case = Cases()
 FEW = {"num_simulations": 20, "num_samples": 19}

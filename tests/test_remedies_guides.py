@@ -40,9 +40,10 @@ from pyro_amortized import (
     collapse_report,
     optimize_local,
 )
-from pyro_amortized.inference import PerDatapoint, Prior, Refined
+from pyro_amortized.inference.refined import Refined
+from pyro_amortized.inference.strategies import PerDatapoint, Prior
 from pyro_amortized.training import AggressiveEncoder, KLAnnealing, linear_schedule
-from pyro_amortized.updates import Adam
+from pyro_amortized.updates.gradient import Adam
 
 case = Cases()
 ENUM = TraceEnum_ELBO(max_plate_nesting=1)

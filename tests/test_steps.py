@@ -10,13 +10,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
-from pyro_amortized import (
-    AmortizedGuide,
-    IterativeAmortizedGuide,
-    PerDatapointGuide,
-    SemiAmortizedGuide,
-    estimate_gaps,
-)
+from pyro_amortized import AmortizedGuide, IterativeAmortizedGuide, PerDatapointGuide, SemiAmortizedGuide, estimate_gaps
 
 pytestmark = pytest.mark.usefixtures("_float64")
 

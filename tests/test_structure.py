@@ -13,9 +13,14 @@ from pyro.poutine import runtime
 from torch import Tensor
 
 from pyro_amortized import AmortizedGuide
-from pyro_amortized.arguments import Arguments
-from pyro_amortized.structure import Structure, StructureReader
-from pyro_amortized.tracing import ValueReads, call_key, isolated, probe, run_model, untouched
+from pyro_amortized.graphs.reads import ValueReads
+from pyro_amortized.structure.arguments import Arguments
+from pyro_amortized.structure.cache import call_key
+from pyro_amortized.structure.plates import probe
+from pyro_amortized.structure.reader import StructureReader
+from pyro_amortized.structure.running import isolated, run_model
+from pyro_amortized.structure.state import untouched
+from pyro_amortized.structure.structure import Structure
 
 
 @pytest.fixture(autouse=True)

@@ -24,10 +24,10 @@ from pyro_amortized import (
     estimate_gaps,
     optimize_local,
 )
-from pyro_amortized.dependence import posterior_parents
 from pyro_amortized.families import Structured, build_family
-from pyro_amortized.layout import SiteLayout
-from pyro_amortized.tracing import probe
+from pyro_amortized.structure.dependence import posterior_parents
+from pyro_amortized.structure.layout import SiteLayout
+from pyro_amortized.structure.plates import probe
 
 pytestmark = pytest.mark.usefixtures("_float64")
 

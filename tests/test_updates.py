@@ -19,7 +19,7 @@ from pyro_amortized import (
     UpdateRule,
 )
 from pyro_amortized.families import LowRankMultivariateNormal
-from pyro_amortized.updates import Curvature
+from pyro_amortized.updates.base import Curvature
 
 pytestmark = pytest.mark.usefixtures("_float64")
 

@@ -1,13 +1,13 @@
 """Diagnostics of amortized inference."""
 
-from pyro_amortized.diagnostics.bounds import evidence_bounds
-from pyro_amortized.diagnostics.calibration import CalibrationReport, calibrate
-from pyro_amortized.diagnostics.collapse import CollapseReport, collapse_report
-from pyro_amortized.diagnostics.comparison import GapComparison, compare_gaps
-from pyro_amortized.diagnostics.evidence import log_evidence
-from pyro_amortized.diagnostics.gaps import GapEstimate, estimate_gaps
-from pyro_amortized.diagnostics.importance import psis
-from pyro_amortized.diagnostics.local_optimum import LocalOptimum, optimize_local
+from pyro_amortized.diagnostics.calibration.calibration import CalibrationReport, calibrate
+from pyro_amortized.diagnostics.collapse.collapse import CollapseReport, collapse_report
+from pyro_amortized.diagnostics.evidence.bounds import evidence_bounds
+from pyro_amortized.diagnostics.evidence.evidence import log_evidence
+from pyro_amortized.diagnostics.evidence.importance import psis
+from pyro_amortized.diagnostics.gaps.comparison import GapComparison, compare_gaps
+from pyro_amortized.diagnostics.gaps.gaps import GapEstimate, estimate_gaps
+from pyro_amortized.diagnostics.optimum.local_optimum import LocalOptimum, optimize_local
 from pyro_amortized.diagnostics.simulation import Simulation, simulate
 
 __all__ = [

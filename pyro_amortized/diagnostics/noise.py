@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from pyro_amortized.families import VariationalFamily
-from pyro_amortized.tracing import untouched
+from pyro_amortized.structure.state import untouched
 
 __all__ = ["batch_seed", "draw", "generator", "quasi_normal", "seeded", "widening"]
 

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_amortized.batches import calls, is_single
 from pyro_amortized.checks import check_count, check_real, check_seed
+from pyro_amortized.diagnostics.batches import calls, is_single
 from pyro_amortized.diagnostics.noise import draw, generator, seeded
-from pyro_amortized.graphs import GraphCache
+from pyro_amortized.graphs.cache import GraphCache
 from pyro_amortized.guides import LocalGuide
-from pyro_amortized.log_joint import LocalLogJoint
-from pyro_amortized.objective import LocalObjective
-from pyro_amortized.structure import Structure, StructureReader
+from pyro_amortized.objective.elbo import LocalObjective
+from pyro_amortized.objective.log_joint import LocalLogJoint
+from pyro_amortized.structure.reader import StructureReader
+from pyro_amortized.structure.structure import Structure
 
 if TYPE_CHECKING:
     import xarray

@@ -18,15 +18,17 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_amortized.arguments import CallArguments, OwnArguments, Place
 from pyro_amortized.checks import check_count, check_seed
 from pyro_amortized.diagnostics.noise import generator, seeded
 from pyro_amortized.diagnostics.problem import LocalProblem, bind
 from pyro_amortized.diagnostics.substitution import SampleDatapoints
 from pyro_amortized.guides import LocalGuide
-from pyro_amortized.layout import SiteLayout
-from pyro_amortized.log_joint import LocalLogJoint
-from pyro_amortized.tracing import isolated, run_model, sample_sites, untouched
+from pyro_amortized.objective.log_joint import LocalLogJoint
+from pyro_amortized.structure.arguments import CallArguments, OwnArguments, Place
+from pyro_amortized.structure.layout import SiteLayout
+from pyro_amortized.structure.running import isolated, run_model
+from pyro_amortized.structure.sites import sample_sites
+from pyro_amortized.structure.state import untouched
 
 __all__ = ["Simulation", "Simulator", "simulate"]
 
@@ -190,7 +192,7 @@ class Simulator:
         args, kwargs = arguments.replaced([(place, observed[name]) for name, place in places.items()])
         with untouched():
             _check_same_model(part, trace, args, kwargs)
-            _check_inputs(self.guide, arguments.call, (args, kwargs))
+            check_inputs(self.guide, arguments.call, (args, kwargs))
         latents = part.layout.flatten({site.name: nodes[site.name]["value"] for site in part.layout.sites})
         _check_finite(part.layout, latents, observed)
         return Simulation(args, kwargs, latents, observed, rows)
@@ -279,7 +281,7 @@ def _inputs(guide: LocalGuide, call: CallArguments) -> tuple[Tensor, ...]:
         return guide._inputs(guide._prepare(*call)) if guide._needs_inputs else ()
 
 
-def _check_inputs(guide: LocalGuide, before: tuple[Any, Any], after: tuple[Any, Any]) -> None:
+def check_inputs(guide: LocalGuide, before: tuple[Any, Any], after: tuple[Any, Any]) -> None:
     """Refuses a guide that looks elsewhere for the data than the simulated ones are."""
     if not guide._needs_inputs:
         return

@@ -7,7 +7,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_amortized.tracing import Site
+from pyro_amortized.structure.running import Site
 
 __all__ = ["SampleDatapoints"]
 

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_amortized.arguments import Arguments
-from pyro_amortized.diagnostics.importance import psis
+from pyro_amortized.diagnostics.evidence.importance import psis
 from pyro_amortized.export.groups import Group, label, label_arguments, to_numpy
 from pyro_amortized.export.runs import Draws, ModelRuns, Pass, Results
-from pyro_amortized.influence import PlateLogProbs
-from pyro_amortized.log_joint import chunks
+from pyro_amortized.objective.log_joint import chunks
+from pyro_amortized.structure.arguments import Arguments
+from pyro_amortized.structure.influence import PlateLogProbs
 
 __all__ = ["Batch", "Options"]
 

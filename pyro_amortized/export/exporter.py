@@ -12,13 +12,13 @@ from torch import Tensor
 
 from pyro_amortized.diagnostics.noise import draw, generator, seeded
 from pyro_amortized.diagnostics.problem import bind, check_model, check_same_model
-from pyro_amortized.encoder_inputs import named_arguments
 from pyro_amortized.export.batch import Batch, Options
 from pyro_amortized.export.groups import to_dataset
 from pyro_amortized.export.runs import Draws, Mode, ModelRuns
 from pyro_amortized.guides import LocalGuide
-from pyro_amortized.structure import Structure
-from pyro_amortized.tracing import isolated, run_model
+from pyro_amortized.structure.running import isolated, run_model
+from pyro_amortized.structure.signature import named_arguments
+from pyro_amortized.structure.structure import Structure
 
 if TYPE_CHECKING:
     import xarray

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from pyro_amortized.diagnostics.report import join
 from pyro_amortized.export.runs import SiteShape
-from pyro_amortized.influence import PlateLogProbs
-from pyro_amortized.structure import Structure
-from pyro_amortized.tracing import PlateFrame
+from pyro_amortized.structure.influence import PlateLogProbs
+from pyro_amortized.structure.plates import PlateFrame
+from pyro_amortized.structure.structure import Structure
 
 if TYPE_CHECKING:
     import xarray
@@ -171,7 +171,7 @@ def join_group(name: str, parts: list[xarray.Dataset], plate: str | None) -> xar
         once = [v for v in once if all(v in part and part[v].equals(first[v]) for part in parts)]
     elif name == "observed_data":
         _check_outside(first[once], parts, plate)
-    _check_sizes(name, [part[along] for part in parts], plate)
+    check_sizes(name, [part[along] for part in parts], plate)
     kept = first[once]
     if not along:
         return kept
@@ -197,7 +197,7 @@ def _has_sizes(dims: Sequence[Any], value: xarray.Variable, part: xarray.Dataset
     return len(dims) == value.ndim and all(part.sizes.get(dim, size) == size for dim, size in pairs)
 
 
-def _check_sizes(name: str, parts: Sequence[xarray.Dataset], plate: str | None) -> None:
+def check_sizes(name: str, parts: Sequence[xarray.Dataset], plate: str | None) -> None:
     for part in parts:
         for dim, size in parts[0].sizes.items():
             if dim != plate and part.sizes[dim] != size:

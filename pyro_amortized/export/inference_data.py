@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pyro_amortized.batches import ModelArgs, ToArgs, calls, num_calls
 from pyro_amortized.checks import check_count, check_seed
+from pyro_amortized.diagnostics.batches import ModelArgs, ToArgs, calls, num_calls
 from pyro_amortized.diagnostics.problem import progress_bar
 from pyro_amortized.export.batch import Options
 from pyro_amortized.export.exporter import Exporter, check_guide

@@ -11,8 +11,8 @@ from pyro.ops.contract import contract_tensor_tree
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_amortized.layout import is_data
-from pyro_amortized.tracing import Site, sample_sites
+from pyro_amortized.structure.running import Site
+from pyro_amortized.structure.sites import is_data, sample_sites
 
 __all__ = ["log_likelihood"]
 

@@ -20,11 +20,12 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_amortized.export.likelihood import log_likelihood
-from pyro_amortized.layout import is_data, latent_sites
-from pyro_amortized.log_joint import LocalLogJoint
-from pyro_amortized.outside import check_outside
-from pyro_amortized.structure import Structure
-from pyro_amortized.tracing import Site, batch_depth, isolated, probe, run_model, sample_sites
+from pyro_amortized.objective.checks import check_outside
+from pyro_amortized.objective.log_joint import LocalLogJoint
+from pyro_amortized.structure.plates import batch_depth, probe
+from pyro_amortized.structure.running import Site, isolated, run_model
+from pyro_amortized.structure.sites import is_data, latent_sites, sample_sites
+from pyro_amortized.structure.structure import Structure
 
 __all__ = ["Draws", "Mode", "ModelRuns", "Pass", "Results", "SiteShape"]
 

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from pyro_amortized.encoder_inputs import check_finite_inputs
-from pyro_amortized.encoders import Head, MLPEncoder, StandardizedEncoder
+from pyro_amortized.encoders.layers import Head
+from pyro_amortized.encoders.mlp import MLPEncoder
+from pyro_amortized.encoders.standardize import StandardizedEncoder
 from pyro_amortized.families import Normal, Structured
 from pyro_amortized.guides.base import GuideOptions, LocalGuide
-from pyro_amortized.inference import Encoded, InferenceStrategy, check_output
-from pyro_amortized.structure import Structure
+from pyro_amortized.guides.inputs import check_finite_inputs
+from pyro_amortized.inference.base import InferenceStrategy
+from pyro_amortized.inference.strategies import Encoded, check_output
+from pyro_amortized.structure.structure import Structure
 
 __all__ = ["AmortizedGuide"]
 

@@ -22,19 +22,35 @@ from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
 from pyro_amortized.checks import check_count, check_probabilities
-from pyro_amortized.dependence import posterior_parents
-from pyro_amortized.encoder_inputs import Call, EncoderInput, encoder_inputs, named_function
 from pyro_amortized.families import Normal, Structured, VariationalFamily, build_family
 from pyro_amortized.families.base import FamilySpec, check_family_spec
+from pyro_amortized.guides.call import Call
+from pyro_amortized.guides.inputs import EncoderInput, encoder_inputs
 from pyro_amortized.guides.options import check_initial, check_initial_value, check_options, check_state, created_plates
-from pyro_amortized.inference import InferenceStrategy, Refined, start_of
-from pyro_amortized.layout import SiteLayout, check_continuous, is_enumerated
-from pyro_amortized.observed import WholeObservations
-from pyro_amortized.sampling import KeepLogDensity, add_gradient, check_scaled_once, log_conditionals, sample_local
-from pyro_amortized.simulated import simulated_call, takes_observations
-from pyro_amortized.structure import Structure, StructureReader, check_observed, check_steady
-from pyro_amortized.tracing import Feasible, is_predicting, isolated, run_model, untouched
-from pyro_amortized.updates import UpdateRule, rule_for
+from pyro_amortized.guides.sampling import (
+    KeepLogDensity,
+    add_gradient,
+    check_scaled_once,
+    log_conditionals,
+    sample_local,
+)
+from pyro_amortized.guides.simulated import simulated_call, takes_observations
+from pyro_amortized.inference.base import InferenceStrategy
+from pyro_amortized.inference.refined import Refined, start_of
+from pyro_amortized.structure.dependence import posterior_parents
+from pyro_amortized.structure.layout import SiteLayout
+from pyro_amortized.structure.local_site import check_continuous
+from pyro_amortized.structure.observed import check_observed
+from pyro_amortized.structure.reader import StructureReader
+from pyro_amortized.structure.running import Feasible, is_predicting, isolated, run_model
+from pyro_amortized.structure.signature import named_function
+from pyro_amortized.structure.sites import is_enumerated
+from pyro_amortized.structure.state import untouched
+from pyro_amortized.structure.steady import check_steady
+from pyro_amortized.structure.structure import Structure
+from pyro_amortized.structure.whole import WholeObservations
+from pyro_amortized.updates.base import UpdateRule
+from pyro_amortized.updates.rules import rule_for
 
 if TYPE_CHECKING:
     from pyro_amortized.guides.semi_amortized import SemiAmortizedGuide

@@ -11,17 +11,19 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from pyro_amortized.checks import check_positive
-from pyro_amortized.discrete import DiscreteSite, check_inference, mode, one_hot, sample_discrete
-from pyro_amortized.encoder_inputs import Call
-from pyro_amortized.encoders import Head, hidden_layers
+from pyro_amortized.encoders.layers import Head, hidden_layers
 from pyro_amortized.families import Normal
 from pyro_amortized.guides.amortized import AmortizedGuide
 from pyro_amortized.guides.base import GuideOptions
-from pyro_amortized.inference import InferenceStrategy
-from pyro_amortized.layout import LocalSite, SiteLayout
-from pyro_amortized.sampling import sample_local
-from pyro_amortized.structure import Structure, StructureReader
-from pyro_amortized.tracing import isolated
+from pyro_amortized.guides.call import Call
+from pyro_amortized.guides.sampling import sample_local
+from pyro_amortized.inference.base import InferenceStrategy
+from pyro_amortized.structure.discrete import DiscreteSite, check_inference, mode, one_hot, sample_discrete
+from pyro_amortized.structure.layout import SiteLayout
+from pyro_amortized.structure.local_site import LocalSite
+from pyro_amortized.structure.reader import StructureReader
+from pyro_amortized.structure.running import isolated
+from pyro_amortized.structure.structure import Structure
 
 __all__ = ["DiscreteAmortizedGuide"]
 

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from pyro_amortized.guides.refining import RefiningGuide, RefiningOptions, check_update
-from pyro_amortized.inference import InferenceStrategy, Prior
-from pyro_amortized.structure import Structure
-from pyro_amortized.updates import LearnedUpdate, UpdateRule
+from pyro_amortized.inference.base import InferenceStrategy
+from pyro_amortized.inference.strategies import Prior
+from pyro_amortized.structure.structure import Structure
+from pyro_amortized.updates.base import UpdateRule
+from pyro_amortized.updates.learned import LearnedUpdate
 
 __all__ = ["IterativeAmortizedGuide"]
 

@@ -10,7 +10,8 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
 from pyro_amortized.checks import check_function, check_positive
-from pyro_amortized.tracing import PlateFrame, Site
+from pyro_amortized.structure.plates import PlateFrame
+from pyro_amortized.structure.running import Site
 
 __all__ = ["check_initial", "check_initial_value", "check_options", "check_state", "created_plates"]
 

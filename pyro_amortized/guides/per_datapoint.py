@@ -11,8 +11,9 @@ from typing_extensions import Unpack
 
 from pyro_amortized.checks import check_flag
 from pyro_amortized.guides.base import GuideOptions, LocalGuide
-from pyro_amortized.inference import InferenceStrategy, PerDatapoint
-from pyro_amortized.structure import Structure
+from pyro_amortized.inference.base import InferenceStrategy
+from pyro_amortized.inference.strategies import PerDatapoint
+from pyro_amortized.structure.structure import Structure
 
 __all__ = ["PerDatapointGuide"]
 

@@ -11,15 +11,18 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from pyro_amortized.checks import check_count, check_flag
-from pyro_amortized.encoder_inputs import Call
-from pyro_amortized.graphs import GraphCache
+from pyro_amortized.graphs.cache import GraphCache
 from pyro_amortized.guides.amortized import AmortizedGuide
 from pyro_amortized.guides.base import GuideOptions
-from pyro_amortized.inference import InferenceStrategy, Prior, Refined, start_of
-from pyro_amortized.log_joint import LocalLogJoint, Mode
-from pyro_amortized.objective import ESTIMATORS, LocalObjective
-from pyro_amortized.tracing import call_key, kept_state, modes_of_modules, untouched
-from pyro_amortized.updates import UpdateRule
+from pyro_amortized.guides.call import Call
+from pyro_amortized.inference.base import InferenceStrategy
+from pyro_amortized.inference.refined import Refined, start_of
+from pyro_amortized.inference.strategies import Prior
+from pyro_amortized.objective.elbo import ESTIMATORS, LocalObjective
+from pyro_amortized.objective.log_joint import LocalLogJoint, Mode
+from pyro_amortized.structure.cache import call_key
+from pyro_amortized.structure.state import kept_state, modes_of_modules, untouched
+from pyro_amortized.updates.base import UpdateRule
 
 __all__ = ["RefiningGuide", "RefiningOptions", "check_update"]
 

@@ -12,9 +12,12 @@ from pyro_amortized.checks import check_flag
 from pyro_amortized.families import Normal
 from pyro_amortized.guides.base import LocalGuide
 from pyro_amortized.guides.refining import RefiningGuide, RefiningOptions, check_update
-from pyro_amortized.inference import ENCODER_GRADIENTS, InferenceStrategy, Prior
-from pyro_amortized.structure import Structure
-from pyro_amortized.updates import Adam, NaturalGradient, UpdateRule
+from pyro_amortized.inference.base import InferenceStrategy
+from pyro_amortized.inference.refined import ENCODER_GRADIENTS
+from pyro_amortized.inference.strategies import Prior
+from pyro_amortized.structure.structure import Structure
+from pyro_amortized.updates.base import UpdateRule
+from pyro_amortized.updates.gradient import Adam, NaturalGradient
 
 __all__ = ["SemiAmortizedGuide"]
 

@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from pyro_amortized.checks import check_real
-from pyro_amortized.discrete import DiscreteSite
-from pyro_amortized.encoder_inputs import Call
+from pyro_amortized.encoders.codebook import Codebook, Quantized
 from pyro_amortized.guides.amortized import AmortizedGuide
 from pyro_amortized.guides.base import GuideOptions
-from pyro_amortized.inference import InferenceStrategy
-from pyro_amortized.layout import LocalSite
-from pyro_amortized.quantization import Codebook, Quantized
-from pyro_amortized.sampling import add_gradient
-from pyro_amortized.structure import Structure, StructureReader
-from pyro_amortized.tracing import isolated
+from pyro_amortized.guides.call import Call
+from pyro_amortized.guides.sampling import add_gradient
+from pyro_amortized.inference.base import InferenceStrategy
+from pyro_amortized.structure.discrete import DiscreteSite
+from pyro_amortized.structure.local_site import LocalSite
+from pyro_amortized.structure.reader import StructureReader
+from pyro_amortized.structure.running import isolated
+from pyro_amortized.structure.structure import Structure
 
 __all__ = ["VectorQuantizedGuide"]
 

@@ -1,8 +1,8 @@
 """Remedies for posterior collapse, each usable in any SVI loop: annealing, free bits, capacity, aggressive encoders."""
 
 from pyro_amortized.training.aggressive import AggressiveEncoder
-from pyro_amortized.training.annealing import KLAnnealing, cyclical_schedule, linear_schedule, sigmoid_schedule
-from pyro_amortized.training.objectives import CapacityELBO, FreeBitsELBO
+from pyro_amortized.training.elbos import CapacityELBO, FreeBitsELBO
+from pyro_amortized.training.kl_annealing import KLAnnealing, cyclical_schedule, linear_schedule, sigmoid_schedule
 
 __all__ = [
     "AggressiveEncoder",

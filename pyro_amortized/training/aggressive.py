@@ -12,7 +12,7 @@ from pyro.infer.util import torch_item, zero_grads
 from torch import Tensor
 
 from pyro_amortized.checks import check_count
-from pyro_amortized.diagnostics.divergence import mutual_information
+from pyro_amortized.diagnostics.collapse.divergence import mutual_information
 from pyro_amortized.diagnostics.noise import generator, seeded
 from pyro_amortized.guides import LocalGuide
 

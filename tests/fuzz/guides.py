@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import pyro_amortized
 from pyro_amortized import GradientAscent
-from pyro_amortized.encoders import Head
+from pyro_amortized.encoders.layers import Head
 
 __all__ = ["Stored", "build", "hold", "latent_dim"]
 

@@ -14,9 +14,9 @@ from structures import Structure, generate
 from torch import Tensor
 
 from pyro_amortized.guides.base import LocalGuide
-from pyro_amortized.layout import LocalSite
-from pyro_amortized.log_joint import LocalLogJoint
-from pyro_amortized.tracing import PlateFrame
+from pyro_amortized.objective.log_joint import LocalLogJoint
+from pyro_amortized.structure.local_site import LocalSite
+from pyro_amortized.structure.plates import PlateFrame
 
 SLOW_GUIDES = ("SemiAmortizedGuide", "IterativeAmortizedGuide")
 SLOW_CHECKS = ("refined", "evidence", "gaps", "traced", "gradient", "outside")

@@ -1,0 +1,148 @@
+"""A data set that comes in batches: what every function that takes ``model_args`` makes of a ``DataLoader``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+
+from pyro_amortized.structure.signature import named_function
+
+__all__ = ["ModelArgs", "ToArgs", "calls", "num_calls"]
+
+ModelArgs = Sequence[Any] | Iterable[Any]
+"""The positional arguments of one call, as a tuple or list; or a ``DataLoader`` (any iterable but these) of batches."""
+
+
+ToArgs = Callable[[Any], Any]
+"""From a batch to positional arguments, a tuple, or to a pair ``(args, kwargs)``."""
+
+
+def is_single(model_args: ModelArgs) -> bool:
+    """Whether these are the arguments of one call, and not an iterable of batches."""
+    return isinstance(model_args, tuple | list)
+
+
+def _is_shuffled(loader: DataLoader[Any]) -> bool:
+    samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
+    return any(isinstance(x, RandomSampler | SubsetRandomSampler | WeightedRandomSampler) for x in samplers)
+
+
+def num_calls(model_args: ModelArgs) -> int | None:
+    """Number of calls, or None if an iterable does not tell."""
+    if is_single(model_args):
+        return 1
+    try:
+        return len(model_args)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def calls(
+    model_args: ModelArgs,
+    model_kwargs: Mapping[str, Any] | None = None,
+    to_args: ToArgs | None = None,
+    model: Callable[..., Any] | None = None,
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The arguments of every call: of the only one, or of one per batch.
+
+    A batch that is a tuple or list holds the positional arguments, as those of a ``TensorDataset`` do; a mapping holds
+    keyword arguments; anything else is the only argument. Where batches hold something else, ``to_args`` says what.
+
+    Args:
+        model_args: The positional arguments of one call, or a ``DataLoader``.
+        model_kwargs: Keyword arguments of every call.
+        to_args: From a batch to the positional arguments, or a pair of these and keyword arguments.
+        model: The model, to tell whether it takes what the batches hold.
+
+    Yields:
+        Positional and keyword arguments.
+
+    Raises:
+        ValueError: If the argument is a bare tensor, a loader shuffles, there is no batch, or the model does not take
+            what the batches hold.
+    """
+    if not isinstance(model_kwargs, Mapping | None):
+        raise ValueError(
+            f"Cannot call the model with model_kwargs=<{type(model_kwargs).__name__}> because keyword arguments are "
+            "passed "
+            'as a dict; try {"x": x}.'
+        )
+    kwargs = dict(model_kwargs or {})
+    if isinstance(model_args, Tensor | Mapping | str):
+        raise ValueError(
+            f"Cannot call the model with model_args=<{type(model_args).__name__}> because positional arguments are "
+            "passed as a tuple; try (x,), model_kwargs={...} for keyword arguments, or a DataLoader of batches."
+        )
+    if is_single(model_args):
+        yield tuple(model_args), kwargs
+        return
+    if not isinstance(model_args, Iterable):
+        raise ValueError(
+            f"Cannot call the model with model_args=<{type(model_args).__name__}> because positional arguments are "
+            "passed as a tuple; try (x,)."
+        )
+    if isinstance(model_args, DataLoader) and _is_shuffled(model_args):
+        raise ValueError(
+            "Cannot tell which datapoint a result belongs to because the DataLoader shuffles; try shuffle=False."
+        )
+    empty = True
+    for batch in model_args:
+        empty = False
+        args, named = _arguments(batch, to_args)
+        _check_taken(model, batch, args, {**kwargs, **named}, to_args)
+        yield args, {**kwargs, **named}
+    if empty:
+        raise ValueError("Cannot go through the data because the loader has no batches; try one that has some.")
+
+
+def _arguments(batch: Any, to_args: ToArgs | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a batch."""
+    if to_args is None:
+        if isinstance(batch, Mapping):
+            return (), dict(batch)
+        return tuple(batch) if isinstance(batch, tuple | list) else (batch,), {}
+    found = to_args(batch)
+    if isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], tuple) and isinstance(found[1], Mapping):
+        return found[0], dict(found[1])
+    if not isinstance(found, tuple):
+        raise ValueError(
+            f"Cannot call the model with what to_args makes of a batch, {_structure(found)}, because positional "
+            "arguments are wanted as a tuple, or a pair of these and a dict; try to_args=lambda batch: (batch[0],)."
+        )
+    return found, {}
+
+
+def _check_taken(
+    model: Callable[..., Any] | None, batch: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], to_args: Any
+) -> None:
+    """Raises a ValueError that shows the batch unless the model takes such arguments."""
+    try:
+        signature = inspect.signature(named_function(model))
+    except (TypeError, ValueError):  # no model, or one that Python cannot look into
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        remedy = "lambda batch: (batch[0],)"
+        if isinstance(batch, Mapping):
+            taken = [name for name in batch if name in signature.parameters] or list(batch)[:1]
+            remedy = "lambda batch: (" + "".join(f"batch[{name!r}], " for name in taken).rstrip(" ") + ")"
+        raise ValueError(
+            f"Cannot call the model, which takes {signature}, with batches of {_structure(batch)}"
+            f"{' as to_args turns them' if to_args is not None else ''} because of {error}; try to_args={remedy}."
+        ) from error
+
+
+def _structure(value: Any) -> str:
+    """What a batch holds, in words."""
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name!r}: {_structure(part)}" for name, part in value.items()) + "}"
+    if isinstance(value, tuple | list):
+        return "(" + ", ".join(map(_structure, value)) + ")"
+    return type(value).__name__

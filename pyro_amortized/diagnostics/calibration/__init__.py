@@ -1,0 +1,1 @@
+"""Can the posterior's intervals be believed?"""

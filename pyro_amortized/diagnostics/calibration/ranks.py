@@ -1,0 +1,70 @@
+"""Ranks of the true latents of simulated data among draws from a guide."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_amortized.diagnostics.noise import draw, seeded
+from pyro_amortized.diagnostics.problem import LocalProblem
+from pyro_amortized.diagnostics.simulation import Simulation
+from pyro_amortized.guides import LocalGuide
+from pyro_amortized.objective.log_joint import chunks
+from pyro_amortized.structure.structure import Structure
+
+__all__ = ["prior_location", "ranks"]
+
+
+@torch.no_grad()
+def ranks(
+    guide: LocalGuide,
+    original: LocalProblem,
+    simulation: Simulation,
+    prior: tuple[Tensor, Tensor],
+    num_samples: int,
+    rng: torch.Generator,
+) -> Tensor:
+    """Ranks of the true value of every quantity among draws from the guide, ties broken at random, ``(S, Q)``.
+
+    Reference points are draws from a normal with the prior's mean and standard deviation.
+    """
+    structure, phi = _infer(guide, simulation, rng)
+    log_joint = original.objective.log_joint.of_call(simulation.args, simulation.kwargs, structure)
+    family = original.objective.family
+    loc, scale = prior
+    reference = loc + scale * torch.randn(simulation.latents.shape, generator=rng, dtype=torch.float64).to(scale)
+
+    def quantities(z: Tensor) -> Tensor:
+        log_q = family(phi).log_prob(z)
+        distance = ((z - reference) / scale).square().sum(-1)
+        others = torch.stack([part.to(z) for part in (log_joint.plain(z), log_q, distance)], -1)
+        return torch.cat([z, others.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)], -1)
+
+    truth = quantities(simulation.latents.to(phi).unsqueeze(0))
+    below, equal = torch.zeros(truth.shape[1:]), torch.zeros(truth.shape[1:])
+    for piece in chunks(num_samples, len(phi)):
+        values = quantities(draw(family, phi, piece.stop - piece.start, rng))
+        below += (values < truth).sum(0).cpu()
+        equal += (values == truth).sum(0).cpu()
+    ties = torch.rand(equal.shape, generator=rng, dtype=torch.float64) * (equal + 1)
+    return below.long() + ties.floor().long()
+
+
+def _infer(guide: LocalGuide, simulation: Simulation, rng: torch.Generator) -> tuple[Structure, Tensor]:
+    """The structure of a simulated call, and the guide's variational parameters."""
+    try:
+        with seeded(rng), guide._repeatable():
+            return guide._infer(simulation.args, simulation.kwargs)
+    except ValueError as error:
+        raise ValueError(
+            "Cannot calibrate this guide because it has no answer to data simulated from the model, which may be more "
+            f"extreme than the observed data; try a prior that gives plausible data. {error}"
+        ) from error
+
+
+def prior_location(problem: LocalProblem, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the prior's draws, ``(D,)`` each."""
+    log_joint = problem.objective.log_joint
+    with seeded(rng):
+        prior = log_joint.prior_draws(1 + 200 // log_joint.num_datapoints).flatten(0, 1)
+    return prior.mean(0), prior.std(0).clamp(min=1e-6)

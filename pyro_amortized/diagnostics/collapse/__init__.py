@@ -1,0 +1,1 @@
+"""What does z tell of x?"""

@@ -1,0 +1,182 @@
+"""What vector-quantised codes tell of the data: the part of the collapse report that is about codes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pyro.distributions import Independent
+from torch import Tensor
+
+from pyro_amortized.diagnostics.batches import ModelArgs, ToArgs, calls, num_calls
+from pyro_amortized.diagnostics.problem import progress_bar
+from pyro_amortized.encoders.codebook import perplexity
+from pyro_amortized.guides import VectorQuantizedGuide
+from pyro_amortized.guides.vector_quantized import code_value
+from pyro_amortized.structure.layout import SiteLayout
+from pyro_amortized.structure.local_site import LocalSite
+from pyro_amortized.structure.running import isolated, run_model
+
+if TYPE_CHECKING:
+    import xarray
+
+__all__ = ["Codes", "code_verdict", "codes_dataset", "find_codes"]
+
+
+@dataclass
+class Codes:
+    """The codes of all datapoints.
+
+    Attributes:
+        codes: The codes, ``(N, P)``.
+        kl: KL divergence of the point mass from the prior, ``-log p(k)`` given the sites before, ``(N, P)`` nats.
+        num_codes: Number of codes K.
+        place: Where the codes of a datapoint lie in their site.
+        plate: Name of the datapoint plate.
+        global_sites: Names of the global latents that are held at their median.
+    """
+
+    codes: Tensor
+    kl: Tensor
+    num_codes: int
+    place: LocalSite
+    plate: str
+    global_sites: tuple[str, ...]
+
+
+def find_codes(
+    model: Callable[..., Any],
+    guide: VectorQuantizedGuide,
+    model_args: ModelArgs,
+    model_kwargs: Mapping[str, Any] | None,
+    to_args: ToArgs | None,
+    progress: bool,
+) -> Codes:
+    """The codes of a data set; arguments as for :func:`~pyro_amortized.collapse_report`.
+
+    Raises:
+        ValueError: If the model scales the codes' prior, or the encoder answers differently when asked again.
+    """
+    parts = []
+    with progress_bar(num_calls(model_args) or 0, "codes", progress) as bar:
+        for args, kwargs in calls(model_args, model_kwargs, to_args, model):
+            parts.append(_find(model, guide, args, kwargs))
+            bar.update()
+    return replace(parts[-1], codes=torch.cat([p.codes for p in parts]), kl=torch.cat([p.kl for p in parts]))
+
+
+@torch.no_grad()
+def _find(
+    model: Callable[..., Any], guide: VectorQuantizedGuide, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Codes:
+    with isolated():
+        structure, place, codes = guide._find_codes(*args, **kwargs)
+        if not structure.random_plates and not torch.equal(codes, guide._find_codes(*args, **kwargs)[2]):
+            raise ValueError(
+                "Cannot diagnose this guide because its encoder gives different codes for the same data in two calls; "
+                "try guide.eval() if it holds dropout or batch normalisation."
+            )
+        values = guide.global_median(*args, **kwargs)
+    site, frame = structure.discrete[0], structure.datapoints
+    if site.weight.is_scaled:
+        raise ValueError(
+            f"Cannot diagnose this guide because the model scales its codes {site.name!r} by {site.weight.scale}: a "
+            "scaled prior is no density; try the arguments that set the scale to 1."
+        )
+    value = code_value(structure, codes)
+    trace = run_model(model, args, kwargs, {**values, **structure.indices, site.name: value})
+    prior: Any = trace.nodes[site.name]["fn"]
+    while isinstance(prior, Independent):
+        prior = prior.base_dist
+    log_p = prior.log_prob(value).expand(value.shape)
+    kl = place.flatten(-log_p, frame.dim)
+    return Codes(codes.cpu(), kl.double().cpu(), site.num_categories, place, frame.name, structure.global_sites)
+
+
+def codes_dataset(found: Codes, epsilons: np.ndarray, settings: Mapping[str, Any]) -> xarray.Dataset:
+    """The dataset of a collapse report, with a latent for each position of the codes.
+
+    Args:
+        found: The codes of at least two datapoints.
+        epsilons: Where the collapse curve is evaluated, in nats.
+        settings: The report's settings.
+    """
+    import xarray
+
+    count, positions = found.codes.shape
+    shifted = found.codes + found.num_codes * torch.arange(positions)  # a range of integers for each position
+    counts = shifted.flatten().bincount(minlength=positions * found.num_codes).reshape(positions, found.num_codes)
+    usage = counts.double() / count
+    # of the posterior mean of the indicator vector, over its K entries: N / (N - 1) sum_k p_k (1 - p_k)
+    variance = (count / (count - 1) * (usage * (1 - usage)).sum(-1)).numpy()
+    total = float(found.kl.sum(-1).mean())
+    distinct = torch.unique(found.codes, dim=0, return_counts=True)[1]
+    information = float(perplexity(distinct.double()).log())
+    kl = found.kl.numpy()
+    zero = np.zeros(positions)
+    names = SiteLayout(found.plate, -1, (found.place,), positions).names
+    held = ", ".join(found.global_sites)
+    attributes = {
+        "active_units": int((variance > settings["threshold"]).sum()),
+        "perplexity": float(perplexity(usage.mean(0))),
+        "num_codes": found.num_codes,
+        "codes_used": int((usage.sum(0) > 0).sum()),
+        "mutual_information": information,
+        "mutual_information_se": 0.0,
+        "mutual_information_bound": min(math.log(count), positions * math.log(found.num_codes)),
+        "mutual_information_datapoints": count,
+        "num_datapoints": count,
+        "total_kl": total,
+        "total_kl_se": 0.0,
+        "aggregate_kl": total - information,
+        "aggregate_kl_se": 0.0,
+        "units": "nats per datapoint",
+        "plate": found.plate,
+        "family": "nearest code",
+        "global_latents": f"held at the guide's median: {held}" if held else "none",
+    }
+    return xarray.Dataset(
+        {
+            "kl": ("latent", kl.mean(0)),
+            "kl_se": ("latent", zero),
+            "perplexity": ("latent", perplexity(usage).numpy()),
+            "usage": (("latent", "code"), usage.numpy()),
+            "posterior_mean_variance": ("latent", variance),
+            "posterior_mean_variance_se": ("latent", zero),
+            "relative_variance": ("latent", variance),
+            "information": ("latent", perplexity(usage).log().numpy()),
+            "active": ("latent", variance > settings["threshold"]),
+            "collapsed": ("latent", (kl < settings["epsilon"]).mean(0) >= 1 - settings["delta"]),
+            "share_below": (("latent", "epsilon"), (kl[..., None] < epsilons).mean(0)),
+        },
+        coords={"latent": list(names), "code": np.arange(found.num_codes), "epsilon": epsilons},
+        attrs={**attributes, **settings},
+    )
+
+
+def code_verdict(data: xarray.Dataset) -> list[str]:
+    """What the numbers say, in words."""
+    names, active, attrs = data["latent"].values, data["active"].values, data.attrs
+    num_codes, effective = attrs["num_codes"], attrs["perplexity"]
+    lines = [
+        f"Codebook: perplexity {effective:.1f} of {num_codes} codes, {attrs['codes_used']} of them in use. The KL "
+        "divergence of a code is -log of its prior whatever it tells; the perplexity says what is used."
+    ]
+    remedies = "a smaller commitment, a codebook that revives more codes (revive_below), or a weaker likelihood"
+    if not active.any():
+        lines.append(f"Collapsed: every datapoint has the same codes; they tell nothing of x. Try {remedies}.")
+    elif not active.all():
+        shown = ", ".join(map(str, names[~active][:10])) + (", ..." if (~active).sum() > 10 else "")
+        lines.append(f"{(~active).sum()} of {len(names)} positions have the same code everywhere: {shown}.")
+    else:
+        lines.append(
+            f"No collapse: all {len(names)} positions are active; together they hold "
+            f"{attrs['mutual_information']:.2f} nats of information on the datapoint."
+        )
+    if active.any() and effective < 0.1 * num_codes:
+        lines.append("Fewer than a tenth of the codes are in effective use; try fewer codes, or a larger revive_below.")
+    return lines

@@ -1,0 +1,1 @@
+"""What is the best q of the family?"""

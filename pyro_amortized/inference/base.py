@@ -1,0 +1,69 @@
+"""Inference strategies: where the variational parameters phi come from.
+
+A strategy maps what is known of the datapoints to phi, one row each: :class:`Encoded` through a network,
+:class:`PerDatapoint` by looking it up in a table, :class:`Prior` without looking at the datapoint at all, and
+:class:`Refined` by climbing the per-datapoint ELBO from where another strategy starts. It does not know the model.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from pyro_amortized.families import VariationalFamily
+
+__all__ = ["InferenceStrategy", "Objective"]
+
+
+class Objective(Protocol):
+    """What a strategy that refines asks of the per-datapoint ELBO, in nats."""
+
+    family: VariationalFamily
+
+    def noise(self, phi: Tensor, num_particles: int) -> Tensor | int:
+        """Fresh noise for a number of draws: ``(K, N, noise_dim)``, or K if the family draws its own."""
+
+    def value(self, phi: Tensor, noise: Any) -> Tensor:
+        """The ELBO ``(N,)`` on given noise."""
+
+    def gradient(self, phi: Tensor, noise: Any) -> Tensor:
+        """Its gradient ``(N, P)``, differentiable where gradients are enabled."""
+
+    @property
+    def has_curvature(self) -> bool:
+        """Whether :meth:`curvature` can be had."""
+
+    def curvature(self, phi: Tensor, noise: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient ``(N, P)``, with slope ``(N, D)`` and curvature ``(N, D, D)`` in units of q."""
+
+    def prepare(self, phi: Tensor, noise: Any, curvature: bool) -> None:
+        """Does what the first call of :meth:`gradient` or :meth:`curvature` with such arguments needs beforehand."""
+
+    def prior(self) -> Tensor:
+        """phi close to the prior, ``(N, P)``."""
+
+
+class InferenceStrategy(nn.Module):
+    """Base class: ``forward(inputs, index, objective) -> phi``.
+
+    Attributes:
+        needs_inputs: Whether ``forward`` reads ``inputs``; guides do not look for the data otherwise.
+        num_known: Number of datapoints that the strategy knows, or None if it serves any.
+    """
+
+    needs_inputs: bool = True
+    num_known: int | None = None
+
+    def forward(self, inputs: tuple[Tensor, ...], index: Tensor | None, objective: Objective | None = None) -> Tensor:
+        """phi of the datapoints at hand.
+
+        Args:
+            inputs: Tensors of shape ``(N, ...)`` that describe the datapoints.
+            index: Positions ``(N,)`` of the datapoints in the full data set, or None for all of them in order.
+            objective: The per-datapoint ELBO as a function of phi, for strategies that refine.
+
+        Returns:
+            phi of shape ``(N, P)``.
+        """
+        raise NotImplementedError

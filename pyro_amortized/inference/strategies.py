@@ -1,0 +1,122 @@
+"""phi without refinement: from a network, a table, or the prior."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyro_amortized.inference.base import InferenceStrategy, Objective
+
+__all__ = ["Encoded", "PerDatapoint", "Prior", "check_output"]
+
+
+def check_output(output: Any, *, pair: bool | None = None) -> None:
+    """Raises a ValueError unless an encoder's output is floating: features, or a tuple.
+
+    Args:
+        output: The output.
+        pair: Whether a pair is wanted, or features; None for either.
+    """
+    parts = output if isinstance(output, tuple) else (output,)
+    floating = all(isinstance(part, Tensor) and part.is_floating_point() for part in parts)
+    if floating and (pair is None or (isinstance(output, tuple) and len(output) == 2) == pair):
+        return
+    kinds = [str(part.dtype) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+    given = f"({', '.join(kinds)})" if isinstance(output, tuple) else kinds[0]
+    before = {None: "", True: " as the pair (loc, scale) that it gave at first", False: " as features"}[pair]
+    raise ValueError(
+        f"Cannot use the encoder's output, {given},{before} because floating tensors are wanted; try an encoder that "
+        "returns features of shape (N, H), as .float(), in every call."
+    )
+
+
+class Encoded(InferenceStrategy):
+    """phi from a network, as in the variational autoencoder.
+
+    Args:
+        encoder: From inputs to features ``(N, H)``, or to a pair ``(loc, scale)`` of shapes ``(N, D)``; or, for
+            sequences, to features ``(N, T, H)``, whose T steps share the head and make one phi of the mean-field or
+            the structured normal family, step after step.
+        head: From features to phi, or None if the encoder returns a pair, which is then read as the location and scale
+            of the mean-field normal family: ``phi = (loc, log scale)``.
+        num_couplings: For features of steps, how many entries of phi the head gives each step beside its locations and
+            scales.
+
+    References:
+        Auto-Encoding Variational Bayes, Diederik P. Kingma, Max Welling (2013), https://arxiv.org/abs/1312.6114
+    """
+
+    def __init__(self, encoder: nn.Module, head: nn.Module | None, num_couplings: int = 0) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+        self.num_couplings = num_couplings
+
+    def forward(self, inputs: tuple[Tensor, ...], index: Tensor | None, objective: Objective | None = None) -> Tensor:
+        """phi of shape ``(N, P)``; ``index`` and ``objective`` are not needed."""
+        features = self.encoder(*inputs)
+        check_output(features, pair=self.head is None)
+        if self.head is not None:
+            self._check_width(features)
+        if self.head is not None and features.dim() == 3:
+            phi = self.head(features)
+            size = (phi.shape[-1] - self.num_couplings) // 2
+            return torch.cat([part.flatten(1) for part in phi.split([size, size, self.num_couplings], -1)], -1)
+        if self.head is not None:
+            return self.head(features)
+        loc, scale = features
+        return torch.cat([loc, scale.log()], -1)
+
+    def _check_width(self, features: Tensor) -> None:
+        width = getattr(self.head, "in_features", None)
+        if width is not None and features.shape[-1:] != (width,):
+            raise ValueError(
+                f"Cannot use the encoder's features of shape {tuple(features.shape)} because there were {width} for "
+                f"each datapoint when the guide was set up; try an encoder that returns (N, {width}) in every call."
+            )
+
+
+class PerDatapoint(InferenceStrategy):
+    """phi from a table with one row per datapoint: classical, non-amortized variational inference.
+
+    Args:
+        table: Initial phi of shape ``(N_full, P)``.
+        sparse: Whether the gradient of the table holds only the rows looked up. A step then costs the same however
+            many datapoints there are, but the optimizer must take sparse gradients (``pyro.optim.Adagrad``,
+            ``pyro.optim.SparseAdam``, ``pyro.optim.SGD``).
+    """
+
+    needs_inputs = False
+
+    def __init__(self, table: Tensor, *, sparse: bool = False) -> None:
+        super().__init__()
+        self.table = nn.Parameter(table)
+        self.sparse = sparse
+
+    @property
+    def num_known(self) -> int:  # type: ignore[override]
+        """Number of rows of the table."""
+        return len(self.table)
+
+    def forward(self, inputs: tuple[Tensor, ...], index: Tensor | None, objective: Objective | None = None) -> Tensor:
+        """Rows ``index`` of the table, or all of it; ``inputs`` and ``objective`` are not needed."""
+        if index is None:
+            if not self.sparse:
+                return self.table
+            index = torch.arange(len(self.table), device=self.table.device)
+        return F.embedding(index, self.table, sparse=self.sparse)
+
+
+class Prior(InferenceStrategy):
+    """phi close to the prior of each datapoint's latents, as a start for refinement."""
+
+    needs_inputs = False
+
+    def forward(self, inputs: tuple[Tensor, ...], index: Tensor | None, objective: Objective | None = None) -> Tensor:
+        """phi of shape ``(N, P)``, from the objective alone."""
+        if objective is None:
+            raise ValueError("Cannot start at the prior because no objective was given; try a guide that refines.")
+        return objective.prior()

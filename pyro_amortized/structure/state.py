@@ -1,0 +1,125 @@
+"""What a look at a model leaves as it was: generators, buffers of modules, the parameter store."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+__all__ = ["kept_state", "modes_of_modules", "untouched"]
+
+
+class _NumpyGenerator:
+    """NumPy's global generator. To read its state takes 0.1 ms, so it is read only where its memory has changed."""
+
+    def __init__(self) -> None:
+        self._memory: bytes | None = None
+        self._state: Any = None
+
+    def read(self) -> Any:
+        """The state."""
+        memory = self._peek()
+        if memory is None or memory != self._memory:
+            self._memory, self._state = memory, np.random.get_state()
+        return self._state
+
+    def restore(self, state: Any) -> None:
+        """Puts a state back that was the last to be read."""
+        memory = self._peek()
+        if memory is None or memory != self._memory:
+            np.random.set_state(state)
+
+    @staticmethod
+    def _peek() -> bytes | None:
+        generator: Any = np.random.mtrand.get_bit_generator()
+        if not isinstance(generator, np.random.MT19937):
+            return None
+        return ctypes.string_at(generator.ctypes.state_address, 4 * 624 + ctypes.sizeof(ctypes.c_int))
+
+
+_NUMPY = _NumpyGenerator()
+
+
+@contextmanager
+def untouched(*, first: bool = False) -> Iterator[None]:
+    """Leaves the generators of torch, NumPy and Python, the buffers of modules and the parameter store as they were.
+
+    Args:
+        first: As for :func:`kept_state`.
+    """
+    numpy_state, python_state, torch_state = _NUMPY.read(), random.getstate(), torch.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        with kept_state(first=first):
+            yield
+    finally:
+        torch.set_rng_state(torch_state)
+        if devices:
+            torch.cuda.set_rng_state_all(devices)
+        random.setstate(python_state)
+        _NUMPY.restore(numpy_state)
+
+
+_MAX_BUFFER = 2**20
+"""Larger buffers, such as a data set that a module holds, are not copied in every run to undo changes to them."""
+
+_WITH_BUFFERS: WeakSet[nn.Module] = WeakSet()
+"""The modules with buffers that models have called."""
+
+
+@contextmanager
+def kept_state(*, first: bool = False) -> Iterator[None]:
+    """Undoes what a run of a model does to buffers of the modules that it calls, and to the parameter store.
+
+    Buffers are for example the running statistics of batch normalisation. Parameters are those that a run is the first
+    to make.
+
+    Args:
+        first: Whether the model may call modules that no model has called before. A hook finds them then, which it does
+            not do in every run because modules under ``torch.compile`` are compiled anew for it.
+    """
+    store, known = pyro.get_param_store(), set(pyro.get_param_store().keys())
+    kept = {module: _buffers(module) for module in list(_WITH_BUFFERS)}
+
+    def keep(module: nn.Module, inputs: Any) -> None:
+        if (
+            module._buffers and module not in kept and not isinstance(module, GraphModule)
+        ):  # whose buffers are constants
+            kept[module] = _buffers(module)
+            _WITH_BUFFERS.add(module)
+
+    hook = register_module_forward_pre_hook(keep) if first else None
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
+        for module, buffers in kept.items():
+            for name, buffer, value in buffers:
+                if getattr(module, name) is not buffer:
+                    setattr(module, name, buffer)
+                buffer.data.copy_(value)  # unseen by autograd, for which the statistics are no part of a result
+        for name in set(store.keys()) - known:
+            with suppress(KeyError):  # Pyro's, for the second name of a parameter that has two
+                del store[name]
+
+
+def modes_of_modules() -> frozenset[tuple[int, bool]]:
+    """Which of the modules with buffers that models have called, such as batch normalisation, are in training."""
+    return frozenset((id(module), module.training) for module in list(_WITH_BUFFERS))
+
+
+def _buffers(module: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
+    """Names, buffers and copies of what they hold; without large and expanded ones, which cannot be written to."""
+    buffers = [(n, b) for n, b in module.named_buffers(recurse=False) if b.numel() <= _MAX_BUFFER]
+    return [(name, buffer, buffer.detach().clone()) for name, buffer in buffers if 0 not in buffer.stride()]

@@ -1,0 +1,113 @@
+"""Newton's method in expectation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_amortized.families import MultivariateNormal, Normal, VariationalFamily
+from pyro_amortized.updates.base import Curvature, State, SteppedRule, check_limits
+
+__all__ = ["Newton", "damping"]
+
+
+class Newton(SteppedRule):
+    r"""Newton's method: a natural gradient that knows how the latents of a datapoint depend on each other.
+
+    The particles of a step, whose gradients are averaged for other rules, are regressed on where they were drawn: this
+    gives the slope r and the curvature H of the ELBO in the location, in the coordinates
+    :math:`\epsilon = L^{-1}(z - \mu)` of q, without a further evaluation of the model. The step goes towards the
+    optimum of that quadratic, for a covariance :math:`L L^T` of q
+
+    .. math:: \mu \leftarrow \mu + \rho L H^{-1} r, \qquad
+        \Sigma^{-1} \leftarrow L^{-T} \big((1 - \rho) I + \rho H\big) L^{-1},
+
+    of which the mean-field normal takes the diagonal in the coordinates of q. :class:`NaturalGradient` needs the more
+    steps the more the latents are correlated in the posterior; this rule does not. It needs two particles at least; 10
+    do for 20 latents, and 32 do better. The regression is shrunk towards H = I by as much as the draws fail to predict
+    each other, and H is made positive definite. A step factorises a D x D matrix for each datapoint besides.
+
+    Args:
+        step_size: :math:`\rho`, at most 1.
+        max_shift: Most that a location moves in one step, in standard deviations of q.
+        max_log_ratio: Most that the logarithm of a scale changes in one step.
+        learned: Whether the step size is trained with the encoder.
+
+    References:
+        Fixed-Form Variational Posterior Approximation through Stochastic Linear Regression, Tim Salimans, David A.
+        Knowles (2013), https://arxiv.org/abs/1206.6679
+        The Variational Gaussian Approximation Revisited, Manfred Opper, Cédric Archambeau (2009).
+    """
+
+    _usual_step = 0.7
+    uses_curvature = True
+
+    def __init__(
+        self, step_size: float = 0.7, *, max_shift: float = 3.0, max_log_ratio: float = 0.7, learned: bool = False
+    ) -> None:
+        super().__init__(step_size, learned, None)
+        if step_size > 1:
+            raise ValueError(
+                f"Cannot refine with step_size={step_size} because a step of 1 goes to the optimum already; try 0.7."
+            )
+        check_limits(max_shift, max_log_ratio)
+        self.max_shift = max_shift
+        self.max_log_ratio = max_log_ratio
+
+    def setup(self, family: VariationalFamily, num_features: int = 0) -> None:
+        """Makes sure that the family is a normal."""
+        if not isinstance(family, (Normal, MultivariateNormal)):
+            raise ValueError(
+                f"Cannot refine a {type(family).__name__} family by Newton because its optimum under a quadratic is "
+                'only known here for family="normal" and "multivariate_normal"; try update=Adam(0.05), which fits '
+                "every family."
+            )
+
+    def init(self, phi: Tensor, features: Tensor | None = None) -> State:
+        """Nothing is remembered."""
+        return ()
+
+    def update(self, phi: Tensor, grad: Tensor, state: State) -> tuple[Tensor, State]:
+        """Says what the curvature needs."""
+        raise ValueError(
+            'Cannot refine by Newton with one particle, or with estimator="analytic_kl", because the curvature is '
+            "taken from the gradients at several draws; try num_particles=32, or NaturalGradient(0.5)."
+        )
+
+    def update_with_curvature(
+        self, phi: Tensor, grad: Tensor, state: State, curvature: Curvature
+    ) -> tuple[Tensor, State]:
+        """One step."""
+        slope, precision, family = curvature.slope, curvature.precision, curvature.family
+        eye = torch.eye(slope.shape[-1], dtype=slope.dtype, device=slope.device)
+        step_size = self.step_size if self.log_step_size is None else self.step_size.clamp(max=1.0)  # type: ignore[union-attr]
+        damped = precision + damping(precision.detach())[:, None, None] * eye
+        factor = torch.linalg.cholesky_ex(damped)[0]
+        shift = step_size * torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)
+        kept = self.max_shift / shift.abs().amax(-1, keepdim=True).clamp(min=self.max_shift)
+        limit = (2.0 * self.max_log_ratio * kept).exp()  # q keeps its width as long as it has far to go
+        if isinstance(family, Normal):
+            size = precision.diagonal(dim1=-2, dim2=-1).clamp(min=_LEAST_CURVATURE)
+            size = (1.0 + step_size * (size - 1.0)).clamp(1.0 / limit, limit)
+            precision = torch.diag_embed(size)
+        else:
+            change = damped - eye
+            most = (limit - 1.0) / torch.linalg.matrix_norm(change).clamp(min=1e-6).unsqueeze(-1)
+            precision = eye + torch.as_tensor(step_size).to(most).clamp(max=most).unsqueeze(-1) * change
+        return family.moved(phi.to(slope), kept * shift, precision).to(phi), ()  # type: ignore[operator]
+
+
+_LEAST_CURVATURE = 0.05
+"""Least eigenvalue of the curvature, in units of the precision of q, that a Newton step trusts."""
+
+
+@torch.no_grad()
+def damping(curvature: Tensor) -> Tensor:
+    """What has to be added to the diagonal of each curvature ``(N, D, D)`` to make it safely positive, ``(N,)``."""
+    norm = torch.linalg.matrix_norm(curvature)
+    least = (100.0 * torch.finfo(curvature.dtype).eps * norm).clamp(min=_LEAST_CURVATURE)  # beyond rounding errors
+    lowered = curvature - least[:, None, None] * torch.eye(curvature.shape[-1]).to(curvature)
+    rows = (torch.linalg.cholesky_ex(lowered)[1] > 0) & norm.isfinite()
+    damping = torch.zeros_like(norm)
+    damping[rows] = (-torch.linalg.eigvalsh(lowered[rows])[:, 0]).clamp(min=0.0)
+    return damping
