@@ -1,8 +1,8 @@
 """The structure of the package in figures, ``make house``: rooms, arrows, circles, sizes.
 
-A room is a folder of the package, with the files at its top as one room more; an arrow is an import from one room to
-another; the floor of a room is the longest way down from it. A circle is a group of files that import each other, at
-whatever depth of their code.
+A room is a folder of the package with all that is in it, or a file beside the folders; an arrow is an import from one
+room to another; the floors are the rooms on the longest way along arrows. A circle is a group of files that import each
+other, at whatever depth of their code; an ``__init__`` that hands names on is no file of it.
 """
 
 from __future__ import annotations
@@ -48,24 +48,22 @@ def arrows_of_files(sources: Mapping[str, str]) -> Graph:
             name = name.rpartition(".")[0]
         return name if name in sources else None
 
-    return {module: {t for name in imported(text) if (t := target(name))} - {module} for module, text in sources.items()}
+    return {
+        module: {t for name in imported(text) if (t := target(name))} - {module} for module, text in sources.items()
+    }
 
 
 def room_of(module: str) -> str:
-    """The folder of a module, without the name of the package; ``top`` for the files at its top."""
-    path = ROOT.joinpath(*module.split(".")[1:])
-    folder = path if path.is_dir() else path.parent
-    return ".".join(folder.relative_to(ROOT).parts) or "top"
+    """The room of a module; the package's own ``__init__`` is one."""
+    return ".".join(module.split(".")[:2])
 
 
 def arrows_of_rooms(files: Graph) -> Graph:
     """From each room to the rooms that it imports from."""
     rooms: dict[str, set[str]] = {}
     for module, targets in files.items():
-        if module == PACKAGE:
-            continue
         room = room_of(module)
-        rooms.setdefault(room, set()).update({room_of(t) for t in targets if t != PACKAGE} - {room})
+        rooms.setdefault(room, set()).update({room_of(target) for target in targets} - {room})
     return rooms
 
 
@@ -91,6 +89,12 @@ def floors(graph: Graph) -> int:
     for node in TopologicalSorter(graph).static_order():
         height[node] = 1 + max((height[t] for t in graph.get(node, ())), default=0)
     return max(height.values())
+
+
+def without_faces(files: Graph) -> Graph:
+    """The arrows between files that are no ``__init__``."""
+    faces = {module_of(path) for path in SOURCES if path.name == "__init__.py"}
+    return {module: targets - faces for module, targets in files.items() if module not in faces}
 
 
 @dataclass(frozen=True)
@@ -133,11 +137,14 @@ def main() -> None:
     bodies = [function for module, text in sources.items() for function in functions(module, text)]
     classes = [found for module, text in sources.items() for found in methods(module, text)]
     sizes = sorted(function.size for function in bodies)
-    no_faces = {m: {t for t in ts if not (ROOT.joinpath(*t.split(".")[1:])).is_dir()} for m, ts in files.items()}
-    print(f"rooms {len(rooms)}, floors {0 if circles(rooms) else floors(rooms)}, arrows {sum(map(len, rooms.values()))}")
+    print(
+        f"rooms {len(rooms)}, floors {0 if circles(rooms) else floors(rooms)}, arrows {sum(map(len, rooms.values()))}"
+    )
     print(f"circles: of rooms {len(circles(rooms))}, of files {[sorted(c) for c in circles(no_faces)]}")
     print(f"files: {len(files)}, lines {sum(lines.values())}, median {median(lines.values()):.0f}")
-    print(f"function bodies: median {median(sizes):.0f}, 90 % below {quantiles(sizes, n=10)[-1]:.0f}, largest {sizes[-1]}")
+    print(
+        f"function bodies: median {median(sizes):.0f}, 90 % below {quantiles(sizes, n=10)[-1]:.0f}, largest {sizes[-1]}"
+    )
     print(f"functions with args beside kwargs: {sum(function.takes_both for function in bodies)}")
     for what, largest, limit in (
         ("lines of a file", lines.items(), 400),

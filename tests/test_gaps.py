@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from pyro_amortized import AmortizedGuide, GapEstimate, PerDatapointGuide, estimate_gaps, log_evidence, optimize_local
-from pyro_amortized.diagnostics.optimum import local_optimum
 from pyro_amortized.diagnostics.evidence.annealing import anneal
 from pyro_amortized.diagnostics.evidence.evidence import _summary
 from pyro_amortized.diagnostics.evidence.proposal import first_proposals
 from pyro_amortized.diagnostics.gaps.gaps import warn_of_violations
+from pyro_amortized.diagnostics.optimum import local_optimum
 from pyro_amortized.diagnostics.optimum.lbfgs import minimize_rows
 from pyro_amortized.diagnostics.problem import bind
 from pyro_amortized.families import Mixture

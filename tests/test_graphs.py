@@ -769,7 +769,7 @@ def test_inputs_of_other_strides_run_in_the_same_graph() -> None:
     x = model.simulate(6)
     guide = SemiAmortizedGuide(model.full, initial="prior", num_steps=3, family="multivariate_normal")
     guide.setup(x)
-    objective = guide._objective(guide._prepare((x,), {}))
+    objective = guide._objective(guide._read((x,), {}))
     noise = torch.randn(8, 6, objective.family.noise_dim)
     phi = guide.variational_parameters(x).detach()[:1].expand(6, -1)
     expected = objective.value(phi.contiguous(), noise)

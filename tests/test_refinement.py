@@ -1281,7 +1281,7 @@ def test_refinement_narrows_the_amortization_gap(kind: str) -> None:
         gaps[count] = estimate["amortization_gap"]
         assert estimate["reliable"].all()
         assert abs(float(estimate["approximation_gap"].mean()) - mean_field_gap(linear)) < 0.05
-        with guide._repeatable():  # the answers that the estimate is of
+        with guide.repeatable():  # the answers that the estimate is of
             exact = kl_from_posterior(linear, x, guide, guide.variational_parameters(x)).mean().item()
         assert abs(float(gaps[count].mean()) + mean_field_gap(linear) - exact) < (0.05 if count == 0 else 0.2)
     assert float(gaps[6].mean()) < 0.5 * float(gaps[0].mean())

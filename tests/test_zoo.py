@@ -126,7 +126,7 @@ def test_gaps_of_unseen_data(name: str, guide: str) -> None:
         assert np.isfinite(data[quantity]).all()
     for gap in ("inference_gap", "amortization_gap"):
         assert (data[gap] >= -4 * data[f"{gap}_se"] - 0.01).all()
-    if not trained_guide._global_sites:  # else they are held at their median
+    if not trained_guide.global_sites:  # else they are held at their median
         error = float(np.sqrt(np.square(data["elbo_se"]).sum())) / data.sizes[gaps.plate]
         assert abs(standardized(reached.held_out, (float(data["elbo"].mean()), error))) < 5
 

@@ -92,14 +92,15 @@ def bind(
     args, kwargs = next(calls(model_args, model_kwargs))
     with torch.no_grad(), seeded(generator(seed, 10)):
         guide.setup(*args, **kwargs)
-    with torch.no_grad(), seeded(generator(seed, 10)), guide._repeatable():
-        structure, phi = guide._infer(args, kwargs)
+    with torch.no_grad(), seeded(generator(seed, 10)), guide.repeatable():
+        inferred = guide.infer(*args, **kwargs)
+        structure, (phi, family) = inferred.structure, inferred.local
         check_same_model(model, guide, args, kwargs, structure)
         _check_unscaled(structure)
         _check_repeatable(guide, args, kwargs, structure, phi)
         global_values = guide.global_median(*args, **kwargs)
     log_joint = LocalLogJoint(model, args, kwargs, structure, global_values)
-    z = draw(guide.family, phi, 2, generator(seed, 0))
+    z = draw(family, phi, 2, generator(seed, 0))
     log_joint.check(z)
     if _takes_double(log_joint, z):
         phi, log_joint.like = phi.double(), z.new_empty(0, dtype=torch.float64)
@@ -107,7 +108,7 @@ def bind(
     frame = structure.datapoints
     index = torch.arange(frame.size) if structure.positions is None else structure.positions
     return LocalProblem(
-        LocalObjective(log_joint, guide.family), phi.detach(), frame.name, index.cpu(), structure.global_sites
+        LocalObjective(log_joint, family), phi.detach(), frame.name, index.cpu(), structure.global_sites
     )
 
 
@@ -122,9 +123,9 @@ def check_model(model: Any) -> None:
 
 def check_same_model(model: Any, guide: LocalGuide, args: Any, kwargs: Any, structure: Structure) -> None:
     """Raises a ValueError that says what differs if a guide was made for a model with other latents."""
-    if model == guide._model_at_hand:
+    if model == guide.model_at_hand:
         return
-    reader = StructureReader(structure.plate, discrete=guide._structures.discrete)
+    reader = StructureReader(structure.plate, discrete=bool(structure.discrete))
     try:
         other = reader.look(model, args, kwargs, structure.indices)
     except ValueError as error:

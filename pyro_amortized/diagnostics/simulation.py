@@ -26,7 +26,8 @@ from pyro_amortized.guides import LocalGuide
 from pyro_amortized.objective.log_joint import LocalLogJoint
 from pyro_amortized.structure.arguments import CallArguments, OwnArguments, Place
 from pyro_amortized.structure.layout import SiteLayout
-from pyro_amortized.structure.running import isolated, run_model
+from pyro_amortized.structure.reader import StructureReader
+from pyro_amortized.structure.running import run_model
 from pyro_amortized.structure.sites import sample_sites
 from pyro_amortized.structure.state import untouched
 
@@ -158,8 +159,8 @@ class Simulator:
             return False
         try:
             with untouched():
-                look = self.guide._structures.look
-                structure = look(part.model, tuple(part.args), part.kwargs, part.structure.indices)
+                reader = StructureReader(self.guide.plate, discrete=bool(part.structure.discrete))
+                structure = reader.look(part.model, tuple(part.args), part.kwargs, part.structure.indices)
             self.log_joint.structure.check_same(structure)
             return self._sees_rows((tuple(part.args), dict(part.kwargs)), rows)
         except Exception:  # a model may fail in any way on a part of its data; then it is run on all of it
@@ -277,16 +278,13 @@ def _check_same_model(part: LocalLogJoint, trace: Trace, args: Any, kwargs: Any)
 
 def _inputs(guide: LocalGuide, call: CallArguments) -> tuple[Tensor, ...]:
     """What the guide's encoder sees of a call."""
-    with isolated():
-        return guide._inputs(guide._prepare(*call)) if guide._needs_inputs else ()
+    return guide.encoder_inputs(*call[0], **call[1])
 
 
 def check_inputs(guide: LocalGuide, before: tuple[Any, Any], after: tuple[Any, Any]) -> None:
     """Refuses a guide that looks elsewhere for the data than the simulated ones are."""
-    if not guide._needs_inputs:
-        return
     inputs = [_inputs(guide, call) for call in (before, after)]
-    if all(torch.equal(x, y) for x, y in zip(*inputs, strict=True)):
+    if inputs[0] and all(torch.equal(x, y) for x, y in zip(*inputs, strict=True)):
         raise ValueError(
             "Cannot infer the latents of simulated data because the inputs of the guide's encoder do not change with "
             "the observations; try an encoder_input that is, or is computed from, the argument that the model observes."

@@ -16,7 +16,6 @@ from pyro_amortized.export.batch import Batch, Options
 from pyro_amortized.export.groups import to_dataset
 from pyro_amortized.export.runs import Draws, Mode, ModelRuns
 from pyro_amortized.guides import LocalGuide
-from pyro_amortized.structure.running import isolated, run_model
 from pyro_amortized.structure.signature import named_arguments
 from pyro_amortized.structure.structure import Structure
 
@@ -115,7 +114,7 @@ class Exporter:
                 ) from error
             values = {name: found[name] for name in structure.global_sites}
         if structure.layout is not None and phi is not None:
-            values.update(structure.layout.values(guide._family.quantile(phi, probs.to(phi))))
+            values.update(structure.layout.values(guide.family.quantile(phi, probs.to(phi))))
         return values
 
     def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Structure, Tensor | None]:
@@ -123,16 +122,14 @@ class Exporter:
         guide = self.guide
         guide.setup(*args, **kwargs)
         if guide.layout is None:
-            with isolated():
-                structure = guide._prepare(args, kwargs).structure
-            if structure.random_plates:
-                structure = guide._look_at(structure, args, kwargs)
+            structure = guide.infer(*args, **kwargs).structure
             check_same_model(self.model, guide, args, kwargs, structure)
             return structure, None
         if self.options.weighs and self._number == 0:
             self._check(args, kwargs)
-        with guide._repeatable():
-            structure, phi = guide._infer(args, kwargs)
+        with guide.repeatable():
+            inferred = guide.infer(*args, **kwargs)
+            structure, phi = inferred.structure, inferred.phi
         check_same_model(self.model, guide, args, kwargs, structure)
         return structure, phi
 
@@ -156,20 +153,17 @@ class Exporter:
         if phi is None:
             return Draws(None, self._globals)
         rng = generator(self.options.seed, 32, self._number)
-        return Draws(draw(self.guide._family, phi, self.options.num_samples, rng), self._globals)
+        return Draws(draw(self.guide.family, phi, self.options.num_samples, rng), self._globals)
 
     def _draw_globals(self, runs: ModelRuns, names: list[str]) -> dict[str, Tensor]:
         """Draws of global latents, one by one, which every autoguide can do."""
-        guide, values = self.guide._global(), []
-        for _ in range(self.options.num_samples):
-            nodes: dict[str, Any] = run_model(guide, runs.args, runs.kwargs).nodes
-            values.append([nodes[name]["value"] for name in names])
-        return {name: torch.stack(column) for name, column in zip(names, zip(*values, strict=True), strict=True)}
+        draws = [self.guide.sample_globals(*runs.args, **runs.kwargs) for _ in range(self.options.num_samples)]
+        return {name: torch.stack([values[name] for values in draws]) for name in names}
 
     def _log_q(self, phi: Tensor | None) -> Callable[[Tensor], Tensor]:
         if phi is None:
             return lambda z: z
-        return self.guide._family(phi).log_prob
+        return self.guide.family(phi).log_prob
 
     def _choose_modes(self, batch: Batch, draws: Draws) -> None:
         """Finds out how draws may be evaluated, once for batches of the same structure."""
@@ -193,7 +187,7 @@ class Exporter:
             "inference_library": "pyro_amortized",
             "inference_library_version": _version(),
             "guide": type(guide).__name__,
-            "family": type(guide._family).__name__ if local else "none",
+            "family": type(guide.family).__name__ if local else "none",
             "latent_dim": structure.layout.latent_dim if structure.layout is not None else 0,
             "datapoint_plate": structure.plate or "none",
             "global_latents": f"drawn from {type(guide.global_guide).__name__}: {', '.join(drawn)}"

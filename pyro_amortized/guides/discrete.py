@@ -16,6 +16,7 @@ from pyro_amortized.families import Normal
 from pyro_amortized.guides.amortized import AmortizedGuide
 from pyro_amortized.guides.base import GuideOptions
 from pyro_amortized.guides.call import Call
+from pyro_amortized.guides.checks import check_values
 from pyro_amortized.guides.sampling import sample_local
 from pyro_amortized.inference.base import InferenceStrategy
 from pyro_amortized.structure.discrete import DiscreteSite, check_inference, mode, one_hot, sample_discrete
@@ -272,9 +273,9 @@ class DiscreteAmortizedGuide(AmortizedGuide):
         batch = torch.broadcast_shapes(features.shape[:-1], *(label.shape[:-1] for label in labels))
         parts = [part.expand(batch + part.shape[-1:]) for part in (features, *labels)]
         phi = self.inference.head(torch.cat(parts, -1))  # type: ignore[operator]
-        self._check_values(phi, inputs)
+        check_values(phi, self._family, self.inference, inputs)
         layout: Any = call.structure.layout
-        return phi if layout.present is None else self._masked(phi, layout.batch(layout.present))
+        return phi if layout.present is None else self._family.masked(phi, layout.batch(layout.present))
 
     def _sample_local(self, call: Call) -> dict[str, Tensor]:
         layout = call.structure.layout
@@ -301,7 +302,7 @@ class DiscreteAmortizedGuide(AmortizedGuide):
             Bernoulli sites.
         """
         with isolated():
-            call = self._prepare(args, kwargs)
+            call = self._read(args, kwargs)
             latent, logits = self._latent(call), self._features(call)[2]
             return {
                 name: torch.sigmoid(x).squeeze(-1) if site.kind == "bernoulli" else x.softmax(-1)

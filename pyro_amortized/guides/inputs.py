@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from pyro_amortized.guides.call import Call
 from pyro_amortized.structure.arguments import Arguments
@@ -14,7 +14,7 @@ from pyro_amortized.structure.influence import PlateLogProbs
 from pyro_amortized.structure.signature import named_arguments
 from pyro_amortized.structure.whole import WholeObservations
 
-__all__ = ["EncoderInput", "check_finite_inputs", "encoder_inputs"]
+__all__ = ["EncoderInput", "check_finite_inputs", "check_global_shapes", "encoder_inputs"]
 
 EncoderInput = str | Sequence[str] | Callable[..., Any] | None
 """None (the observed values), the name of an argument or a global latent, several, or a function of the arguments."""
@@ -134,3 +134,13 @@ def _argument(name: str, model: Callable[..., Any] | None, call: Call, known: Mu
 
 def _is_range(index: Tensor) -> bool:
     return torch.equal(index, torch.arange(len(index), device=index.device))
+
+
+def check_global_shapes(shapes: Mapping[str, Size], before: Mapping[str, Size]) -> None:
+    """Raises a ValueError if global latents that the encoder sees have other shapes than when the guide was set up."""
+    if shapes != before:
+        raise ValueError(
+            f"Cannot condition on global latents of shapes {[tuple(shape) for shape in shapes.values()]} because "
+            f"they had {[tuple(shape) for shape in before.values()]} when the guide was set up, and "
+            "there is one phi per datapoint; try vectorize_particles=False, or Predictive(parallel=False)."
+        )

@@ -101,10 +101,9 @@ class RefiningGuide(AmortizedGuide):
         if "inference" in self._modules:
             self._modules["inference"].num_steps = value  # type: ignore[union-attr]
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "model":
-            self.__dict__["_modes"] = {}
-        super().__setattr__(name, value)
+    def _model_changed(self) -> None:
+        self.__dict__["_modes"] = {}
+        super()._model_changed()
 
     def __getstate__(self) -> dict[str, Any]:
         """As every guide's, without what has been found out about the model."""
@@ -133,7 +132,7 @@ class RefiningGuide(AmortizedGuide):
 
     def _objective(self, call: Call) -> LocalObjective:
         """The per-datapoint ELBO of a call, with global latents at their median."""
-        if self._model_at_hand is None:
+        if self.model_at_hand is None:
             raise ValueError(
                 "Cannot refine phi because this guide was loaded without its model; try `guide.model = model`."
             )

@@ -167,7 +167,6 @@ class SemiAmortizedGuide(RefiningGuide):
             "layout",
             "_built_structure",
             "_structures",
-            "_global_sites",
             "_encoder_input",
             "create_plates",
             "_per_step",
@@ -176,10 +175,13 @@ class SemiAmortizedGuide(RefiningGuide):
             self.__dict__[name] = getattr(guide, name)
         self._encoder_spec = getattr(guide, "_encoder_spec", (None,))  # which sees what it saw there, masks or not
         self.family = guide._family
-        if self._global_sites:
+        if self.global_sites:
             self._modules["global_guide"] = guide.global_guide  # which stays the other guide's for Pyro
         initial: Any = guide._modules["inference"]
         like = next((p for p in initial.parameters()), None)
         self.inference = self._refine_from(initial, like if like is not None else guide._like)
         self.training = self.inference.training = False  # but not what is shared with the other guide
         self._ready = True
+
+
+LocalGuide.refining = SemiAmortizedGuide

@@ -18,6 +18,7 @@ from pyro_amortized.encoders.codebook import Codebook, Quantized
 from pyro_amortized.guides.amortized import AmortizedGuide
 from pyro_amortized.guides.base import GuideOptions
 from pyro_amortized.guides.call import Call
+from pyro_amortized.guides.posterior import Inferred
 from pyro_amortized.guides.sampling import add_gradient
 from pyro_amortized.inference.base import InferenceStrategy
 from pyro_amortized.structure.discrete import DiscreteSite
@@ -254,16 +255,14 @@ class VectorQuantizedGuide(AmortizedGuide):
     # What is known of the posterior
 
     @torch.no_grad()
-    def _find_codes(self, *args: Any, **kwargs: Any) -> tuple[Structure, LocalSite, Tensor]:
+    def find_codes(self, *args: Any, **kwargs: Any) -> tuple[Structure, LocalSite, Tensor]:
         """The structure of a call, where codes lie in their site, and the codes of its datapoints, ``(N, P)``."""
         with isolated():
-            call = self._prepare(args, kwargs)
+            call = self._read(args, kwargs)
             codes = self._codebook.nearest(self._features(call))
             return call.structure, code_place(call.structure.discrete[0]), codes
 
-    def _infer(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, predicting: bool = False
-    ) -> tuple[Structure, Tensor]:
+    def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, predicting: bool = False) -> Inferred:
         raise ValueError(
             "Cannot give variational parameters per datapoint because q has one possible value, the nearest codes; try "
             "guide.codes(...) and collapse_report(...)."
@@ -276,7 +275,7 @@ class VectorQuantizedGuide(AmortizedGuide):
         Returns:
             Integers in the shape of the site.
         """
-        structure, _, codes = self._find_codes(*args, **kwargs)
+        structure, _, codes = self.find_codes(*args, **kwargs)
         return code_value(structure, codes)
 
     @torch.no_grad()
@@ -287,7 +286,7 @@ class VectorQuantizedGuide(AmortizedGuide):
             One number for each datapoint, ``(N,)``, counted in nats.
         """
         with isolated():
-            features = self._features(self._prepare(args, kwargs))
+            features = self._features(self._read(args, kwargs))
             vectors = self._codebook.embeddings[self._codebook.nearest(features)]
             return self.commitment * (features - vectors).square().sum((-1, -2))
 

@@ -144,9 +144,9 @@ class AggressiveEncoder(SVI):
         training = {module: module.training for module in guide.modules()}
         guide.eval()
         rng = generator(0, 14)
-        with seeded(rng), guide._repeatable():
-            phi = guide.variational_parameters(*args, **kwargs)
-            information, _ = mutual_information(guide._family, phi, rng)
+        with seeded(rng), guide.repeatable():
+            phi, family = guide.infer(*args, **kwargs).local
+            information, _ = mutual_information(family, phi, rng)
         for module, mode in training.items():
             module.training = mode
         self.aggressive &= information >= self._information

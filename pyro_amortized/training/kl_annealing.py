@@ -151,9 +151,7 @@ class KLAnnealing:
         self.schedule = schedule
         self.num_steps = 0
         self._model, self._guide = model, guide
-        self._requested = (
-            guide._structures.requested_plate if plate is None and isinstance(guide, LocalGuide) else plate
-        )
+        self._requested = guide.plate if plate is None and isinstance(guide, LocalGuide) else plate
         self._plate: str | None = None
         self._in_guide: set[str] = set()
 

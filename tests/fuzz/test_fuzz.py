@@ -83,14 +83,14 @@ def wrong_detach(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def stale_structure(monkeypatch: pytest.MonkeyPatch) -> None:
     """The structure of the first call is that of every call."""
-    right = LocalGuide._prepare
+    right = LocalGuide._read
 
-    def prepare(self: LocalGuide, args: Any, kwargs: Any) -> Any:
-        call = right(self, args, kwargs)
+    def read(self: LocalGuide, args: Any, kwargs: Any, **options: Any) -> Any:
+        call = right(self, args, kwargs, **options)
         call.structure = self.__dict__.setdefault("_first_structure", call.structure)
         return call
 
-    monkeypatch.setattr(LocalGuide, "_prepare", prepare)
+    monkeypatch.setattr(LocalGuide, "_read", read)
 
 
 MISTAKES = {

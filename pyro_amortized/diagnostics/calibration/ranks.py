@@ -53,8 +53,9 @@ def ranks(
 def _infer(guide: LocalGuide, simulation: Simulation, rng: torch.Generator) -> tuple[Structure, Tensor]:
     """The structure of a simulated call, and the guide's variational parameters."""
     try:
-        with seeded(rng), guide._repeatable():
-            return guide._infer(simulation.args, simulation.kwargs)
+        with seeded(rng), guide.repeatable():
+            inferred = guide.infer(*simulation.args, **simulation.kwargs)
+            return inferred.structure, inferred.local[0]
     except ValueError as error:
         raise ValueError(
             "Cannot calibrate this guide because it has no answer to data simulated from the model, which may be more "

@@ -74,8 +74,8 @@ def _find(
     model: Callable[..., Any], guide: VectorQuantizedGuide, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Codes:
     with isolated():
-        structure, place, codes = guide._find_codes(*args, **kwargs)
-        if not structure.random_plates and not torch.equal(codes, guide._find_codes(*args, **kwargs)[2]):
+        structure, place, codes = guide.find_codes(*args, **kwargs)
+        if not structure.random_plates and not torch.equal(codes, guide.find_codes(*args, **kwargs)[2]):
             raise ValueError(
                 "Cannot diagnose this guide because its encoder gives different codes for the same data in two calls; "
                 "try guide.eval() if it holds dropout or batch normalisation."

@@ -1,0 +1,101 @@
+"""The guide of the latents that all datapoints share: an autoguide of Pyro's or the user's."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide.initialization import InitMessenger
+from torch import Tensor, nn
+
+from pyro_amortized.guides.call import Call
+from pyro_amortized.structure.local_site import check_continuous
+from pyro_amortized.structure.running import Feasible, isolated, run_model
+from pyro_amortized.structure.state import untouched
+
+__all__ = ["build_global_guide", "check_parameter_store", "global_median", "global_of", "global_quantiles", "stored"]
+
+
+def build_global_guide(
+    owner: Any, factory: Callable[[Callable[..., Any]], AutoGuide], init_loc_fn: Callable[..., Any], call: Call
+) -> None:
+    """Sets ``owner.global_guide``, with its parameters.
+
+    Args:
+        owner: The guide whose part it becomes, named so in Pyro's store.
+        factory: From the model of the global latents alone to their guide.
+        init_loc_fn: Where q starts.
+        call: The first call.
+    """
+    expose = list(call.structure.global_sites)
+    part = InitMessenger(init_loc_fn)(poutine.block(Feasible()(owner.model), expose=expose))
+    owner.global_guide = factory(part)
+    with isolated(), torch.no_grad(), untouched():
+        try:
+            owner.global_guide(*call.args, **call.kwargs)  # makes its parameters
+        except ValueError as error:
+            if "discrete sample site" in str(error):
+                nodes: dict[str, Any] = run_model(owner.model, call.args, call.kwargs, call.structure.indices).nodes
+                for name in expose:
+                    check_continuous(name, nodes[name], f"global_guide={type(owner.global_guide).__name__}")
+            raise
+
+
+def global_of(owner: Any) -> AutoGuide:
+    """The global guide of a guide, knowing its owner: saving cuts it off, a refined guide shares it."""
+    guide: AutoGuide = owner.global_guide
+    if guide.master is None or guide.master() is not owner:
+        guide._update_master(weakref.ref(owner))
+    return guide
+
+
+def global_median(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """The global latents of a guide at their median, or for autoguides without one at a draw."""
+    with isolated(), torch.no_grad():
+        guide = global_of(owner)
+        try:
+            return guide.median(*args, **kwargs)
+        except NotImplementedError:  # autoguides without a closed form
+            return guide(*args, **kwargs)
+
+
+def global_quantiles(
+    owner: Any, quantiles: Sequence[float] | Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Quantiles of the global latents of a guide, ``(Q, *batch, *event)`` each."""
+    guide, probs = global_of(owner), torch.as_tensor(quantiles)
+    if probs.tolist() == [0.5]:
+        return {name: value.unsqueeze(0) for name, value in guide.median(*args, **kwargs).items()}
+    return guide.quantiles(probs.tolist(), *args, **kwargs)
+
+
+def stored(name: str) -> list[str]:
+    """Names of parameters in Pyro's store that belong to the global guide of a guide of a name."""
+    prefix = f"{name}.global_guide."
+    return [key for key in pyro.get_param_store()._params if key.startswith(prefix)]
+
+
+def check_parameter_store(taken: Sequence[str], own: Iterator[tuple[str, nn.Parameter]]) -> None:
+    """Refuses to train on a parameter store that holds other parameters under a guide's names.
+
+    Args:
+        taken: Names that were taken when the guide was built.
+        own: Parameters of the guide by name.
+    """
+    if pyro.settings.get("module_local_params"):
+        return
+    params = pyro.get_param_store()._params
+    others = [name for name in taken if name in params]
+    others += [name for name, parameter in own if params.get(name, parameter) is not parameter]
+    if others:
+        raise ValueError(
+            f"Cannot run this guide because the parameter store already holds other parameters named {others[0]!r}, "
+            "from another guide of the same name or from a file; try a name=... of its own for each guide, "
+            "pyro.clear_param_store() before a new one, or pyro.settings.set(module_local_params=True) with "
+            "elbo(model, guide) and a torch optimizer."
+        )

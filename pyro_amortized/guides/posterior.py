@@ -1,0 +1,162 @@
+"""What a guide says of the posterior outside of training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_amortized.checks import check_probabilities
+from pyro_amortized.families import VariationalFamily
+from pyro_amortized.guides.call import Call
+from pyro_amortized.guides.encoding import EncodingGuide
+from pyro_amortized.guides.global_guide import global_of, global_quantiles
+from pyro_amortized.structure.running import isolated
+from pyro_amortized.structure.structure import Structure
+
+__all__ = ["Inferred", "PosteriorGuide"]
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """What a guide says of a call's datapoints.
+
+    Attributes:
+        structure: What the call looks like, with the indices of all its plates.
+        phi: The variational parameters ``(N, P)``, or None if the model has no local latents.
+        family: The family that makes distributions of them, or None.
+        global_values: The global latents by name, at their median, or at a draw for autoguides that know none.
+    """
+
+    structure: Structure
+    phi: Tensor | None
+    family: VariationalFamily | None
+    global_values: Mapping[str, Tensor]
+
+    @property
+    def local(self) -> tuple[Tensor, VariationalFamily]:
+        """phi and the family; a ValueError if the model has no latents of single datapoints."""
+        if self.phi is None or self.family is None:
+            raise ValueError(
+                "Cannot give variational parameters per datapoint because the model has no local latents; "
+                "try guide.global_median(...), or guide.quantiles(...), of the global ones."
+            )
+        return self.phi, self.family
+
+
+class PosteriorGuide(EncodingGuide):
+    """A guide that can be asked what is known of a call's latents."""
+
+    def infer(self, *args: Any, **kwargs: Any) -> Inferred:
+        """All that a guide says of the datapoints in a call, which diagnostics, export and training build on.
+
+        Args:
+            *args: The model's arguments, with all data.
+            **kwargs: The model's keyword arguments.
+        """
+        return self._infer(args, kwargs)
+
+    def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, predicting: bool = False) -> Inferred:
+        """As :meth:`infer`, outside any inference of the caller; ``predicting`` as in :meth:`_read`."""
+        with isolated():
+            call = self._read(args, kwargs, predicting=predicting)
+            self._require_data(call)
+            phi = None if call.structure.layout is None else self._phi(call)
+            values = self._global_values(call) if call.global_values is None else call.global_values
+            family = None if phi is None else self.family
+            return Inferred(self._with_all_indices(call), phi, family, values)
+
+    def _require_data(self, call: Call) -> None:
+        """Refuses to say what is known of the latents of a call where nothing is."""
+        if self._sees_nothing(call):
+            raise ValueError(
+                f"Cannot infer local latents because none of the data that they depend on, {call.structure.missing}, "
+                "are observed in this call; try pyro.infer.Predictive(model, guide=guide, num_samples=...), which "
+                "draws them from their prior."
+            )
+
+    def encoder_inputs(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """What the encoder sees of a call, ``(N, ...)`` each; nothing where phi comes from elsewhere."""
+        with isolated():
+            return self._inputs(self._read(args, kwargs)) if self._needs_inputs else ()
+
+    def variational_parameters(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The variational parameters phi of the datapoints in a call.
+
+        Returns:
+            phi of shape ``(N, P)``.
+        """
+        return self._infer(args, kwargs, predicting=True).local[0]
+
+    def posterior(self, *args: Any, **kwargs: Any) -> dist.TorchDistribution:
+        """q(z | x) over the flat unconstrained latent.
+
+        Returns:
+            A distribution of batch shape ``(N,)`` and event shape ``(D,)``.
+        """
+        phi = self.variational_parameters(*args, **kwargs)  # builds the family in the first call
+        return self.family(phi)
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Marginal medians of all latents.
+
+        Returns:
+            Medians by site name, in the sites' supports.
+        """
+        return {name: value.squeeze(0) for name, value in self.quantiles([0.5], *args, **kwargs).items()}
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Marginal quantiles of all latents.
+
+        Quantiles are taken in unconstrained space and transformed, which keeps them for every one-dimensional
+        transform; for joint ones (simplexes, Cholesky factors) the values lie in the support but are not quantiles of
+        its coordinates. The same convention as Pyro's autoguides.
+
+        Args:
+            quantiles: Q probabilities from 0 to 1.
+            *args: The model's arguments.
+            **kwargs: The model's keyword arguments.
+
+        Returns:
+            Quantiles by site name, of shape ``(Q, *batch, *event)``.
+
+        Raises:
+            ValueError: If the probabilities are none.
+        """
+        quantiles = check_probabilities(quantiles)
+        with isolated():
+            call = self._read(args, kwargs, predicting=True)
+            self._require_data(call)
+            result = global_quantiles(self, quantiles, args, kwargs) if self.global_sites else {}
+            return {**result, **self._local_quantiles(quantiles, call)}
+
+    def _local_quantiles(self, quantiles: Sequence[float] | Tensor, call: Call) -> dict[str, Tensor]:
+        layout = call.structure.layout
+        if layout is None:
+            return {}
+        phi = self._phi(call)
+        probs = torch.as_tensor(quantiles, dtype=phi.dtype, device=phi.device)
+        return layout.values(self.family.quantile(phi, probs))
+
+    @torch.no_grad()
+    def global_median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Medians of the global latents by site name; empty if there are none."""
+        if not self.global_sites:
+            return {}
+        with isolated():
+            self._read(args, kwargs, predicting=True)
+            return global_of(self).median(*args, **kwargs)
+
+    @torch.no_grad()
+    def sample_globals(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """One draw of the global latents by site name; empty if there are none."""
+        if not self.global_sites:
+            return {}
+        with isolated():
+            return global_of(self)(*args, **kwargs)

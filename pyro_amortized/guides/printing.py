@@ -1,0 +1,35 @@
+"""How guides print."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyro_amortized.inference.refined import start_of
+from pyro_amortized.structure.signature import named_function
+
+__all__ = ["describe"]
+
+
+def describe(guide: Any) -> str:
+    """The model, its sites, and what guides them, before and after a guide is set up."""
+    model = guide.model_at_hand
+    name = "none at hand" if model is None else getattr(named_function(model), "__qualname__", type(model).__name__)
+    lines = [f"{type(guide).__name__} {guide._pyro_name!r}", f"  model: {name.removesuffix('.forward')}"]
+    structure = guide._built_structure
+    if structure is None:
+        family = guide._family_spec if isinstance(guide._family_spec, str) else "of your own"
+        plate = "that of the observed sites" if guide.plate is None else guide.plate
+        lines += [f"  plate: {plate}", f"  family: {family}"]
+        return "\n".join([*lines, "  not set up yet: the first call, or guide.setup(...), looks at the model"])
+    modules, family = guide._modules, guide._modules.get("family")
+    local = [] if structure.layout is None else [f"{s.name} ({s.stop - s.start})" for s in structure.layout.sites]
+    local += [f"{site.name} (discrete)" for site in structure.discrete]
+    lines += [f"  plate: {structure.plate}"] if structure.plate is not None else []
+    lines += [f"  local latents: {', '.join(local) or 'none'}"]
+    lines += [f"  global latents: {', '.join(structure.global_sites) or 'none'}"]
+    lines += [f"  data: {', '.join(structure.data) or 'none'}"]
+    lines += [f"  family: {type(family).__name__} of {family.latent_dim} dimensions"] if family is not None else []
+    encoder = getattr(start_of(modules.get("inference")), "encoder", None)
+    parts = {"encoder": encoder, "inference": modules.get("inference"), "global guide": modules.get("global_guide")}
+    lines += [f"  {what}: {type(module).__name__}" for what, module in parts.items() if module is not None]
+    return "\n".join([*lines, f"  parameters: {sum(p.numel() for p in guide.parameters()):,}"])
