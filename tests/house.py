@@ -124,6 +124,17 @@ def methods(module: str, text: str) -> Iterator[tuple[str, int]]:
             yield f"{module}.{node.name}", sum(isinstance(part, ast.FunctionDef) for part in node.body)
 
 
+def private_uses(text: str) -> int:
+    """How often a source uses a private attribute of something called a guide."""
+    nodes = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute))
+    return sum(node.attr.startswith("_") and ast.unparse(node.value).split(".")[-1] == "guide" for node in nodes)
+
+
+def rooms_but_guides(sources: Mapping[str, str]) -> list[str]:
+    """The sources that are not of the guides."""
+    return [text for module, text in sources.items() if room_of(module) != f"{PACKAGE}.guides"]
+
+
 def read_package() -> dict[str, str]:
     """The sources of the package by module."""
     return {module_of(path): path.read_text() for path in SOURCES}
@@ -137,15 +148,13 @@ def main() -> None:
     bodies = [function for module, text in sources.items() for function in functions(module, text)]
     classes = [found for module, text in sources.items() for found in methods(module, text)]
     sizes = sorted(function.size for function in bodies)
-    print(
-        f"rooms {len(rooms)}, floors {0 if circles(rooms) else floors(rooms)}, arrows {sum(map(len, rooms.values()))}"
-    )
-    print(f"circles: of rooms {len(circles(rooms))}, of files {[sorted(c) for c in circles(no_faces)]}")
+    upward = circles(rooms)
+    print(f"rooms {len(rooms)}, floors {'none' if upward else floors(rooms)}, arrows {sum(map(len, rooms.values()))}")
+    print(f"circles: of rooms {len(upward)}, of files {[sorted(group) for group in circles(without_faces(files))]}")
     print(f"files: {len(files)}, lines {sum(lines.values())}, median {median(lines.values()):.0f}")
-    print(
-        f"function bodies: median {median(sizes):.0f}, 90 % below {quantiles(sizes, n=10)[-1]:.0f}, largest {sizes[-1]}"
-    )
+    print(f"bodies: median {median(sizes):.0f}, 90 % below {quantiles(sizes, n=10)[-1]:.0f}, largest {sizes[-1]}")
     print(f"functions with args beside kwargs: {sum(function.takes_both for function in bodies)}")
+    print(f"private names of a guide used outside of guides: {sum(map(private_uses, rooms_but_guides(sources)))}")
     for what, largest, limit in (
         ("lines of a file", lines.items(), 400),
         ("lines of a body", [(f.name, f.size) for f in bodies], 40),
