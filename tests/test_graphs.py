@@ -23,6 +23,7 @@ from pyro_amortized.graphs.cache import GraphCache, Use
 from pyro_amortized.graphs.recording import record
 from pyro_amortized.objective.elbo import LocalObjective
 from pyro_amortized.objective.log_joint import LocalLogJoint
+from pyro_amortized.structure.call import ModelCall
 from pyro_amortized.structure.reader import StructureReader
 
 
@@ -72,7 +73,7 @@ FAMILY = Normal(2)
 
 def objective(model: Any, *args: Any, graphs: GraphCache | None = None, estimator: str = "stl") -> LocalObjective:
     structure = StructureReader().read(model, args, {})
-    return LocalObjective(LocalLogJoint(model, args, {}, structure, {}), FAMILY, estimator, graphs)
+    return LocalObjective(LocalLogJoint(ModelCall(model, args, {}, structure)), FAMILY, estimator, graphs)
 
 
 def graph_of_last(cache: GraphCache) -> Any:
@@ -754,7 +755,7 @@ def test_diagnostics_by_blocks_give_the_figures_of_the_model_itself(monkeypatch:
 def test_blocks_cannot_be_differentiated_twice() -> None:
     linear, x = simulated()
     structure = StructureReader().read(linear.full, (x,), {})
-    log_joint = LocalLogJoint(linear.full, (x,), {}, structure, {})
+    log_joint = LocalLogJoint(ModelCall(linear.full, (x,), {}, structure))
     log_joint.like, log_joint.graphs = torch.empty(0), GraphCache()
     z = torch.zeros(2, 12, 3, requires_grad=True)
     (gradient,) = torch.autograd.grad(log_joint(z).sum(), z, create_graph=True)

@@ -22,7 +22,8 @@ from pyro_amortized.diagnostics.optimum import local_optimum
 from pyro_amortized.diagnostics.problem import bind
 from pyro_amortized.families import Mixture, mixture
 from pyro_amortized.families.mixture import _search
-from pyro_amortized.objective.log_joint import MAX_ROWS, LocalLogJoint
+from pyro_amortized.objective.draws import MAX_ROWS
+from pyro_amortized.objective.log_joint import LocalLogJoint
 
 
 def squares(x: Tensor) -> None:

@@ -25,6 +25,7 @@ from pyro_amortized.families import Flow, LowRankMultivariateNormal
 from pyro_amortized.graphs.cache import GraphCache
 from pyro_amortized.objective.elbo import LocalObjective
 from pyro_amortized.objective.log_joint import LocalLogJoint
+from pyro_amortized.structure.call import ModelCall
 from pyro_amortized.structure.reader import StructureReader
 from pyro_amortized.updates.base import Curvature
 from pyro_amortized.updates.gradient import Adam
@@ -44,7 +45,7 @@ def correlated() -> LinearGaussian:
 
 def objective_of(model: Any, x: Tensor, family: Any, **options: Any) -> LocalObjective:
     structure = StructureReader().read(model, (x,), {})
-    return LocalObjective(LocalLogJoint(model, (x,), {}, structure, {}), family, **options)
+    return LocalObjective(LocalLogJoint(ModelCall(model, (x,), {}, structure)), family, **options)
 
 
 def phi_of(family: Any, size: int) -> Tensor:

@@ -20,6 +20,7 @@ from torch.distributions import biject_to
 from pyro_amortized import AmortizedGuide, IterativeAmortizedGuide, PerDatapointGuide, SemiAmortizedGuide
 from pyro_amortized.objective.elbo import LocalObjective
 from pyro_amortized.objective.log_joint import LocalLogJoint
+from pyro_amortized.structure.call import ModelCall
 from pyro_amortized.structure.local_site import LocalSite
 from pyro_amortized.structure.plates import PlateFrame
 from pyro_amortized.structure.reader import StructureReader
@@ -269,7 +270,7 @@ class Draw:
         if self.spec.globals != "none":
             w = self.guide_trace.nodes["w"]["value"][particle]
             values["w"] = w.reshape(()) if self.spec.globals == "single" else w.reshape(2)
-        return LocalLogJoint(self.model, self.args, {}, self.structure, values)
+        return LocalLogJoint(ModelCall(self.model, self.args, {}, self.structure, values))
 
 
 class Bounded(nn.Module):
@@ -465,7 +466,7 @@ def wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def wrong_log_joint(monkeypatch: pytest.MonkeyPatch) -> None:
     """The per-datapoint log-joint leaves the model's own scales out."""
-    monkeypatch.setattr("pyro_amortized.objective.log_joint._scaled", lambda log_prob, site, frame: log_prob)
+    monkeypatch.setattr("pyro_amortized.objective.evaluation._scaled", lambda log_prob, site, frame: log_prob)
 
 
 @pytest.mark.parametrize(

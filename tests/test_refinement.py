@@ -50,6 +50,7 @@ from pyro_amortized.inference.base import InferenceStrategy
 from pyro_amortized.inference.refined import Refined
 from pyro_amortized.objective.elbo import LocalObjective
 from pyro_amortized.objective.log_joint import LocalLogJoint
+from pyro_amortized.structure.call import ModelCall
 from pyro_amortized.structure.reader import StructureReader
 from pyro_amortized.updates.base import Curvature
 
@@ -322,7 +323,7 @@ class Given(InferenceStrategy):
 
 def objective_of(model: Any, x: Tensor, family: VariationalFamily, **options: Any) -> LocalObjective:
     structure = StructureReader().read(model, (x,), {})
-    return LocalObjective(LocalLogJoint(model, (x,), {}, structure, {}), family, **options)
+    return LocalObjective(LocalLogJoint(ModelCall(model, (x,), {}, structure)), family, **options)
 
 
 def starts(size: int, num_params: int) -> Tensor:

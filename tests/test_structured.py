@@ -25,9 +25,11 @@ from pyro_amortized import (
     optimize_local,
 )
 from pyro_amortized.families import Structured, build_family
+from pyro_amortized.structure.call import ModelCall
 from pyro_amortized.structure.dependence import posterior_parents
 from pyro_amortized.structure.layout import SiteLayout
 from pyro_amortized.structure.plates import probe
+from pyro_amortized.structure.reader import StructureReader
 
 pytestmark = pytest.mark.usefixtures("_float64")
 
@@ -270,9 +272,8 @@ EDGES: dict[str, tuple[Model, set[tuple[str, str]]]] = {
 
 
 def find(model: Any, *args: Any) -> tuple[SiteLayout, Tensor]:
-    trace, frames = probe(model, args, {})
-    layout = SiteLayout.from_trace(trace, frames, "data")
-    return layout, posterior_parents(model, args, {}, layout, ["theta"])
+    structure: Any = StructureReader("data").read(model, args, {})
+    return structure.layout, posterior_parents(ModelCall(model, args, {}, structure))
 
 
 @pytest.mark.parametrize("name", EDGES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +14,10 @@ from pyro_amortized.diagnostics.batches import calls, is_single
 from pyro_amortized.diagnostics.noise import draw, generator, seeded
 from pyro_amortized.graphs.cache import GraphCache
 from pyro_amortized.guides import LocalGuide
+from pyro_amortized.objective.checks import check_log_joint
 from pyro_amortized.objective.elbo import LocalObjective
 from pyro_amortized.objective.log_joint import LocalLogJoint
+from pyro_amortized.structure.call import ModelCall
 from pyro_amortized.structure.reader import StructureReader
 from pyro_amortized.structure.structure import Structure
 
@@ -95,13 +97,14 @@ def bind(
     with torch.no_grad(), seeded(generator(seed, 10)), guide.repeatable():
         inferred = guide.infer(*args, **kwargs)
         structure, (phi, family) = inferred.structure, inferred.local
-        check_same_model(model, guide, args, kwargs, structure)
+        call = ModelCall(model, args, kwargs, structure)
+        check_same_model(guide, call)
         _check_unscaled(structure)
-        _check_repeatable(guide, args, kwargs, structure, phi)
+        _check_repeatable(guide, call, phi)
         global_values = guide.global_median(*args, **kwargs)
-    log_joint = LocalLogJoint(model, args, kwargs, structure, global_values)
+    log_joint = LocalLogJoint(replace(call, global_values=global_values))
     z = draw(family, phi, 2, generator(seed, 0))
-    log_joint.check(z)
+    check_log_joint(log_joint, z)
     if _takes_double(log_joint, z):
         phi, log_joint.like = phi.double(), z.new_empty(0, dtype=torch.float64)
     log_joint.graphs = GraphCache(compile) if graphs is None else graphs
@@ -121,13 +124,14 @@ def check_model(model: Any) -> None:
         )
 
 
-def check_same_model(model: Any, guide: LocalGuide, args: Any, kwargs: Any, structure: Structure) -> None:
+def check_same_model(guide: LocalGuide, call: ModelCall) -> None:
     """Raises a ValueError that says what differs if a guide was made for a model with other latents."""
-    if model == guide.model_at_hand:
+    if call.model == guide.model_at_hand:
         return
+    structure = call.structure
     reader = StructureReader(structure.plate, discrete=bool(structure.discrete))
     try:
-        other = reader.look(model, args, kwargs, structure.indices)
+        other = reader.look(call.model, call.args, call.kwargs, structure.indices)
     except ValueError as error:
         if not str(error).startswith("Cannot use plate"):
             raise
@@ -187,9 +191,11 @@ def _check_unscaled(structure: Structure) -> None:
             )
 
 
-def _check_repeatable(guide: LocalGuide, args: Any, kwargs: Any, structure: Structure, phi: Tensor) -> None:
+def _check_repeatable(guide: LocalGuide, call: ModelCall, phi: Tensor) -> None:
     """Refuses encoders that give another answer when asked again about the same datapoints."""
-    if not structure.random_plates and not torch.equal(guide.variational_parameters(*args, **kwargs), phi):
+    if call.structure.random_plates:
+        return
+    if not torch.equal(guide.variational_parameters(*call.args, **call.kwargs), phi):
         raise ValueError(
             "Cannot diagnose this guide because its encoder gives different variational parameters for the same data "
             "in two calls; try guide.eval() if it holds dropout or batch normalisation."

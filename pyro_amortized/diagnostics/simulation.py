@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,9 +25,9 @@ from pyro_amortized.diagnostics.substitution import SampleDatapoints
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.objective.log_joint import LocalLogJoint
 from pyro_amortized.structure.arguments import CallArguments, OwnArguments, Place
+from pyro_amortized.structure.call import ModelCall
 from pyro_amortized.structure.layout import SiteLayout
 from pyro_amortized.structure.reader import StructureReader
-from pyro_amortized.structure.running import run_model
 from pyro_amortized.structure.sites import sample_sites
 from pyro_amortized.structure.state import untouched
 
@@ -160,9 +160,9 @@ class Simulator:
         try:
             with untouched():
                 reader = StructureReader(self.guide.plate, discrete=bool(part.structure.discrete))
-                structure = reader.look(part.model, tuple(part.args), part.kwargs, part.structure.indices)
+                structure = reader.look(part.call.model, part.call.args, part.call.kwargs, part.structure.indices)
             self.log_joint.structure.check_same(structure)
-            return self._sees_rows((tuple(part.args), dict(part.kwargs)), rows)
+            return self._sees_rows((part.call.args, dict(part.call.kwargs)), rows)
         except Exception:  # a model may fail in any way on a part of its data; then it is run on all of it
             return False
 
@@ -173,7 +173,7 @@ class Simulator:
 
     @cached_property
     def _whole_inputs(self) -> tuple[Tensor, ...]:
-        return _inputs(self.guide, (tuple(self.log_joint.args), dict(self.log_joint.kwargs)))
+        return _inputs(self.guide, (self.log_joint.call.args, dict(self.log_joint.call.kwargs)))
 
     @cached_property
     def _indexed(self) -> bool:
@@ -192,7 +192,7 @@ class Simulator:
         observed = {name: nodes[name]["value"] for name in places}
         args, kwargs = arguments.replaced([(place, observed[name]) for name, place in places.items()])
         with untouched():
-            _check_same_model(part, trace, args, kwargs)
+            _check_same_model(replace(part.call, args=args, kwargs=kwargs), trace)
             check_inputs(self.guide, arguments.call, (args, kwargs))
         latents = part.layout.flatten({site.name: nodes[site.name]["value"] for site in part.layout.sites})
         _check_finite(part.layout, latents, observed)
@@ -200,12 +200,12 @@ class Simulator:
 
     def _draw(self, part: LocalLogJoint, rng: torch.Generator) -> tuple[Trace, dict[str, Place], OwnArguments]:
         """A run of the model with simulated observations, and where among its arguments the observed ones lie."""
-        like = tuple(self.log_joint.args), dict(self.log_joint.kwargs)
-        arguments = OwnArguments(part.args, part.kwargs, like)
+        like = self.log_joint.call.args, dict(self.log_joint.call.kwargs)
+        arguments = OwnArguments(part.call.args, part.call.kwargs, like)
         args, kwargs = arguments.call
         sampler = SampleDatapoints(part.layout.plate)
         with torch.no_grad(), pyro.validation_enabled(False), seeded(rng):
-            trace = run_model(part.model, args, kwargs, {**part.global_values, **part.structure.indices}, (sampler,))
+            trace = replace(part.call, args=args, kwargs=kwargs).run(handlers=(sampler,))
         _check_scales(part, trace)
         places = {}
         for name, value in sampler.observed.items():
@@ -254,12 +254,12 @@ def _check_scales(part: LocalLogJoint, trace: Trace) -> None:
             )
 
 
-def _check_same_model(part: LocalLogJoint, trace: Trace, args: Any, kwargs: Any) -> None:
+def _check_same_model(call: ModelCall, trace: Trace) -> None:
     """Runs the model on the simulated data: all its distributions must be those that the data were drawn from."""
     before = sample_sites(trace)
     values = {name: site["value"] for name, site in before.items() if not site["is_observed"]}
     with pyro.validation_enabled(False):
-        again = run_model(part.model, args, kwargs, {**values, **part.structure.indices})
+        again = call.run(values)
         trace.compute_log_prob()
         again.compute_log_prob()
     after = sample_sites(again)

@@ -13,8 +13,7 @@ from torch import Tensor
 from pyro_amortized.diagnostics.evidence.importance import psis
 from pyro_amortized.export.groups import Group, label, label_arguments, to_numpy
 from pyro_amortized.export.runs import Draws, ModelRuns, Pass, Results
-from pyro_amortized.objective.log_joint import chunks
-from pyro_amortized.structure.arguments import Arguments
+from pyro_amortized.objective.draws import chunks
 from pyro_amortized.structure.influence import PlateLogProbs
 
 __all__ = ["Batch", "Options"]
@@ -167,7 +166,7 @@ class Batch:
         """Arguments that are not observed."""
         if "constant_data" in self.groups:
             observed, runs = list(self.runs.data.values()), self.runs
-            log_probs = PlateLogProbs(runs.model, Arguments(runs.args, runs.kwargs), self.structure.indices)
+            log_probs = PlateLogProbs(runs.call)
             self.groups["constant_data"] = label_arguments(arguments, self.structure, observed, log_probs)
 
     # Storing

@@ -16,6 +16,7 @@ from pyro_amortized.export.batch import Batch, Options
 from pyro_amortized.export.groups import to_dataset
 from pyro_amortized.export.runs import Draws, Mode, ModelRuns
 from pyro_amortized.guides import LocalGuide
+from pyro_amortized.structure.call import ModelCall
 from pyro_amortized.structure.signature import named_arguments
 from pyro_amortized.structure.structure import Structure
 
@@ -77,7 +78,7 @@ class Exporter:
         """
         with seeded(generator(self.options.seed, 30, self._number)):
             structure, phi = self._infer(args, kwargs)
-            batch = Batch(ModelRuns(self.model, args, kwargs, structure), self.options, self._log_q(phi))
+            batch = Batch(ModelRuns(ModelCall(self.model, args, kwargs, structure)), self.options, self._log_q(phi))
             if self.options.quantiles:
                 batch.add_quantiles(self._quantiles(structure, phi, args, kwargs))
             if self.options.num_samples:
@@ -123,14 +124,14 @@ class Exporter:
         guide.setup(*args, **kwargs)
         if guide.layout is None:
             structure = guide.infer(*args, **kwargs).structure
-            check_same_model(self.model, guide, args, kwargs, structure)
+            check_same_model(guide, ModelCall(self.model, args, kwargs, structure))
             return structure, None
         if self.options.weighs and self._number == 0:
             self._check(args, kwargs)
         with guide.repeatable():
             inferred = guide.infer(*args, **kwargs)
             structure, phi = inferred.structure, inferred.phi
-        check_same_model(self.model, guide, args, kwargs, structure)
+        check_same_model(guide, ModelCall(self.model, args, kwargs, structure))
         return structure, phi
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -157,7 +158,9 @@ class Exporter:
 
     def _draw_globals(self, runs: ModelRuns, names: list[str]) -> dict[str, Tensor]:
         """Draws of global latents, one by one, which every autoguide can do."""
-        draws = [self.guide.sample_globals(*runs.args, **runs.kwargs) for _ in range(self.options.num_samples)]
+        draws = [
+            self.guide.sample_globals(*runs.call.args, **runs.call.kwargs) for _ in range(self.options.num_samples)
+        ]
         return {name: torch.stack([values[name] for values in draws]) for name in names}
 
     def _log_q(self, phi: Tensor | None) -> Callable[[Tensor], Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -19,13 +19,15 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_amortized.export.likelihood import log_likelihood
 from pyro_amortized.objective.checks import check_outside
-from pyro_amortized.objective.log_joint import LocalLogJoint
+from pyro_amortized.objective.draws import agrees, draws_plate
+from pyro_amortized.objective.enumeration import log_likelihood
+from pyro_amortized.objective.evaluation import Evaluation
+from pyro_amortized.structure.call import ModelCall
+from pyro_amortized.structure.influence import close
 from pyro_amortized.structure.plates import batch_depth, probe
-from pyro_amortized.structure.running import Site, isolated, run_model
+from pyro_amortized.structure.running import Site
 from pyro_amortized.structure.sites import is_data, latent_sites, sample_sites
-from pyro_amortized.structure.structure import Structure
 
 __all__ = ["Draws", "Mode", "ModelRuns", "Pass", "Results", "SiteShape"]
 
@@ -76,10 +78,7 @@ class ModelRuns:
     """Evaluates a call of a model at many draws.
 
     Args:
-        model: The Pyro model.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        structure: The structure of this call, with the indices of subsampled plates.
+        call: The call, with the indices of subsampled plates.
 
     Attributes:
         data: Observed values by site, ``(*batch, *event)`` as the model has them.
@@ -90,14 +89,10 @@ class ModelRuns:
         modes: How several draws are evaluated, by pass; those missing one by one.
     """
 
-    def __init__(
-        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], structure: Structure
-    ) -> None:
-        self.model = model
-        self.args = args
-        self.kwargs = kwargs
-        self.structure = structure
-        trace, _ = probe(model, args, kwargs, structure.indices)
+    def __init__(self, call: ModelCall) -> None:
+        self.call = call
+        self.structure = structure = call.structure
+        trace, _ = probe(call.model, call.args, call.kwargs, structure.indices)
         found = sample_sites(trace)
         self.sites = {name: _site_shape(site) for name, site in found.items()}
         self.latent = tuple(latent_sites(trace))
@@ -114,13 +109,12 @@ class ModelRuns:
 
     def weigh(self, draws: Draws, number: int, together: bool) -> Results:
         """Log-likelihoods of every data site, and the log-joint of every datapoint where there are local latents."""
-        recorder = poutine.trace(self.model)
+        recorder = poutine.trace(self.call.model)
         results: Results = {}
         values = self._global_values(draws, together)
         if draws.z is not None:
-            log_joint = LocalLogJoint(recorder, self.args, self.kwargs, self.structure, values)
-            log_joint.vectorized, log_joint.validate = together, False
-            results["log_joint", ""] = log_joint.plain(draws.z)
+            call = replace(self.call, model=recorder, global_values=values)
+            results["log_joint", ""] = Evaluation(call, number if together else 1, validate=False)(draws.z)
         else:
             handlers = self._draws_plate(number, together)
             if self.structure.enumerated:
@@ -146,7 +140,7 @@ class ModelRuns:
         self, values: Mapping[str, Tensor], number: int, together: bool, groups: Mapping[str, tuple[str, ...]]
     ) -> Results:
         handlers = [_Sample(values), *self._draws_plate(number, together)]
-        trace = self._run(poutine.uncondition(self.model), values, handlers)
+        trace = self._run(poutine.uncondition(self.call.model), values, handlers)
         nodes: dict[str, Any] = trace.nodes
         return {
             (group, name): self._aligned(nodes[name]["value"], self.sites[name].event_dim, number, together)
@@ -156,11 +150,10 @@ class ModelRuns:
 
     def _run(self, model: Callable[..., Any], values: Mapping[str, Tensor], handlers: list[Any]) -> Trace:
         with pyro.validation_enabled(False):
-            return run_model(model, self.args, self.kwargs, {**values, **self.structure.indices}, handlers)
+            return replace(self.call, model=model).run(values, handlers)
 
     def _draws_plate(self, number: int, together: bool) -> list[Any]:
-        with isolated():
-            return [pyro.plate("_local_draws", number, dim=-self.depth - 1)] if together else []
+        return [draws_plate(number, self.depth)] if together else []
 
     # How draws are evaluated
 
@@ -168,7 +161,7 @@ class ModelRuns:
         """Raises a ValueError if the weight of a datapoint's draw would leave out sites that depend on it."""
         if draws.z is not None:
             values = self._global_values(draws[:1], False)
-            check_outside(self.model, self.args, self.kwargs, self.structure, values, draws.z[[0, -1]])
+            check_outside(replace(self.call, global_values=values), draws.z[[0, -1]])
 
     @torch.no_grad()
     def choose_mode(self, function: Pass, draws: Draws) -> None:
@@ -179,12 +172,12 @@ class ModelRuns:
 
     def _agrees(self, mode: Mode, function: Pass, draws: Draws, apart: Results) -> bool:
         """Whether a mode gives the shapes, and where nothing is random the numbers, of one draw at a time."""
-        try:
-            results = mode(function, draws, 2)
-        except Exception:  # a model may fail in any way on a batch of draws; then it is run otherwise
-            return False
-        same = all(value.shape == apart[key].shape for key, value in results.items())
-        return same and (function != self.weigh or all(_close(v, apart[key]) for key, v in results.items()))
+
+        def is_right(results: Results) -> bool:
+            same = all(value.shape == apart[key].shape for key, value in results.items())
+            return same and (function != self.weigh or all(close(v, apart[key]) for key, v in results.items()))
+
+        return agrees(lambda: mode(function, draws, 2), is_right)
 
     @torch.no_grad()
     def evaluate(self, function: Pass, draws: Draws, number: int) -> Results:
@@ -264,8 +257,3 @@ def _one_by_one(function: Pass, draws: Draws, number: int) -> Results:
     """A run of the model for every draw."""
     results = [function(draws[k : k + 1], 1, False) for k in range(number)]
     return {key: torch.cat([result[key] for result in results]) for key in results[0]}
-
-
-def _close(actual: Tensor, expected: Tensor) -> bool:
-    tolerance = 1e-8 if expected.dtype == torch.float64 else 1e-4
-    return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)

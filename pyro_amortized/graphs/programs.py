@@ -67,13 +67,13 @@ def _key(
     program: Callable[..., Any], log_joint: Any, tensors: Sequence[Tensor], settings: tuple[Any, ...]
 ) -> tuple[Any, ...] | None:
     """What a graph depends on as far as can be seen; None if it may depend on more than can be compared."""
-    shapes = call_key((log_joint.args, dict(log_joint.kwargs)))
+    shapes = call_key((log_joint.call.args, dict(log_joint.call.kwargs)))
     scale = log_joint.layout.scale if log_joint.layout.is_scaled else 1.0
     if shapes is None or not log_joint.structure.is_static or isinstance(scale, Tensor):  # which would be a constant
         return None
     device = tensors[0].device.type
     modes = torch.get_default_dtype(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    model = getattr(log_joint.model, "__self__", log_joint.model)
+    model = getattr(log_joint.call.model, "__self__", log_joint.call.model)
     training = tuple(part.training for part in model.modules()) if isinstance(model, nn.Module) else ()
     frames = tuple(log_joint.structure.frames.values())
     mode = log_joint.vectorized or tuple((log_joint.copying.serves if log_joint.copying else {}).items())
@@ -98,16 +98,18 @@ class _Tensors:
     @classmethod
     def of(cls, log_joint: Any) -> _Tensors:
         """Takes a log-joint's call apart."""
-        parts = (tuple(log_joint.args), dict(log_joint.kwargs), dict(log_joint.structure.indices))
-        return cls(*tree_flatten((*parts, log_joint.global_values)))
+        call = log_joint.call
+        parts = call.args, dict(call.kwargs), dict(call.structure.indices), dict(call.global_values)
+        return cls(*tree_flatten(parts))
 
     def put_back(self, tensors: Sequence[Tensor], log_joint: Any) -> Any:
         """The log-joint of other tensors of the same shapes."""
         leaves = list(self.leaves)
         for position, tensor in zip(self.positions, tensors, strict=True):
             leaves[position] = tensor
-        args, kwargs, indices, global_values = tree_unflatten(leaves, self.spec)
+        args, kwargs, indices, values = tree_unflatten(leaves, self.spec)
         structure = replace(log_joint.structure, indices=indices, observed=None)
-        same = log_joint.of_call(args, kwargs, structure, global_values)
+        call = replace(log_joint.call, args=args, kwargs=kwargs, structure=structure, global_values=values)
+        same = log_joint.of_call(call)
         same.validate, same.selectable = False, False
         return same

@@ -172,7 +172,7 @@ class LocalGuide(PosteriorGuide):
 
     def _build(self, call: Call) -> None:
         structure = call.structure
-        check_steady(self._structures, structure, self.model, call.args, call.kwargs, observed=self._needs_observed)
+        check_steady(self._structures, call.of_model(self.model), observed=self._needs_observed)
         init_loc = self._initial_locations(call)
         if structure.layout is not None:
             self._like = init_loc.new_empty(0)
@@ -225,8 +225,7 @@ class LocalGuide(PosteriorGuide):
                 "Cannot find which local latents depend on which because this guide was loaded without its model; try "
                 "`guide.model = model`."
             )
-        layout: Any = call.structure.layout
-        return posterior_parents(model, call.args, call.kwargs, layout, call.structure.global_sites)
+        return posterior_parents(call.of_model(model))
 
     def _family_of_steps(self, call: Call) -> VariationalFamily:
         """The family for as many steps as a call has; the same one for the same number."""

@@ -9,6 +9,7 @@ from typing import Any
 import pyro
 from torch import Tensor
 
+from pyro_amortized.structure.call import ModelCall
 from pyro_amortized.structure.structure import Structure
 
 __all__ = ["Call"]
@@ -37,6 +38,11 @@ class Call:
     model: Callable[..., Any] | None = None
     complete: bool = True
     global_values: Mapping[str, Tensor] | None = None
+
+    def of_model(self, model: Callable[..., Any]) -> ModelCall:
+        """The call of the model that observes the data at hand, given the guide's own model."""
+        model = model if self.model is None else self.model
+        return ModelCall(model, self.args, self.kwargs, self.structure, self.global_values or {})
 
     @property
     def index(self) -> Tensor | None:

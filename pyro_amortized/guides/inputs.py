@@ -9,7 +9,7 @@ import torch
 from torch import Size, Tensor
 
 from pyro_amortized.guides.call import Call
-from pyro_amortized.structure.arguments import Arguments
+from pyro_amortized.structure.call import ModelCall
 from pyro_amortized.structure.influence import PlateLogProbs
 from pyro_amortized.structure.signature import named_arguments
 from pyro_amortized.structure.whole import WholeObservations
@@ -48,7 +48,7 @@ def encoder_inputs(
     if spec is None:
         observed, present = call.structure.observed or {}, call.structure.present
         if whole is not None and call.structure.data_plates:
-            observed, present = whole.find(call.model or model, call.args, call.kwargs, call.structure)  # type: ignore[arg-type]
+            observed, present = whole.find(call.of_model(model))  # type: ignore[arg-type]
         values = [value for name, value in observed.items() if name not in but]
         masks = [mask for name, mask in present.items() if show_masks and name not in but]
         like = next((value for value in values if value.is_floating_point()), None)
@@ -119,7 +119,7 @@ def _argument(name: str, model: Callable[..., Any] | None, call: Call, known: Mu
         return value
     key = name, value.shape, frame
     if key not in known:
-        log_probs = PlateLogProbs(model, Arguments(call.args, call.kwargs), call.structure.indices)
+        log_probs = PlateLogProbs(ModelCall(model, call.args, call.kwargs, call.structure))
         found = log_probs.holds(value, 0, frame, call.index)
         if found is None:
             event_dim = max(0, value.dim() + frame.dim)

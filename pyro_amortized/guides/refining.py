@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from pyro_amortized.guides.call import Call
 from pyro_amortized.inference.base import InferenceStrategy
 from pyro_amortized.inference.refined import Refined, start_of
 from pyro_amortized.inference.strategies import Prior
+from pyro_amortized.objective.checks import check_outside
+from pyro_amortized.objective.draws import Mode
 from pyro_amortized.objective.elbo import ESTIMATORS, LocalObjective
-from pyro_amortized.objective.log_joint import LocalLogJoint, Mode
+from pyro_amortized.objective.log_joint import LocalLogJoint
 from pyro_amortized.structure.cache import call_key
 from pyro_amortized.structure.state import kept_state, modes_of_modules, untouched
 from pyro_amortized.updates.base import UpdateRule
@@ -137,7 +140,7 @@ class RefiningGuide(AmortizedGuide):
                 "Cannot refine phi because this guide was loaded without its model; try `guide.model = model`."
             )
         model = self.model if call.model is None else call.model
-        log_joint = LocalLogJoint(model, call.args, call.kwargs, call.structure, self._global_values(call))
+        log_joint = LocalLogJoint(replace(call.of_model(model), global_values=self._global_values(call)))
         if torch._C._get_tracing_state():
             raise ValueError(
                 "Cannot refine phi inside torch.jit.trace, as JitTrace_ELBO does, because gradients cannot be taken "
@@ -158,7 +161,7 @@ class RefiningGuide(AmortizedGuide):
         shape = (2, log_joint.num_datapoints, log_joint.layout.latent_dim)
         z = torch.linspace(-0.5, 0.5, math.prod(shape), dtype=self._like.dtype, device=self._like.device).reshape(shape)
         with untouched():
-            log_joint.check_outside(z)
+            check_outside(log_joint.call, z)
             return log_joint.choose_mode(z)
 
     def _refined_from(

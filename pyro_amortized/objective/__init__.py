@@ -1,6 +1,7 @@
 """What is a datapoint's ELBO?"""
 
+from pyro_amortized.objective.draws import MAX_ROWS, chunks
 from pyro_amortized.objective.elbo import ESTIMATORS, LocalObjective
-from pyro_amortized.objective.log_joint import MAX_ROWS, LocalLogJoint, chunks
+from pyro_amortized.objective.log_joint import LocalLogJoint
 
-__all__ = ["ESTIMATORS", "LocalLogJoint", "LocalObjective", "MAX_ROWS", "chunks"]
+__all__ = ["ESTIMATORS", "MAX_ROWS", "LocalLogJoint", "LocalObjective", "chunks"]

@@ -1,11 +1,12 @@
-"""Sites outside of the datapoint plate that depend on its latents: no quantity of a single datapoint counts them.
+"""Whether the log-joint of a datapoint is what it says.
 
-Whether a site does is found by numbers: the latents of the datapoint plate are changed, all else is kept.
+No quantity of a single datapoint counts sites outside of the datapoint plate that depend on its latents. Whether a site
+does is found by numbers: the latents of the datapoint plate are changed, all else is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -16,59 +17,102 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_amortized.objective.log_joint import LocalLogJoint
+from pyro_amortized.structure.call import ModelCall
+from pyro_amortized.structure.influence import close
 from pyro_amortized.structure.layout import SiteLayout
-from pyro_amortized.structure.running import Site, run_model
+from pyro_amortized.structure.running import Site
 from pyro_amortized.structure.sites import sample_sites
 from pyro_amortized.structure.state import untouched
 from pyro_amortized.structure.structure import Structure
 
-__all__ = ["check_outside"]
+__all__ = ["check_log_joint", "check_outside"]
+
+
+@torch.no_grad()
+def check_log_joint(log_joint: LocalLogJoint, z: Tensor) -> None:
+    """Makes sure that the numbers can be trusted, and finds out whether draws may be evaluated together.
+
+    Args:
+        log_joint: The log-joint of a call.
+        z: Two different draws, of shape ``(2, N, D)``.
+
+    Raises:
+        ValueError: If the model gives different numbers for equal latents, the log-joint of a datapoint is not
+            finite, or sites outside of the plate depend on its latents.
+    """
+    log_joint.vectorized = False
+    log_joint.like = z.new_empty(0)
+    reference = torch.cat([log_joint(draw.unsqueeze(0)) for draw in z])
+    if not close(log_joint(z[:1]), reference[:1]):
+        raise ValueError(
+            "Cannot evaluate the model's log-joint because two runs at the same latent values give different "
+            "numbers; try model.eval() if it holds dropout or batch normalisation, and keep random numbers in "
+            "pyro.sample sites."
+        )
+    _check_finite(reference, log_joint.layout)
+    _check_independence(log_joint, z, reference)
+    check_outside(log_joint.call, z)
+    log_joint.try_vectorized(z, reference)
+    log_joint.validate = False
+
+
+def _check_independence(log_joint: LocalLogJoint, z: Tensor, values: Tensor) -> None:
+    """Changes the latents of one datapoint; the log-joints of the others must stay."""
+    mixed = z[:1].clone()
+    mixed[:, 0] = z[1, 0]
+    if not close(log_joint(mixed)[:, 1:], values[:1, 1:]):
+        raise ValueError(
+            f"Cannot evaluate datapoints on their own because the log-joint of one datapoint in plate "
+            f"{log_joint.layout.plate!r} depends on the latents of others; try model.eval() if the model holds batch "
+            "normalisation, or move what datapoints share out of the plate."
+        )
+
+
+def _check_finite(values: Tensor, layout: SiteLayout) -> None:
+    bad = (~values.isfinite()).any(0).nonzero().squeeze(-1).tolist()
+    if bad:
+        raise ValueError(
+            f"Cannot evaluate the ELBO of {len(bad)} datapoints because their log-joint is not finite (datapoints "
+            f"{bad[:10]} of plate {layout.plate!r}); try looking for invalid values in their data, or for a "
+            "likelihood that underflows or is not defined at all latents, as z.sqrt() is not, but softplus(z)."
+        )
+
 
 _SPREAD = 3.0
 """How far latents are moved, in differences of a draw from the prior to the draw at hand."""
 
 
 @torch.no_grad()
-def check_outside(
-    model: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    structure: Structure,
-    global_values: Mapping[str, Tensor],
-    z: Tensor,
-) -> None:
+def check_outside(call: ModelCall, z: Tensor) -> None:
     """Makes sure that no site outside of the datapoint plate depends on the latents in it.
 
     The log-joint of a datapoint sums the sites in the plate. One outside, be it observed, a factor, or a global latent
     whose prior depends on local ones, would be left out without a trace.
 
     Args:
-        model: The Pyro model.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        structure: The structure of this call, with the indices of subsampled plates.
-        global_values: Values of the global latent sites.
+        call: The call.
         z: Two different draws of the flat latent, ``(2, N, D)``.
 
     Raises:
         ValueError: If one does, naming the site and its plates; or if the call sees only some of a datapoint's entries.
     """
-    _check_whole(structure)
-    layout: Any = structure.layout
-    given = {**global_values, **structure.indices}
+    _check_whole(call.structure)
+    layout: Any = call.structure.layout
+    drawn: dict[str, Any] = {}
 
     def run(z: Tensor | None) -> Trace:
-        values = given if z is None else {**given, **layout.values(z)}
+        values = drawn if z is None else {**drawn, **layout.values(z)}
         with untouched(), pyro.validation_enabled(False):
             pyro.set_rng_seed(0)
-            return run_model(model, args, kwargs, values)
+            return call.run(values)
 
     first = run(z[0])
     before = _log_probs(first, layout.plate)
     if not before:
         return
     nodes: Mapping[str, Any] = first.nodes
-    given.update({name: site["value"] for name, site in nodes.items() if _is_drawn(site)})
+    drawn.update({name: site["value"] for name, site in nodes.items() if _is_drawn(site)})
     for point in _points(run, layout, z):
         with suppress(Exception):  # a model may fail in any way at latents far out
             after = _log_probs(run(point), layout.plate)

@@ -24,7 +24,7 @@ from pyro_amortized.objective.log_joint import LocalLogJoint
 from pyro_amortized.objective.noise import MOST_ORTHOGONAL, orthogonal, widened
 from pyro_amortized.objective.regression import ridge
 from pyro_amortized.structure.local_site import LocalSite
-from pyro_amortized.structure.running import Site, run_model
+from pyro_amortized.structure.running import Site
 from pyro_amortized.structure.state import untouched
 
 __all__ = ["ESTIMATORS", "LocalObjective"]
@@ -55,14 +55,15 @@ class LocalObjective:
     Example:
         >>> import pyro, pyro.distributions as dist
         >>> from pyro_amortized.families import Normal
-        >>> from pyro_amortized.structure import StructureReader
+        >>> from pyro_amortized.structure.call import ModelCall
+        >>> from pyro_amortized.structure.reader import StructureReader
         >>> def model(x):
         ...     with pyro.plate("data", len(x)):
         ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
         >>> x = torch.tensor([0.0, 2.0])
         >>> structure = StructureReader().read(model, (x,), {})
-        >>> objective = LocalObjective(LocalLogJoint(model, (x,), {}, structure, {}), Normal(1))
+        >>> objective = LocalObjective(LocalLogJoint(ModelCall(model, (x,), {}, structure)), Normal(1))
         >>> exact_posterior = torch.stack([x / 2, torch.full((2,), 0.5).sqrt().log()], -1)
         >>> objective(exact_posterior)  # the log evidence, without noise
         tensor([-1.2655, -2.2655])
@@ -251,7 +252,7 @@ class LocalObjective:
             inputs,
             (program.__name__, estimator, count),
             graphs,
-            (self.log_joint.model, family),
+            (self.log_joint.call.model, family),
             draws=None if isinstance(noise, int) else 1,
             derivatives=torch.is_grad_enabled(),
         )
@@ -263,7 +264,6 @@ class LocalObjective:
         Returns:
             phi of shape ``(N, P)``.
         """
-        values = {**self.log_joint.global_values, **self.log_joint.structure.indices}
         sites = {site.name: site for site in self.log_joint.layout.sites}
         locs, scales = {}, {}
 
@@ -278,7 +278,7 @@ class LocalObjective:
                 return local.transform(locs[local.name])
 
         with pyro.validation_enabled(False), untouched():
-            run_model(self.log_joint.model, self.log_joint.args, self.log_joint.kwargs, values, (InitMessenger(start),))
+            self.log_joint.call.run(handlers=(InitMessenger(start),))
         dim = self.log_joint.layout.dim
         loc, scale = (torch.cat([s.flatten(part[s.name], dim) for s in sites.values()], -1) for part in (locs, scales))
         phi = self.family.laplace(loc, torch.diag_embed(scale.square().reciprocal()))

@@ -8,7 +8,7 @@ decomposition). Both are found for single dimensions of the flat latent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from pyro import poutine
 from pyro.infer.inspect import get_dependencies
 from torch import Tensor
 
-from pyro_amortized.structure.layout import SiteLayout
+from pyro_amortized.structure.call import ModelCall
 from pyro_amortized.structure.running import isolated
 from pyro_amortized.structure.sites import sample_sites
 from pyro_amortized.structure.state import untouched
@@ -57,25 +57,15 @@ class _Node:
         return found
 
 
-def posterior_parents(
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    layout: SiteLayout,
-    given: Collection[str] = (),
-) -> Tensor:
+def posterior_parents(call: ModelCall) -> Tensor:
     r"""For every dimension of the flat latent, the earlier ones that its posterior depends on.
 
     The distributions :math:`p(z_i \mid z_{pa(i)}, x)` make up the exact posterior of a datapoint: conditioned on its
-    parents a latent is independent of all others before it. Latents that are neither in the layout nor given, such as
+    parents a latent is independent of all others before it. Latents that are neither local nor global, such as
     discrete ones that the model enumerates, are integrated out first.
 
     Args:
-        model: A Pyro model.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        layout: The local latents.
-        given: Names of the latents that the local ones are conditioned on, the global ones.
+        call: A call of a model with local latents, which are conditioned on the global ones.
 
     Returns:
         Boolean ``(D, D)``: entry (i, j), with j < i, is true if j is a parent of i.
@@ -85,16 +75,15 @@ def posterior_parents(
 
     Example:
         >>> import pyro, pyro.distributions as dist
-        >>> from pyro_amortized.tracing import probe
+        >>> from pyro_amortized.structure.reader import StructureReader
         >>> def model(x):
         ...     with pyro.plate("data", len(x)):
         ...         z_1 = pyro.sample("z_1", dist.Normal(0.0, 1.0))
         ...         z_2 = pyro.sample("z_2", dist.Normal(z_1, 1.0))
         ...         z_3 = pyro.sample("z_3", dist.Normal(z_2, 1.0))
         ...         pyro.sample("x", dist.Normal(z_3, 1.0), obs=x)
-        >>> trace, frames = probe(model, (torch.ones(5),), {})
-        >>> layout = SiteLayout.from_trace(trace, frames, "data")
-        >>> posterior_parents(model, (torch.ones(5),), {}, layout).int()
+        >>> structure = StructureReader().read(model, (torch.ones(5),), {})
+        >>> posterior_parents(ModelCall(model, (torch.ones(5),), {}, structure)).int()
         tensor([[0, 0, 0],
                 [1, 0, 0],
                 [0, 1, 0]], dtype=torch.int32)
@@ -103,10 +92,12 @@ def posterior_parents(
         Faithful Inversion of Generative Models for Effective Amortized Inference, Stefan Webb, Adam Golinski, Robert
         Zinkov, N. Siddharth, Tom Rainforth, Yee Whye Teh, Frank Wood (2018), https://arxiv.org/abs/1712.00287
     """
-    tracer = poutine.trace(model)
+    layout: Any = call.structure.layout
+    given = call.structure.global_sites
+    tracer = poutine.trace(call.model)
     with isolated(), untouched():
         try:
-            found: Any = get_dependencies(tracer, args, dict(kwargs))["posterior_dependencies"]
+            found: Any = get_dependencies(tracer, call.args, dict(call.kwargs))["posterior_dependencies"]
         except Exception as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(

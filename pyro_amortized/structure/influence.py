@@ -19,6 +19,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_amortized.structure.arguments import Arguments, Axis, CallArguments
+from pyro_amortized.structure.call import ModelCall
 from pyro_amortized.structure.plates import PlateFrame
 from pyro_amortized.structure.running import run_model
 from pyro_amortized.structure.sites import sample_sites
@@ -193,15 +194,13 @@ class PlateLogProbs:
     """Log-probabilities of all sites in a plate as a function of the arguments, at latents drawn once from the prior.
 
     Args:
-        model: The model.
-        arguments: The arguments of the call.
-        indices: Indices of the subsampled plates.
+        call: A call of a model.
     """
 
-    def __init__(self, model: Callable[..., Any], arguments: Arguments, indices: Mapping[str, Tensor]) -> None:
-        self.model = model
-        self.arguments = arguments
-        self.indices = indices
+    def __init__(self, call: ModelCall) -> None:
+        self.model = call.model
+        self.arguments = Arguments(call.args, call.kwargs)
+        self.indices = call.structure.indices
         self._references: dict[str, Tensor] = {}
 
     @cached_property

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pyro
 import torch
 
+from pyro_amortized.structure.call import ModelCall
 from pyro_amortized.structure.local_site import bounds
 from pyro_amortized.structure.masking import NEUTRAL
 from pyro_amortized.structure.reader import StructureReader
@@ -56,23 +54,19 @@ _NUM_LOOKS = 3
 """Further runs of a model, with other random numbers, to see whether it looks the same in every run."""
 
 
-def check_steady(
-    reader: StructureReader, first: Structure, model: Callable[..., Any], args: Any, kwargs: Any, *, observed: bool
-) -> None:
+def check_steady(reader: StructureReader, call: ModelCall, *, observed: bool) -> None:
     """Looks at a model some times more, with the same and with other random numbers.
 
     Args:
         reader: What looks.
-        first: What was seen with the generators as they are.
-        model: The model.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
+        call: A call, and what was seen of it with the generators as they are.
         observed: Whether the observed values matter.
 
     Raises:
         ValueError: If the model has another structure then, or observes other values with the same random numbers.
     """
-    again = reader.look(model, args, kwargs, first.indices)
+    first = call.structure
+    again = reader.look(call.model, call.args, call.kwargs, first.indices)
     if observed:
         _check_observed_again(first, again)
     for seed in range(_NUM_LOOKS):
@@ -86,4 +80,4 @@ def check_steady(
         _check_weights(first, again)
         with untouched():
             pyro.set_rng_seed(seed)
-            again = reader.look(model, args, kwargs, first.indices)
+            again = reader.look(call.model, call.args, call.kwargs, first.indices)

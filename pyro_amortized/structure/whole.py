@@ -7,7 +7,7 @@ values follow the indices is found by numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pyro_amortized.structure.call import ModelCall
 from pyro_amortized.structure.observed import observed_values
 from pyro_amortized.structure.plates import PlateFrame, probe
 from pyro_amortized.structure.sites import sample_sites
@@ -38,25 +39,21 @@ class WholeObservations:
 
     followed: set[str] = field(default_factory=set)
 
-    def find(
-        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], structure: Structure
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def find(self, call: ModelCall) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The observed values by site ``(N, ...)``, and which of them are not masked, at all entries.
 
         Args:
-            model: The model.
-            args: Its positional arguments.
-            kwargs: Its keyword arguments.
-            structure: The structure of this call, with the indices of subsampled plates.
+            call: A call of a model, with the indices of subsampled plates.
 
         Raises:
             ValueError: If the values do not follow the indices of the plates: the other entries cannot be known.
         """
+        structure = call.structure
         frames = [structure.frames[name] for name in structure.data_plates]
         drawn = {frame.name: structure.indices[frame.name] for frame in frames}
 
         def look(indices: Mapping[str, Tensor]) -> tuple[Trace, _Values]:
-            trace = probe(model, args, kwargs, {**structure.indices, **indices})[0]
+            trace = probe(call.model, call.args, call.kwargs, {**structure.indices, **indices})[0]
             values, masks = observed_values(trace, structure.datapoints)
             return trace, {**{("", n): v for n, v in values.items()}, **{("mask", n): m for n, m in masks.items()}}
 

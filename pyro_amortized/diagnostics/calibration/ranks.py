@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,8 @@ from pyro_amortized.diagnostics.noise import draw, seeded
 from pyro_amortized.diagnostics.problem import LocalProblem
 from pyro_amortized.diagnostics.simulation import Simulation
 from pyro_amortized.guides import LocalGuide
-from pyro_amortized.objective.log_joint import chunks
+from pyro_amortized.objective.draws import chunks
+from pyro_amortized.objective.prior import prior_draws
 from pyro_amortized.structure.structure import Structure
 
 __all__ = ["prior_location", "ranks"]
@@ -29,7 +32,9 @@ def ranks(
     Reference points are draws from a normal with the prior's mean and standard deviation.
     """
     structure, phi = _infer(guide, simulation, rng)
-    log_joint = original.objective.log_joint.of_call(simulation.args, simulation.kwargs, structure)
+    before = original.objective.log_joint
+    call = replace(before.call, args=simulation.args, kwargs=simulation.kwargs, structure=structure)
+    log_joint = before.of_call(call)
     family = original.objective.family
     loc, scale = prior
     reference = loc + scale * torch.randn(simulation.latents.shape, generator=rng, dtype=torch.float64).to(scale)
@@ -67,5 +72,5 @@ def prior_location(problem: LocalProblem, rng: torch.Generator) -> tuple[Tensor,
     """Mean and standard deviation of the prior's draws, ``(D,)`` each."""
     log_joint = problem.objective.log_joint
     with seeded(rng):
-        prior = log_joint.prior_draws(1 + 200 // log_joint.num_datapoints).flatten(0, 1)
+        prior = prior_draws(log_joint, 1 + 200 // log_joint.num_datapoints).flatten(0, 1)
     return prior.mean(0), prior.std(0).clamp(min=1e-6)

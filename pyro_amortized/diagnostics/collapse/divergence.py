@@ -22,7 +22,7 @@ from pyro_amortized.diagnostics.collapse.priors import SitePrior, site_priors
 from pyro_amortized.diagnostics.noise import draw, seeded
 from pyro_amortized.diagnostics.problem import LocalProblem
 from pyro_amortized.families import Normal, VariationalFamily
-from pyro_amortized.objective.log_joint import MAX_ROWS
+from pyro_amortized.objective.draws import MAX_ROWS
 from pyro_amortized.structure.local_site import LocalSite
 
 __all__ = ["Divergence", "local_divergence", "mutual_information"]

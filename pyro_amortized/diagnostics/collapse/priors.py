@@ -7,7 +7,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -23,9 +22,10 @@ from torch.distributions import (
     kl_divergence,
 )
 
-from pyro_amortized.objective.log_joint import LocalLogJoint, chunks
+from pyro_amortized.objective.draws import chunks, draws_plate
+from pyro_amortized.objective.log_joint import LocalLogJoint
 from pyro_amortized.structure.local_site import LocalSite
-from pyro_amortized.structure.running import Site, isolated, run_model
+from pyro_amortized.structure.running import Site
 from pyro_amortized.structure.sites import is_enumerated
 
 __all__ = ["SitePrior", "prior_draws", "site_priors"]
@@ -75,7 +75,7 @@ class SitePrior:
         return _flatten(kl, self.site, self.log_joint)
 
     def _unflatten(self, flat: Tensor) -> Tensor:
-        depth, dim = self.log_joint.depth, self.log_joint.layout.dim
+        depth, dim = self.log_joint.structure.depth, self.log_joint.layout.dim
         middle = (1,) * (depth + dim) + flat.shape[1:2] + (1,) * (-dim - 1)
         return self.site.unflatten(flat.reshape(flat.shape[:1] + middle + flat.shape[2:]))
 
@@ -124,16 +124,16 @@ def _flatten_sites(log_joint: LocalLogJoint, found: list[Site]) -> Tensor:
     parts = []
     for site in log_joint.layout.sites:
         unconstrained = site.transform.inv(values[site.name])
-        lead = (1,) * (log_joint.depth + 1 + len(site.shape) - unconstrained.dim())
+        lead = (1,) * (log_joint.structure.depth + 1 + len(site.shape) - unconstrained.dim())
         parts.append(_flatten(unconstrained.reshape(lead + unconstrained.shape), site, log_joint))
     return torch.cat(parts, -1)
 
 
 def _run(log_joint: LocalLogJoint, z: Tensor) -> list[SitePrior]:
     layout, together = log_joint.layout, log_joint.vectorized
-    parts = layout.split(z, log_joint.depth) if together else layout.split(z[0])
+    parts = layout.split(z, log_joint.structure.depth) if together else layout.split(z[0])
     values = {site.name: site.transform(parts[site.name]) for site in layout.sites}
-    extra = [poutine.enum(first_available_dim=-log_joint.depth - 2)] if log_joint.structure.enumerated else []
+    extra = [poutine.enum(first_available_dim=-log_joint.structure.depth - 2)] if log_joint.structure.enumerated else []
     return _read(log_joint, _sites(log_joint, values, len(z) if together else None, extra), parts)
 
 
@@ -145,14 +145,12 @@ def _sites(
 
     def prior(*args: Any, **kwargs: Any) -> None:
         with suppress(_AllSeen):
-            log_joint.model(*args, **kwargs)
+            log_joint.call.model(*args, **kwargs)
 
     handlers: list[Any] = [capture]
     if num_draws is not None:
-        with isolated():
-            handlers.append(pyro.plate("_prior_draws", num_draws, dim=-log_joint.depth - 1))
-    given = {**log_joint.global_values, **log_joint.structure.indices, **values}
-    run_model(prior, log_joint.args, log_joint.kwargs, given, [*handlers, *extra])
+        handlers.append(draws_plate(num_draws, log_joint.structure.depth))
+    replace(log_joint.call, model=prior).run(values, [*handlers, *extra])
     return capture.found
 
 
@@ -182,10 +180,10 @@ def _site_prior(log_joint: LocalLogJoint, found: Site, site: LocalSite, part: Te
     log_det = transform.log_abs_det_jacobian(part, value)
     lead = len(site.shape) - coupled
     log_p = fn.log_prob(value) + sum_rightmost(log_det, log_det.dim() - (part.dim() - coupled))
-    rank = log_joint.depth + 1
+    rank = log_joint.structure.depth + 1
     if log_p.dim() > rank + lead:
         _check_enumerated(log_joint, site)
-        middle = (1,) * (log_joint.depth + log_joint.layout.dim), (1,) * (-log_joint.layout.dim - 1 + lead)
+        middle = (1,) * (log_joint.structure.depth + log_joint.layout.dim), (1,) * (-log_joint.layout.dim - 1 + lead)
         placed = weights.reshape(weights.shape[:-1] + middle[0] + weights.shape[-1:] + middle[1])
         log_p, fn = _sum_out(log_p, placed, rank + lead), None
     log_p = log_p.reshape((1,) * (rank + lead - log_p.dim()) + log_p.shape)
@@ -217,9 +215,9 @@ def _flatten(values: Tensor, units: LocalSite, log_joint: LocalLogJoint) -> Tens
 
 def _per_datapoint(log_prob: Tensor, log_joint: LocalLogJoint) -> Tensor:
     """Sums over inner plates: ``(*enumerated, k, *plates)`` to ``(*enumerated, k, N)``."""
-    rank = log_joint.depth + 1
+    rank = log_joint.structure.depth + 1
     log_prob = log_prob.reshape((1,) * (rank - log_prob.dim()) + log_prob.shape)
-    others = [axis for axis in range(-log_joint.depth, 0) if axis != log_joint.layout.dim]
+    others = [axis for axis in range(-log_joint.structure.depth, 0) if axis != log_joint.layout.dim]
     return log_prob.sum(others) if others else log_prob
 
 
@@ -233,7 +231,7 @@ def _sum_out(log_prob: Tensor, weights: Tensor, rank: int) -> Tensor:
 
 
 def _check_enumerated(log_joint: LocalLogJoint, site: LocalSite) -> None:
-    if log_joint.depth > 1:
+    if log_joint.structure.depth > 1:
         raise ValueError(
             f"Cannot compare the guide with the prior of site {site.name!r} because that depends on a discrete latent "
             "in a model with nested plates; try to_event(...) instead of the inner plates."

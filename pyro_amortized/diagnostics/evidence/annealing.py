@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_amortized.diagnostics.evidence.proposal import DF, Proposal
 from pyro_amortized.diagnostics.noise import generator
 from pyro_amortized.diagnostics.problem import LocalProblem
-from pyro_amortized.objective.log_joint import chunks
+from pyro_amortized.objective.draws import chunks
 
 __all__ = ["anneal"]
 

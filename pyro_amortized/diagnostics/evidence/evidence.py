@@ -27,7 +27,7 @@ from pyro_amortized.diagnostics.problem import LocalProblem, bind, check_effort,
 from pyro_amortized.diagnostics.report import join
 from pyro_amortized.graphs.cache import GraphCache
 from pyro_amortized.guides import LocalGuide
-from pyro_amortized.objective.log_joint import chunks
+from pyro_amortized.objective.draws import chunks
 
 if TYPE_CHECKING:
     import xarray

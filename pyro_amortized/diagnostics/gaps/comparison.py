@@ -232,7 +232,7 @@ def _named(guides: LocalGuide | Sequence[LocalGuide]) -> dict[str, LocalGuide]:
 
 def _same_globals(first: LocalProblem, second: LocalProblem) -> bool:
     """Whether the evidence of two bound calls is the same number."""
-    a, b = (problem.objective.log_joint.global_values for problem in (first, second))
+    a, b = (problem.objective.log_joint.call.global_values for problem in (first, second))
     if not torch.equal(first.index, second.index):
         return False
     return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)

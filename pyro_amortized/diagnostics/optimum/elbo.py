@@ -10,8 +10,8 @@ from torch import Tensor
 from pyro_amortized.diagnostics.noise import generator, quasi_normal, seeded, widening
 from pyro_amortized.diagnostics.optimum.laplace import hessian
 from pyro_amortized.diagnostics.problem import progress_bar
+from pyro_amortized.objective.draws import chunks
 from pyro_amortized.objective.elbo import LocalObjective
-from pyro_amortized.objective.log_joint import chunks
 
 __all__ = ["estimate_elbo", "log_weights"]
 

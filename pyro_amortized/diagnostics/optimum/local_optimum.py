@@ -19,8 +19,8 @@ from pyro_amortized.diagnostics.optimum.lbfgs import minimize_rows
 from pyro_amortized.diagnostics.optimum.modes import Search
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, check_effort, progress_bar, to_dataset
 from pyro_amortized.guides import LocalGuide
+from pyro_amortized.objective.draws import chunks
 from pyro_amortized.objective.elbo import LocalObjective
-from pyro_amortized.objective.log_joint import chunks
 
 if TYPE_CHECKING:
     import xarray

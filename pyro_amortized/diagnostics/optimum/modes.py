@@ -18,7 +18,9 @@ from pyro_amortized.diagnostics.noise import generator, seeded
 from pyro_amortized.diagnostics.optimum.images import Images
 from pyro_amortized.diagnostics.optimum.laplace import covariance_root, find_modes, hessian, moments
 from pyro_amortized.diagnostics.problem import LocalProblem
-from pyro_amortized.objective.log_joint import LocalLogJoint, chunks
+from pyro_amortized.objective.draws import chunks
+from pyro_amortized.objective.log_joint import LocalLogJoint
+from pyro_amortized.objective.prior import prior_draws
 
 __all__ = ["MAX_MODES", "Modes", "Search", "as_wide_as", "log_volume", "mahalanobis"]
 
@@ -113,7 +115,7 @@ class Search:
         self.root = covariance_root(hessian(log_joint.plain, self.mean, phi), scale_tril)
         with seeded(generator(*seed, 12)):
             count = _NUM_PRIOR_DRAWS if log_joint.vectorized else _FEW_PRIOR_DRAWS
-            self.draws = log_joint.prior_draws(count).double().cpu()
+            self.draws = prior_draws(log_joint, count).double().cpu()
         self.rng = generator(*seed, 13)
         size, dim = self.mean.shape
         self.images = Images(log_joint.layout)
