@@ -67,8 +67,8 @@ class Evaluation:
             values[site.name], log_dets[site.name] = site.constrain(parts[site.name])
         with nullcontext() if self.validate else pyro.validation_enabled(False):
             trace = self.call.run(values, self._handlers())
-            self._check_values(trace, values)
             summed_out, done = self._sum_out(trace)
+            self._check_values(trace, values)
             log_joint = z.new_zeros(z.shape[:2]) + summed_out
             for site in self._layout.sites if self.with_priors else ():
                 node: Site = trace.nodes[site.name]  # type: ignore[assignment]
