@@ -300,9 +300,9 @@ case(
 )
 case(
     "steps of a family that shares no head",
-    lambda: Structured(2, PARENTS).with_steps(4, torch.zeros(4, 4, dtype=torch.bool)),
+    lambda: Structured(2, PARENTS).with_steps(4, lambda: torch.zeros(4, 4, dtype=torch.bool)),
     r"family.shared\(...\)",
-    lambda: Structured(2, PARENTS).shared(1).with_steps(4, torch.ones(4, 4).tril(-1).triu(-1).bool()),
+    lambda: Structured(2, PARENTS).shared(1).with_steps(4, lambda: torch.ones(4, 4).tril(-1).triu(-1).bool()),
 )
 
 

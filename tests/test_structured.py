@@ -170,7 +170,7 @@ def test_best_scales_where_couplings_are_missing() -> None:
     [
         (lambda: Structured(3, SPARSE), r"3 latent dimensions on parents of shape \(4, 4\).*try a boolean"),
         (lambda: Structured(2, torch.ones(2, 2)), r"dimension 0 on dimension 0 because parents come before.*tril"),
-        (lambda: Structured(2).with_steps(4, torch.zeros(4, 4)), r"its steps share no head; try family.shared"),
+        (lambda: Structured(2).with_steps(4, lambda: torch.zeros(4, 4)), r"its steps share no head; try family.shared"),
     ],
 )
 def test_wrong_parents_are_refused(build: Callable[[], object], message: str) -> None:

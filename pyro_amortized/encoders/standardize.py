@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -57,9 +59,9 @@ def log_shrinkage(size: Tensor) -> Tensor:
     return (FAR + (size - FAR).log1p()) / size
 
 
-class StandardizedEncoder(nn.Module):
+class StandardizedEncoder(nn.Module, ABC):
     """Base class of encoders that shift and scale their inputs by what they saw in :meth:`fit`."""
 
+    @abstractmethod
     def fit(self, *inputs: Tensor) -> None:
         """Takes the standardisation from ``inputs`` of shapes ``(N, ...)``; guides call it in their ``setup``."""
-        raise NotImplementedError

@@ -19,7 +19,7 @@ class VariationalFamily(nn.Module, ABC):
 
     To write a member, set ``num_params`` and implement :meth:`forward`. That is enough for training and for every
     diagnostic. Override :meth:`initial` to start at a given location and scale (the default starts at zeros),
-    :meth:`rsample` with ``noise_dim`` to let randomised quasi-Monte-Carlo drive the sampling, and :meth:`quantile`
+    :attr:`rsample` with ``noise_dim`` to let randomised quasi-Monte-Carlo drive the sampling, and :meth:`quantile`
     where quantiles are known.
 
     Args:
@@ -28,7 +28,7 @@ class VariationalFamily(nn.Module, ABC):
     Attributes:
         latent_dim: D.
         num_params: P, the length of phi.
-        noise_dim: Number of standard normal variables that :meth:`rsample` turns into one draw, or None if the family
+        noise_dim: Number of standard normal variables that :attr:`rsample` turns into one draw, or None if the family
             can only draw its own noise.
         fast_log_prob: Whether the log-density of any point costs no more than a draw. If not, gradients are the plain
             ones, of draws and their log-densities together (:meth:`sample_and_log_prob`).
@@ -37,6 +37,15 @@ class VariationalFamily(nn.Module, ABC):
         multimodal: Whether members can have several modes; optimisation then also starts at all that can be found
             (:meth:`laplace_of_modes`).
         draws_per_noise: Number of draws that :meth:`weighted_draws` makes of one noise.
+        is_mean_field: Whether dimensions are independent normals, of locations and scales ``marginals(phi)``, with
+            :math:`\phi = (\mu, \log\sigma)`: every site is then sampled on its own, and Pyro's analytic KL divergences
+            apply.
+        takes_newton_steps: Whether a member can be moved by steps in units of its noise, ``in_units(phi, gradient)``
+            and ``moved(phi, shift, precision)``, as :class:`~pyro_amortized.Newton` moves it.
+        num_couplings: Number of entries of phi after the locations and scales of families that share them over steps
+            (:meth:`shared`).
+        rsample: A function of phi ``(*, P)`` and standard normal noise ``(K, *, noise_dim)`` that makes draws
+            ``(K, *, D)``, differentiably in phi; of families with ``noise_dim``.
         takes_parents: Whether the class is constructed from D and the parents of every dimension, which guides find
             from the model's dependence.
     """
@@ -48,6 +57,10 @@ class VariationalFamily(nn.Module, ABC):
     takes_parents: bool = False
     multimodal: bool = False
     draws_per_noise: int = 1
+    is_mean_field: bool = False
+    takes_newton_steps: bool = False
+    num_couplings: int = 0
+    rsample: Callable[[Tensor, Tensor], Tensor]
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
@@ -120,21 +133,6 @@ class VariationalFamily(nn.Module, ABC):
         """
         return None
 
-    def rsample(self, phi: Tensor, noise: Tensor) -> Tensor:
-        """Turns standard normal noise into draws, differentiably in phi.
-
-        Args:
-            phi: Variational parameters of shape ``(*, P)``.
-            noise: Standard normal noise of shape ``(K, *, noise_dim)``.
-
-        Returns:
-            Draws of shape ``(K, *, D)``.
-
-        Raises:
-            NotImplementedError: If the family can only draw its own noise (``noise_dim`` is None).
-        """
-        raise NotImplementedError(f"{type(self).__name__} draws its own noise")
-
     def sample_and_log_prob(
         self, phi: Tensor, noise: Tensor | int, path: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -155,7 +153,7 @@ class VariationalFamily(nn.Module, ABC):
             z = self.rsample(phi if path is None else path, noise)
         return z, q.log_prob(z)
 
-    def log_conditionals(self, phi: Tensor, z: Tensor) -> Tensor:
+    def log_conditionals(self, phi: Tensor, z: Tensor) -> Tensor | None:
         r"""The terms of the log-density in order, :math:`\log q(z_d \mid z_{1:d-1})`, whose sum it is.
 
         Needed only for models all of whose sites lie in a plate inside of the datapoint plate.
@@ -165,12 +163,32 @@ class VariationalFamily(nn.Module, ABC):
             z: Points of shape ``(K, *, D)``.
 
         Returns:
-            Terms of shape ``(K, *, D)``.
+            Terms of shape ``(K, *, D)``; None unless a member knows them.
+        """
+        return None
+
+    def shared(self, step_size: int) -> VariationalFamily | None:
+        """This family for a sequence of steps that share the head of an encoder; None unless a member can.
+
+        phi then holds the locations of all steps, their scales, and :attr:`num_couplings` further entries, the same
+        number for every step, each in the order of the steps.
+
+        Args:
+            step_size: Number of dimensions of a step.
+        """
+        return None
+
+    def with_steps(self, latent_dim: int, find_parents: Callable[[], Tensor]) -> VariationalFamily:
+        """A family made by :meth:`shared`, for another number of steps.
+
+        Args:
+            latent_dim: D, now.
+            find_parents: Finds the parents of every dimension, ``(D, D)``.
 
         Raises:
-            NotImplementedError: If the family does not know them.
+            ValueError: If steps are coupled as they were not before.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no conditional densities in closed form")
+        return type(self)(latent_dim)
 
     def weighted_draws(
         self, phi: Tensor, noise: Tensor, path: Tensor | None = None

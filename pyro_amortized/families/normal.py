@@ -20,9 +20,6 @@ class _Gaussian(VariationalFamily):
 
     loc_first = True
 
-    def forward(self, phi: Tensor) -> dist.TorchDistribution:
-        raise NotImplementedError
-
     def quantile(self, phi: Tensor, probs: Tensor, num_samples: int = 1000) -> Tensor:
         """Exact marginal quantiles; ``num_samples`` is not needed."""
         loc, scale = self.marginals(phi)
@@ -49,10 +46,17 @@ class Normal(_Gaussian):
         latent_dim: D; ``num_params`` is 2D.
     """
 
+    is_mean_field = True
+    takes_newton_steps = True
+
     def __init__(self, latent_dim: int) -> None:
         super().__init__(latent_dim)
         self.num_params = 2 * latent_dim
         self.noise_dim = latent_dim
+
+    def shared(self, step_size: int) -> Normal:
+        """The family itself: steps are not coupled."""
+        return self
 
     def marginals(self, phi: Tensor) -> tuple[Tensor, Tensor]:
         """Locations and scales, each of shape ``(*, D)``."""
@@ -114,6 +118,7 @@ class MultivariateNormal(_Gaussian):
         latent_dim: D; ``num_params`` is 2D + D(D - 1)/2.
     """
 
+    takes_newton_steps = True
     lower: Tensor
 
     def __init__(self, latent_dim: int) -> None:

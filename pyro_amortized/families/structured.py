@@ -10,6 +10,7 @@ couplings.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
@@ -201,12 +202,12 @@ class Structured(_Gaussian):
         kinds = _kinds(self.rows, self.columns, step_size)
         return self._with_kinds(self.latent_dim, self.parents, step_size, sorted(set(kinds)))
 
-    def with_steps(self, latent_dim: int, parents: Tensor) -> Structured:
+    def with_steps(self, latent_dim: int, find_parents: Callable[[], Tensor]) -> Structured:
         """A family made by :meth:`shared`, for another number of steps.
 
         Args:
             latent_dim: D, now.
-            parents: The parents, now.
+            find_parents: Finds the parents, now.
 
         Raises:
             ValueError: If there are kinds of couplings that this family does not have.
@@ -216,7 +217,7 @@ class Structured(_Gaussian):
                 "Cannot change the number of steps of this family because its steps share no head; try "
                 "family.shared(...)."
             )
-        return self._with_kinds(latent_dim, parents, self.step_size, self.kinds)
+        return self._with_kinds(latent_dim, find_parents(), self.step_size, self.kinds)
 
     @classmethod
     def _with_kinds(

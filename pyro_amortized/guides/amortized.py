@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,6 @@ from typing_extensions import Unpack
 from pyro_amortized.encoders.layers import Head
 from pyro_amortized.encoders.mlp import MLPEncoder
 from pyro_amortized.encoders.standardize import StandardizedEncoder
-from pyro_amortized.families import Normal, Structured
 from pyro_amortized.guides.base import GuideOptions, LocalGuide
 from pyro_amortized.guides.inputs import check_finite_inputs
 from pyro_amortized.inference.base import InferenceStrategy
@@ -114,7 +114,9 @@ class AmortizedGuide(LocalGuide):
         """The encoder with a head from the features of a step to phi of the latents of that step."""
         layout: Any = structure.layout
         steps = layout.steps
-        if not isinstance(self.family, Normal | Structured) or steps is None:
+        size = 0 if steps is None else layout.latent_dim // len(steps)
+        shared = None if steps is None else self.family.shared(size)
+        if shared is None:
             raise ValueError(
                 f"Cannot share features of shape {tuple(features.shape)}, one for each of {features.shape[1]} steps, "
                 f"because local sites {[site.name for site in layout.sites][:6]} of family "
@@ -122,15 +124,13 @@ class AmortizedGuide(LocalGuide):
                 'family="normal" or "structured"); try features of shape (N, H).'
             )
         self._per_step = True
-        size = layout.latent_dim // len(steps)
-        num_couplings = 0
-        if isinstance(self.family, Structured):
-            self.family = self.family.shared(size).to(init_loc)
-            self._step_families[layout.latent_dim] = self.family
-            num_couplings = self.family.num_couplings // len(steps)
+        self.family = shared.to(init_loc)
+        self._step_families = {layout.latent_dim: self.family}
+        num_couplings = self.family.num_couplings // len(steps)
         head = Head(features, 2 * size + num_couplings)
         with torch.no_grad():
-            head.bias[: 2 * size].copy_(Normal(size).initial(init_loc.reshape(-1, size).mean(0), self.init_scale))
+            head.bias[:size].copy_(init_loc.reshape(-1, size).mean(0))
+            head.bias[size : 2 * size] = math.log(self.init_scale)
             head.bias[2 * size :] = 0.0
         return Encoded(encoder, head, num_couplings)
 
@@ -177,7 +177,7 @@ class AmortizedGuide(LocalGuide):
                 "Cannot use the encoder's (loc, scale) pair because some scales are not positive; try "
                 "torch.nn.functional.softplus(scale), or scale.exp()."
             )
-        if not isinstance(self.family, Normal) or shapes != [tuple(init_loc.shape)] * 2:
+        if not self.family.is_mean_field or shapes != [tuple(init_loc.shape)] * 2:
             raise ValueError(
                 f"Cannot use the encoder's output, a tuple of tensors of shapes {shapes}, because a (loc, scale) pair "
                 f'must have shapes {tuple(init_loc.shape)} and needs family="normal" (this guide has '

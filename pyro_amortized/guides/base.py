@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import cache, partial
+from functools import partial
 from typing import Any, ClassVar, TypedDict
 
 import pyro
@@ -16,7 +16,7 @@ from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
 from pyro_amortized.checks import check_count
-from pyro_amortized.families import Normal, Structured, VariationalFamily, build_family
+from pyro_amortized.families import VariationalFamily, build_family
 from pyro_amortized.families.base import FamilySpec, check_family_spec
 from pyro_amortized.guides.call import Call
 from pyro_amortized.guides.checks import (
@@ -228,12 +228,10 @@ class LocalGuide(PosteriorGuide):
         return posterior_parents(call.of_model(model))
 
     def _family_of_steps(self, call: Call) -> VariationalFamily:
-        """The family for as many steps as a call has; the same one for the same number."""
+        """The family for as many steps as a call has; the same one for the same number, as traced graphs need it."""
         latent_dim = call.structure.layout.latent_dim  # type: ignore[union-attr]
-        if not isinstance(self._family, Structured):
-            return _normal(latent_dim)
         if latent_dim not in self._step_families:
-            self._step_families[latent_dim] = self._family.with_steps(latent_dim, self._parents(call))
+            self._step_families[latent_dim] = self._family.with_steps(latent_dim, partial(self._parents, call))
         return self._step_families[latent_dim].to(self._like)
 
     # One call
@@ -284,7 +282,7 @@ class LocalGuide(PosteriorGuide):
     @property
     def _sampling_family(self) -> VariationalFamily:
         """The family, whose own parameters, if it has any, are registered with Pyro."""
-        return self._family if isinstance(self._family, Normal) else self.family
+        return self._family if self._family.is_mean_field else self.family
 
     def _stored_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """A parameter of the strategy and one of the global guide, with their names in the parameter store."""
@@ -338,9 +336,3 @@ class LocalGuide(PosteriorGuide):
         finally:
             for module, fixed in zip(found, before, strict=True):
                 module.fixed_noise = fixed
-
-
-@cache
-def _normal(latent_dim: int) -> Normal:
-    """The same family for the same number of steps, so that graphs traced with it stay valid."""
-    return Normal(latent_dim)

@@ -11,7 +11,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
 from pyro_amortized.checks import check_function, check_positive
-from pyro_amortized.families import Normal, VariationalFamily
+from pyro_amortized.families import VariationalFamily
 from pyro_amortized.inference.base import InferenceStrategy
 from pyro_amortized.inference.refined import Refined
 from pyro_amortized.structure.plates import PlateFrame
@@ -246,8 +246,8 @@ def check_values(
 def _degenerate(rows: Tensor, family: VariationalFamily) -> Tensor:
     """Which rows of variational parameters make no distribution."""
     wrong = ~rows.isfinite().all(-1)
-    if isinstance(family, Normal):
-        scale = family.marginals(rows)[1]
+    if family.is_mean_field:
+        scale = family.marginals(rows)[1]  # type: ignore[operator]
         wrong |= ~(scale.isfinite() & (scale > 0)).all(-1)
     elif not _makes_distributions(rows[~wrong], family):
         wrong |= torch.tensor([not _makes_distributions(row, family) for row in rows], device=rows.device)

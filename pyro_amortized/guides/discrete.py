@@ -12,13 +12,12 @@ from typing_extensions import Unpack
 
 from pyro_amortized.checks import check_positive
 from pyro_amortized.encoders.layers import Head, hidden_layers
-from pyro_amortized.families import Normal
 from pyro_amortized.guides.amortized import AmortizedGuide
 from pyro_amortized.guides.base import GuideOptions
 from pyro_amortized.guides.call import Call
 from pyro_amortized.guides.checks import check_values
 from pyro_amortized.guides.sampling import sample_local
-from pyro_amortized.inference.base import InferenceStrategy
+from pyro_amortized.inference.base import InferenceStrategy, Objective
 from pyro_amortized.structure.discrete import DiscreteSite, check_inference, mode, one_hot, sample_discrete
 from pyro_amortized.structure.layout import SiteLayout
 from pyro_amortized.structure.local_site import LocalSite
@@ -37,6 +36,10 @@ class _EncodedJointly(InferenceStrategy):
         self.encoder = encoder
         self.logits = logits
         self.head = head
+
+    def forward(self, inputs: tuple[Tensor, ...], index: Tensor | None, objective: Objective | None = None) -> Tensor:
+        """The features ``(N, H)``: phi depends on the discrete latents too."""
+        return self.encoder(*inputs)
 
 
 class DiscreteAmortizedGuide(AmortizedGuide):
@@ -179,7 +182,7 @@ class DiscreteAmortizedGuide(AmortizedGuide):
                 f"{continuous}, and values lists of discrete ones of which a datapoint has one, {discrete}; try names "
                 "among these."
             )
-        if layout is not None and len(self._groups(layout)) > 1 and not isinstance(self.family, Normal):
+        if layout is not None and len(self._groups(layout)) > 1 and not self.family.is_mean_field:
             raise ValueError(
                 f"Cannot condition {continuous} on other discrete latents each because {type(self.family).__name__} "
                 'couples them; try family="normal".'
@@ -225,7 +228,7 @@ class DiscreteAmortizedGuide(AmortizedGuide):
     def _features(self, call: Call) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         """Inputs; features and logits with the datapoints at their plate's dimension."""
         inputs, strategy = self._inputs(call), self.inference
-        frame, features = call.structure.datapoints, strategy.encoder(*inputs)  # type: ignore[operator]
+        frame, features = call.structure.datapoints, strategy(inputs, call.index)
         self._check_features(features, inputs, call.structure)
         features = features.reshape(features.shape[:1] + (1,) * (-frame.dim - 1) + features.shape[1:])
         return inputs, features, strategy.logits(features) if self._discrete else features  # type: ignore[operator]

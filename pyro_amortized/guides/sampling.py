@@ -18,7 +18,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions.kl import register_kl
 
-from pyro_amortized.families import Normal, VariationalFamily
+from pyro_amortized.families import VariationalFamily
 from pyro_amortized.structure.layout import SiteLayout
 from pyro_amortized.structure.local_site import LocalSite
 from pyro_amortized.structure.masking import NEUTRAL, SiteMask
@@ -138,8 +138,8 @@ def sample_local(
     Returns:
         Values by site name.
     """
-    if isinstance(family, Normal):
-        loc, scale = family.marginals(phi)
+    if family.is_mean_field:
+        loc, scale = family.marginals(phi)  # type: ignore[operator]
         return {
             site.name: _sample(site, site.normal(site.unflatten(loc), site.unflatten(scale)), plates, site.weight)
             for site in layout.sites
@@ -161,23 +161,23 @@ def sample_local(
 
 def log_conditionals(layout: SiteLayout, family: VariationalFamily, phi: Tensor, latent: Tensor) -> Tensor:
     """The terms of log q of every dimension; a ValueError if a family that has none would need them."""
-    try:
-        return family.log_conditionals(phi, latent)
-    except NotImplementedError as error:
-        where = [f"plate {f.name!r}" if f.name else f"dimension {f.dim} outside of all plates" for f in layout.shared]
-        if not where:
-            raise ValueError(
-                f"Cannot guide the sites of a datapoint by one {type(family).__name__} because the model scales sites "
-                f"{[site.name for site in layout.sites]} of plate {layout.plate!r} differently, and this family has no "
-                'density of one given others; try family="normal" or "multivariate_normal", or one poutine.scale '
-                "around all of them."
-            ) from error
+    terms = family.log_conditionals(phi, latent)
+    if terms is not None:
+        return terms
+    where = [f"plate {f.name!r}" if f.name else f"dimension {f.dim} outside of all plates" for f in layout.shared]
+    if not where:
         raise ValueError(
-            f"Cannot guide all entries of a datapoint by one {type(family).__name__} because every site of the model "
-            f"lies in {' and '.join(where)} beside plate {layout.plate!r}: ELBOs such as RenyiELBO weigh each entry on "
-            f'its own, and this family has no density of one given others; try family="normal" or '
-            '"multivariate_normal".'
-        ) from error
+            f"Cannot guide the sites of a datapoint by one {type(family).__name__} because the model scales sites "
+            f"{[site.name for site in layout.sites]} of plate {layout.plate!r} differently, and this family has no "
+            'density of one given others; try family="normal" or "multivariate_normal", or one poutine.scale '
+            "around all of them."
+        )
+    raise ValueError(
+        f"Cannot guide all entries of a datapoint by one {type(family).__name__} because every site of the model "
+        f"lies in {' and '.join(where)} beside plate {layout.plate!r}: ELBOs such as RenyiELBO weigh each entry on "
+        f'its own, and this family has no density of one given others; try family="normal" or '
+        '"multivariate_normal".'
+    )
 
 
 def _delta(site: LocalSite, latent: Tensor, log_q: Tensor | None) -> dist.TorchDistribution:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from pyro_amortized.checks import check_flag
-from pyro_amortized.families import Normal
 from pyro_amortized.guides.base import LocalGuide
 from pyro_amortized.guides.refining import RefiningGuide, RefiningOptions, check_update
 from pyro_amortized.inference.base import InferenceStrategy
@@ -156,7 +155,7 @@ class SemiAmortizedGuide(RefiningGuide):
 
     def _default_update(self) -> UpdateRule:
         """For an encoder, steps so small that its start still matters after all of them, lest nothing trains it."""
-        if not isinstance(self._family, Normal):
+        if not self._family.is_mean_field:
             return Adam()
         prior = self._initial_kind == "prior"
         return NaturalGradient(0.5 if prior else min(0.5, 2.0 / max(1, self._num_steps)))

@@ -20,7 +20,7 @@ from pyro_amortized.guides.base import GuideOptions
 from pyro_amortized.guides.call import Call
 from pyro_amortized.guides.posterior import Inferred
 from pyro_amortized.guides.sampling import add_gradient
-from pyro_amortized.inference.base import InferenceStrategy
+from pyro_amortized.inference.base import InferenceStrategy, Objective
 from pyro_amortized.structure.discrete import DiscreteSite
 from pyro_amortized.structure.local_site import LocalSite
 from pyro_amortized.structure.reader import StructureReader
@@ -37,6 +37,10 @@ class _EncodedFeatures(InferenceStrategy):
         super().__init__()
         self.encoder = encoder
         self.head = head
+
+    def forward(self, inputs: tuple[Tensor, ...], index: Tensor | None, objective: Objective | None = None) -> Tensor:
+        """The encoder's features, before the head."""
+        return self.encoder(*inputs)
 
 
 class VectorQuantizedGuide(AmortizedGuide):
@@ -179,7 +183,7 @@ class VectorQuantizedGuide(AmortizedGuide):
         """The encoder's features ``(N, P, D)``, in the codebook's precision."""
         self._check_same(call.structure)
         inputs, strategy = self._inputs(call), self.inference
-        features = strategy.encoder(*inputs)  # type: ignore[operator]
+        features = strategy(inputs, call.index)
         if strategy.head is not None:
             self._check_features(features, inputs, call.structure)
             features = strategy.head(features)  # type: ignore[operator]

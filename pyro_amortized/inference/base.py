@@ -7,6 +7,7 @@ A strategy maps what is known of the datapoints to phi, one row each: :class:`En
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ class Objective(Protocol):
         """phi close to the prior, ``(N, P)``."""
 
 
-class InferenceStrategy(nn.Module):
+class InferenceStrategy(nn.Module, ABC):
     """Base class: ``forward(inputs, index, objective) -> phi``.
 
     Attributes:
@@ -55,6 +56,7 @@ class InferenceStrategy(nn.Module):
     needs_inputs: bool = True
     num_known: int | None = None
 
+    @abstractmethod
     def forward(self, inputs: tuple[Tensor, ...], index: Tensor | None, objective: Objective | None = None) -> Tensor:
         """phi of the datapoints at hand.
 
@@ -66,4 +68,3 @@ class InferenceStrategy(nn.Module):
         Returns:
             phi of shape ``(N, P)``.
         """
-        raise NotImplementedError

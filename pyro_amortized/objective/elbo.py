@@ -17,7 +17,7 @@ import torch
 from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
-from pyro_amortized.families import MultivariateNormal, Normal, VariationalFamily
+from pyro_amortized.families import VariationalFamily
 from pyro_amortized.graphs.cache import Function, GraphCache
 from pyro_amortized.graphs.programs import run_traced
 from pyro_amortized.objective.log_joint import LocalLogJoint
@@ -78,7 +78,7 @@ class LocalObjective:
     ) -> None:
         if estimator is None:
             estimator = "stl" if family.fast_log_prob else "plain"
-        if estimator not in ESTIMATORS or (estimator == "analytic_kl" and not isinstance(family, Normal)):
+        if estimator not in ESTIMATORS or (estimator == "analytic_kl" and not family.is_mean_field):
             raise ValueError(
                 f"Cannot estimate gradients of a {type(family).__name__} family by {estimator!r} because "
                 + (
@@ -195,7 +195,7 @@ class LocalObjective:
     @property
     def has_curvature(self) -> bool:
         """Whether :meth:`curvature` can be had: for a normal with the reparameterised gradient."""
-        return isinstance(self.family, (Normal, MultivariateNormal)) and self.estimator != "analytic_kl"
+        return self.family.takes_newton_steps and self.estimator != "analytic_kl"
 
     def curvature(self, phi: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r"""The gradient of the ELBO with its curvature in the location, from the same K evaluations of the model.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyro_amortized.checks import check_positive, check_real
-from pyro_amortized.families import Normal, VariationalFamily
+from pyro_amortized.families import VariationalFamily
 from pyro_amortized.updates.base import State, SteppedRule, check_limits
 
 __all__ = ["Adam", "GradientAscent", "NaturalGradient"]
@@ -134,7 +134,7 @@ class NaturalGradient(SteppedRule):
 
     def setup(self, family: VariationalFamily, num_features: int = 0) -> None:
         """Makes sure that the family is the mean-field normal."""
-        if not isinstance(family, Normal):
+        if not family.is_mean_field:
             raise ValueError(
                 f"Cannot refine a {type(family).__name__} family by NaturalGradient because its Fisher information is "
                 'only known here for family="normal"; try update=Adam(0.05), which fits every family.'

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_amortized.checks import check_function, check_widths
 from pyro_amortized.encoders.layers import Head, hidden_layers
-from pyro_amortized.families import Normal, VariationalFamily
+from pyro_amortized.families import VariationalFamily
 from pyro_amortized.updates.base import Curvature, State, UpdateRule
 from pyro_amortized.updates.gradient import NaturalGradient
 from pyro_amortized.updates.newton import Newton
@@ -60,7 +60,7 @@ class LearnedUpdate(UpdateRule):
 
     def setup(self, family: VariationalFamily, num_features: int = 0) -> None:
         """Builds the network, or makes sure that it fits if it has been built already."""
-        natural = isinstance(family, Normal)
+        natural = family.is_mean_field
         sizes = num_features + 3 * family.num_params, (3 if natural else 2) * family.num_params
         if self.network is None:
             self.natural = NaturalGradient(1.0) if natural else None

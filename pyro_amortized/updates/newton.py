@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_amortized.families import MultivariateNormal, Normal, VariationalFamily
+from pyro_amortized.families import VariationalFamily
 from pyro_amortized.updates.base import Curvature, State, SteppedRule, check_limits
 
 __all__ = ["Newton", "damping"]
@@ -56,7 +56,7 @@ class Newton(SteppedRule):
 
     def setup(self, family: VariationalFamily, num_features: int = 0) -> None:
         """Makes sure that the family is a normal."""
-        if not isinstance(family, (Normal, MultivariateNormal)):
+        if not family.takes_newton_steps:
             raise ValueError(
                 f"Cannot refine a {type(family).__name__} family by Newton because its optimum under a quadratic is "
                 'only known here for family="normal" and "multivariate_normal"; try update=Adam(0.05), which fits '
@@ -86,7 +86,7 @@ class Newton(SteppedRule):
         shift = step_size * torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)
         kept = self.max_shift / shift.abs().amax(-1, keepdim=True).clamp(min=self.max_shift)
         limit = (2.0 * self.max_log_ratio * kept).exp()  # q keeps its width as long as it has far to go
-        if isinstance(family, Normal):
+        if family.is_mean_field:
             size = precision.diagonal(dim1=-2, dim2=-1).clamp(min=_LEAST_CURVATURE)
             size = (1.0 + step_size * (size - 1.0)).clamp(1.0 / limit, limit)
             precision = torch.diag_embed(size)

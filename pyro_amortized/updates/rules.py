@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyro_amortized.families import MultivariateNormal, Normal, VariationalFamily
+from pyro_amortized.families import VariationalFamily
 from pyro_amortized.updates.base import UpdateRule
 from pyro_amortized.updates.gradient import NaturalGradient
 from pyro_amortized.updates.newton import Newton
@@ -23,6 +23,6 @@ def rule_for(family: VariationalFamily, num_particles: int, estimator: str | Non
         estimator: The estimator of the gradient.
     """
     curved = num_particles > 1 and estimator != "analytic_kl" and family.latent_dim <= MOST_LATENTS
-    if curved and isinstance(family, (Normal, MultivariateNormal)):
+    if curved and family.takes_newton_steps:
         return Newton()
-    return NaturalGradient() if isinstance(family, Normal) else None
+    return NaturalGradient() if family.is_mean_field else None

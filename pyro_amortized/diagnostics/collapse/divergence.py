@@ -21,7 +21,7 @@ from torch.distributions import LowRankMultivariateNormal, MultivariateNormal
 from pyro_amortized.diagnostics.collapse.priors import SitePrior, site_priors
 from pyro_amortized.diagnostics.noise import draw, seeded
 from pyro_amortized.diagnostics.problem import LocalProblem
-from pyro_amortized.families import Normal, VariationalFamily
+from pyro_amortized.families import VariationalFamily
 from pyro_amortized.objective.draws import MAX_ROWS
 from pyro_amortized.structure.local_site import LocalSite
 
@@ -65,10 +65,10 @@ class _Draws:
     def of(cls, family: VariationalFamily, phi: Tensor, num_samples: int, rng: torch.Generator) -> _Draws:
         """Draws from the family, with moments that are exact if it is Gaussian and the draws' own if not."""
         q = family(phi)
-        gaussian = isinstance(family, Normal) or isinstance(q, MultivariateNormal | LowRankMultivariateNormal)
+        gaussian = family.is_mean_field or isinstance(q, MultivariateNormal | LowRankMultivariateNormal)
         if gaussian:
             mean = q.mean
-            scale_tril = torch.diag_embed(q.stddev) if isinstance(family, Normal) else _cholesky(q.covariance_matrix)
+            scale_tril = torch.diag_embed(q.stddev) if family.is_mean_field else _cholesky(q.covariance_matrix)
             noise = torch.randn(num_samples, *mean.shape, generator=rng, dtype=torch.float64).to(mean)
             latents = mean + (scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
         else:
@@ -198,7 +198,7 @@ def mutual_information(
     size, dim = len(phi), family.latent_dim
     q = family(phi)
     if num_samples is None:
-        pairs = 20_000_000 if isinstance(family, Normal) else 2_000_000
+        pairs = 20_000_000 if family.is_mean_field else 2_000_000
         num_samples = max(2, min(1000, 20_000 // size, pairs // size**2))
     z = draw(family, phi, num_samples, rng)
     own = q.log_prob(z)
