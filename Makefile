@@ -9,7 +9,7 @@ START ?= 0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow fuzz lint format docs bench robustness clean
+.PHONY: help demo test test-slow fuzz lint format house docs bench robustness clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -34,6 +34,9 @@ lint: $(VENV)/.lint  ## check style, format and types
 format: $(VENV)/.lint  ## format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+house: $(VENV)/.test  ## print the structure of the package in figures
+	$(BIN)/python tests/house.py --rooms
 
 docs: $(VENV)/.docs  ## build the documentation into docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going docs docs/_build/html

@@ -354,7 +354,7 @@ def test_reported_elbos_are_unbiased() -> None:
 
 def test_whitened_noise_would_be_biased() -> None:
     """The twin: the same estimate on whitened noise, which is why no estimate is made with it."""
-    from pyro_amortized.diagnostics.noise import generator, quasi_normal
+    from pyro_amortized.objective.noise import generator, quasi_normal
 
     fourth = [quasi_normal(128, 200, LATENTS, generator(0, 0), whiten=w).pow(4).mean((0, 2)) - 3 for w in (True, False)]
     biased, unbiased = ((f.mean() / f.std() * math.sqrt(200)).abs() for f in fourth)

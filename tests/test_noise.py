@@ -12,8 +12,8 @@ from scipy import stats
 from torch import Tensor
 
 from pyro_amortized import AmortizedGuide, VariationalFamily, estimate_gaps, log_evidence, optimize_local
-from pyro_amortized.diagnostics.noise import draw, generator, quasi_normal, seeded
 from pyro_amortized.families import build_family
+from pyro_amortized.objective.noise import draw, generator, quasi_normal, seeded
 
 
 def second_moments(noise: Tensor) -> Tensor:

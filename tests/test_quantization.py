@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_amortized import AmortizedGuide, Codebook, CollapseReport, VectorQuantizedGuide, collapse_report
 from pyro_amortized.diagnostics.collapse.codes import codes_dataset, find_codes
-from pyro_amortized.encoders.codebook import perplexity
+from pyro_amortized.encoders.quantized import perplexity
 from pyro_amortized.guides import LocalGuide
 
 matplotlib.use("Agg")

@@ -12,9 +12,9 @@ from models import LinearGaussian, chains, counts, topics, uniform_bounds
 from torch import Tensor, nn
 
 from pyro_amortized import AmortizedGuide, NaturalGradient, PerDatapointGuide, SemiAmortizedGuide
-from pyro_amortized.diagnostics.noise import generator
 from pyro_amortized.diagnostics.problem import bind
 from pyro_amortized.diagnostics.simulation import Simulator, simulate
+from pyro_amortized.objective.noise import generator
 
 pytestmark = pytest.mark.usefixtures("_float64")
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from typing import Self
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     import xarray
     from matplotlib.axes import Axes
 
-__all__ = ["Report", "fill", "join", "new_axes"]
+__all__ = ["Report", "fill", "join", "new_axes", "widening"]
 
 
 @dataclass
@@ -120,3 +122,10 @@ def new_axes(ax: Axes | None, figsize: tuple[float, float] = (7, 4)) -> Axes:
     import matplotlib.pyplot as plt
 
     return plt.subplots(figsize=figsize)[1]
+
+
+def widening(degrees_of_freedom: Tensor) -> Tensor:
+    """What a standard error with so few degrees of freedom lacks for two of them to cover as much as with many."""
+    from scipy.special import ndtr, stdtrit
+
+    return torch.from_numpy(stdtrit(degrees_of_freedom.double().numpy(), ndtr(2.0)) / 2)

@@ -19,11 +19,11 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_amortized.checks import check_count, check_seed
-from pyro_amortized.diagnostics.noise import generator, seeded
 from pyro_amortized.diagnostics.problem import LocalProblem, bind
 from pyro_amortized.diagnostics.substitution import SampleDatapoints
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.objective.log_joint import LocalLogJoint
+from pyro_amortized.objective.noise import generator, seeded
 from pyro_amortized.structure.arguments import CallArguments, OwnArguments, Place
 from pyro_amortized.structure.call import ModelCall
 from pyro_amortized.structure.layout import SiteLayout

@@ -7,6 +7,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_amortized.structure.masking import site_mask
 from pyro_amortized.structure.running import Site
 
 __all__ = ["SampleDatapoints"]
@@ -57,21 +58,5 @@ def _in_place_of(msg: Site, drawn: Tensor) -> Tensor:
             f"Cannot simulate data because observed site {name!r} holds {observed.dtype} and draws from its "
             f"{type(msg['fn']).__name__} distribution do not fit that; try data of dtype {drawn.dtype}."
         )
-    present = _present(msg)
+    present = site_mask(msg).present
     return value if present is None else torch.where(present, value, observed)
-
-
-def _present(msg: Site) -> Tensor | None:
-    """Which entries of a value are not masked, in a shape that broadcasts to it; None if all."""
-    found = [(msg["mask"], msg["fn"].event_dim)]
-    fn = msg["fn"]
-    while fn is not None:
-        found.append((getattr(fn, "_mask", None), len(fn.event_shape)))
-        fn = getattr(fn, "base_dist", None)
-    present = None
-    for mask, event_dim in found:
-        if mask is not None and mask is not True:
-            mask = torch.as_tensor(mask, device=msg["value"].device).bool()
-            mask = mask.reshape(mask.shape + (1,) * event_dim)
-            present = mask if present is None else present & mask
-    return present

@@ -3,10 +3,11 @@
 An encoder ends in features ``(N, H)``; the guide adds the linear head that makes variational parameters of them.
 """
 
-from pyro_amortized.encoders.codebook import Codebook, Quantized, perplexity
+from pyro_amortized.encoders.codebook import Codebook
 from pyro_amortized.encoders.deep_set import DeepSetEncoder
 from pyro_amortized.encoders.layers import Head, hidden_layers
 from pyro_amortized.encoders.mlp import MLPEncoder
+from pyro_amortized.encoders.quantized import Quantized, perplexity
 from pyro_amortized.encoders.standardize import Standardize, StandardizedEncoder
 
 __all__ = [

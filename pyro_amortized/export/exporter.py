@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_amortized.diagnostics.noise import draw, generator, seeded
-from pyro_amortized.diagnostics.problem import bind, check_model, check_same_model
+from pyro_amortized.diagnostics.checks import check_model, check_same_model
+from pyro_amortized.diagnostics.problem import bind
 from pyro_amortized.export.batch import Batch, Options
 from pyro_amortized.export.groups import to_dataset
 from pyro_amortized.export.runs import Draws, Mode, ModelRuns
 from pyro_amortized.guides import LocalGuide
+from pyro_amortized.objective.noise import draw, generator, seeded
 from pyro_amortized.structure.call import ModelCall
 from pyro_amortized.structure.signature import named_arguments
 from pyro_amortized.structure.structure import Structure

@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 
 from pyro_amortized.encoders.layers import Head
 from pyro_amortized.encoders.mlp import MLPEncoder
+from pyro_amortized.encoders.modes import evaluating
 from pyro_amortized.encoders.standardize import StandardizedEncoder
 from pyro_amortized.guides.base import GuideOptions, LocalGuide
 from pyro_amortized.guides.inputs import check_finite_inputs
@@ -188,11 +189,5 @@ class AmortizedGuide(LocalGuide):
 @torch.no_grad()
 def _first_output(encoder: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     """The encoder's output in full precision, without dropout or an update of running statistics."""
-    training = {module: module.training for module in encoder.modules()}
-    encoder.eval()
-    try:
-        with torch.autocast(inputs[0].device.type, enabled=False):
-            return encoder(*inputs)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with evaluating(encoder), torch.autocast(inputs[0].device.type, enabled=False):
+        return encoder(*inputs)

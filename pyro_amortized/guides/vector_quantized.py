@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from pyro_amortized.checks import check_real
-from pyro_amortized.encoders.codebook import Codebook, Quantized
+from pyro_amortized.encoders.codebook import Codebook
+from pyro_amortized.encoders.quantized import Quantized
 from pyro_amortized.guides.amortized import AmortizedGuide
 from pyro_amortized.guides.base import GuideOptions
 from pyro_amortized.guides.call import Call

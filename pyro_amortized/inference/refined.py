@@ -15,6 +15,7 @@ from torch.distributions import kl_divergence
 from torch.utils.checkpoint import checkpoint
 
 from pyro_amortized.checks import check_count
+from pyro_amortized.encoders.modes import evaluating
 from pyro_amortized.inference.base import InferenceStrategy, Objective
 from pyro_amortized.inference.strategies import Prior
 from pyro_amortized.updates.base import Curvature, UpdateRule
@@ -136,7 +137,7 @@ class Refined(InferenceStrategy):
         """
         if objective is None:
             raise ValueError("Cannot refine phi because no objective was given; try a guide that refines.")
-        with self._fixing_initial(), nullcontext() if self.training else _evaluating(self.initial):
+        with self._fixing_initial(), nullcontext() if self.training else evaluating(self.initial):
             start = self.initial(inputs, index, objective)
         if not self.num_steps:
             return Refinement(start)
@@ -253,19 +254,6 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Runs a module, which may be shared with a guide in training, in evaluation mode."""
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 class _Best:

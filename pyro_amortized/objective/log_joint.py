@@ -92,13 +92,10 @@ class LocalLogJoint:
         With :attr:`graphs`, draws and datapoints are evaluated in blocks of rows of a few fixed sizes, by graphs that
         are traced once for each size; the result can then be differentiated once, with respect to z.
         """
-        if self.graphs is not None and self._can_run_blocks(z.shape[0] * z.shape[1]):
+        blocks = set(block_lengths(z.shape[0] * z.shape[1])) if self.graphs is not None else set()
+        if blocks and all(self._serves(torch.arange(length) % self.num_datapoints) for length in blocks):
             return InBlocks.apply(z, self)
         return self.plain(z)
-
-    def _can_run_blocks(self, total: int) -> bool:
-        lengths = set(block_lengths(total))
-        return all(self._serves(torch.arange(length) % self.num_datapoints) for length in lengths)
 
     def plain(self, z: Tensor) -> Tensor:
         """The same without graphs; differentiable any number of times, with respect to everything."""

@@ -15,7 +15,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_amortized.structure.cache import call_key, versions
-from pyro_amortized.structure.discrete import discrete_sites
+from pyro_amortized.structure.discrete import DiscreteSite, discrete_sites
 from pyro_amortized.structure.layout import SiteLayout, datapoint_plate
 from pyro_amortized.structure.masking import NEUTRAL, site_mask
 from pyro_amortized.structure.observed import observed_values
@@ -222,35 +222,46 @@ class StructureReader:
             trace.nodes[name]["is_observed"] = True
         plate = datapoint_plate(trace, frames, self.requested_plate, encodes=self.encodes)
         discrete = discrete_sites(trace, frames, plate) if self.discrete and plate is not None else ()
-        local = {site.name for site in discrete}
-        layout = None if plate is None else SiteLayout.from_trace(trace, frames, plate, local)
-        if layout is not None and not layout.sites:
-            layout = None
-        local |= set() if layout is None else {site.name for site in layout.sites}
-        global_sites = {name: site for name, site in latent_sites(trace).items() if name not in local}
-        for name, site in global_sites.items():
-            check_periodic(name, site)
-        observed, present = ({}, {}) if plate is None else observed_values(trace, frames[plate], missing)
-        weights = {name: site_mask(site).simplified for name, site in global_sites.items()}
-        return Structure(
-            frames=frames,
-            plate=plate,
-            layout=layout,
-            global_sites=tuple(global_sites),
-            global_plates=tuple({f.name for site in global_sites.values() for f in site["cond_indep_stack"]}),
-            indices=subsample_indices(trace, frames),
-            observed=observed,
-            present=present,
-            discrete=discrete,
-            global_weights={name: weight for name, weight in weights.items() if weight is not NEUTRAL},
-            data_plates=_subsampled_data_plates(trace, frames, plate),
-            depth=batch_depth(trace, frames),
-            data=tuple(name for name, site in sample_sites(trace).items() if is_data(site)),
-            missing=missing,
-            enumerated=tuple(
-                name for name, site in sample_sites(trace).items() if not site["is_observed"] and is_enumerated(site)
-            ),
-        )
+        return _read_structure(trace, frames, plate, discrete, missing)
+
+
+def _read_structure(
+    trace: Trace,
+    frames: Mapping[str, PlateFrame],
+    plate: str | None,
+    discrete: tuple[DiscreteSite, ...],
+    missing: tuple[str, ...],
+) -> Structure:
+    """Reads a structure off a run, given what the datapoints are and which discrete latents a guide draws."""
+    local = {site.name for site in discrete}
+    layout = None if plate is None else SiteLayout.from_trace(trace, frames, plate, local)
+    if layout is not None and not layout.sites:
+        layout = None
+    local |= set() if layout is None else {site.name for site in layout.sites}
+    global_sites = {name: site for name, site in latent_sites(trace).items() if name not in local}
+    for name, site in global_sites.items():
+        check_periodic(name, site)
+    observed, present = ({}, {}) if plate is None else observed_values(trace, frames[plate], missing)
+    weights = {name: site_mask(site).simplified for name, site in global_sites.items()}
+    return Structure(
+        frames=frames,
+        plate=plate,
+        layout=layout,
+        global_sites=tuple(global_sites),
+        global_plates=tuple({f.name for site in global_sites.values() for f in site["cond_indep_stack"]}),
+        indices=subsample_indices(trace, frames),
+        observed=observed,
+        present=present,
+        discrete=discrete,
+        global_weights={name: weight for name, weight in weights.items() if weight is not NEUTRAL},
+        data_plates=_subsampled_data_plates(trace, frames, plate),
+        depth=batch_depth(trace, frames),
+        data=tuple(name for name, site in sample_sites(trace).items() if is_data(site)),
+        missing=missing,
+        enumerated=tuple(
+            name for name, site in sample_sites(trace).items() if not site["is_observed"] and is_enumerated(site)
+        ),
+    )
 
 
 def _subsampled_data_plates(trace: Trace, frames: Mapping[str, PlateFrame], plate: str | None) -> tuple[str, ...]:

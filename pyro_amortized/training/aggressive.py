@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pyro_amortized.checks import check_count
 from pyro_amortized.diagnostics.collapse.divergence import mutual_information
-from pyro_amortized.diagnostics.noise import generator, seeded
+from pyro_amortized.encoders.modes import evaluating
 from pyro_amortized.guides import LocalGuide
+from pyro_amortized.objective.noise import generator, seeded
 
 __all__ = ["AggressiveEncoder"]
 
@@ -141,14 +142,10 @@ class AggressiveEncoder(SVI):
             The mutual information, in nats.
         """
         guide: Any = self.guide
-        training = {module: module.training for module in guide.modules()}
-        guide.eval()
         rng = generator(0, 14)
-        with seeded(rng), guide.repeatable():
+        with evaluating(guide), seeded(rng), guide.repeatable():
             phi, family = guide.infer(*args, **kwargs).local
             information, _ = mutual_information(family, phi, rng)
-        for module, mode in training.items():
-            module.training = mode
         self.aggressive &= information >= self._information
         self._information = information
         return information

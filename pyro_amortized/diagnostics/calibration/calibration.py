@@ -20,11 +20,11 @@ from pyro_amortized.diagnostics.calibration.findings import DENSITY, JOINT, LEVE
 from pyro_amortized.diagnostics.calibration.plots import draw_coverage, draw_ecdf, draw_ranks
 from pyro_amortized.diagnostics.calibration.ranks import prior_location, ranks
 from pyro_amortized.diagnostics.calibration.uniformity import holm, simultaneous_band, uniformity_test
-from pyro_amortized.diagnostics.noise import generator
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar
 from pyro_amortized.diagnostics.report import Report, new_axes
 from pyro_amortized.diagnostics.simulation import Simulator
 from pyro_amortized.guides import LocalGuide
+from pyro_amortized.objective.noise import generator
 
 if TYPE_CHECKING:
     import xarray

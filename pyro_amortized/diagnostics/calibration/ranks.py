@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyro_amortized.diagnostics.noise import draw, seeded
 from pyro_amortized.diagnostics.problem import LocalProblem
 from pyro_amortized.diagnostics.simulation import Simulation
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.objective.draws import chunks
+from pyro_amortized.objective.noise import draw, seeded
 from pyro_amortized.objective.prior import prior_draws
 from pyro_amortized.structure.structure import Structure
 

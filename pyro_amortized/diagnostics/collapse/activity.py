@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from pyro_amortized.diagnostics.collapse.priors import prior_draws, site_priors
-from pyro_amortized.diagnostics.noise import draw, seeded
 from pyro_amortized.diagnostics.problem import LocalProblem
 from pyro_amortized.families import VariationalFamily
+from pyro_amortized.objective.noise import draw, seeded
 
 __all__ = ["PriorSpread", "dimension_information", "least_information"]
 

@@ -13,8 +13,9 @@ from pyro.distributions import Independent
 from torch import Tensor
 
 from pyro_amortized.diagnostics.batches import ModelArgs, ToArgs, calls, num_calls
+from pyro_amortized.diagnostics.collapse.report import report_dataset
 from pyro_amortized.diagnostics.problem import progress_bar
-from pyro_amortized.encoders.codebook import perplexity
+from pyro_amortized.encoders.quantized import perplexity
 from pyro_amortized.guides import VectorQuantizedGuide
 from pyro_amortized.guides.vector_quantized import code_value
 from pyro_amortized.structure.layout import SiteLayout
@@ -24,7 +25,7 @@ from pyro_amortized.structure.running import isolated, run_model
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["Codes", "code_verdict", "codes_dataset", "find_codes"]
+__all__ = ["Codes", "codes_dataset", "find_codes"]
 
 
 @dataclass
@@ -97,34 +98,50 @@ def _find(
     return Codes(codes.cpu(), kl.double().cpu(), site.num_categories, place, frame.name, structure.global_sites)
 
 
-def codes_dataset(found: Codes, epsilons: np.ndarray, settings: Mapping[str, Any]) -> xarray.Dataset:
+def codes_dataset(found: Codes, settings: Mapping[str, Any]) -> xarray.Dataset:
     """The dataset of a collapse report, with a latent for each position of the codes.
 
     Args:
         found: The codes of at least two datapoints.
-        epsilons: Where the collapse curve is evaluated, in nats.
         settings: The report's settings.
     """
-    import xarray
-
     count, positions = found.codes.shape
     shifted = found.codes + found.num_codes * torch.arange(positions)  # a range of integers for each position
     counts = shifted.flatten().bincount(minlength=positions * found.num_codes).reshape(positions, found.num_codes)
     usage = counts.double() / count
     # of the posterior mean of the indicator vector, over its K entries: N / (N - 1) sum_k p_k (1 - p_k)
     variance = (count / (count - 1) * (usage * (1 - usage)).sum(-1)).numpy()
-    total = float(found.kl.sum(-1).mean())
-    distinct = torch.unique(found.codes, dim=0, return_counts=True)[1]
-    information = float(perplexity(distinct.double()).log())
-    kl = found.kl.numpy()
-    zero = np.zeros(positions)
+    active, zero = variance > settings["threshold"], np.zeros(positions)
     names = SiteLayout(found.plate, -1, (found.place,), positions).names
-    held = ", ".join(found.global_sites)
-    attributes = {
-        "active_units": int((variance > settings["threshold"]).sum()),
+    per_latent = {
+        "kl_se": zero,
+        "perplexity": perplexity(usage).numpy(),
+        "posterior_mean_variance": variance,
+        "posterior_mean_variance_se": zero,
+        "relative_variance": variance,
+        "information": perplexity(usage).log().numpy(),
+        "active": active,
+    }
+    codebook = {
+        "active_units": int(active.sum()),
         "perplexity": float(perplexity(usage.mean(0))),
         "num_codes": found.num_codes,
         "codes_used": int((usage.sum(0) > 0).sum()),
+    }
+    coords = {"latent": list(names), "code": np.arange(found.num_codes)}
+    attributes = {**codebook, **_totals(found), **settings}
+    shares = (("latent", "code"), usage.numpy())
+    return report_dataset(per_latent, found.kl.numpy(), coords, attributes, usage=shares)
+
+
+def _totals(found: Codes) -> dict[str, Any]:
+    """What the codes tell together, and what the numbers are of."""
+    count, positions = found.codes.shape
+    total = float(found.kl.sum(-1).mean())
+    distinct = torch.unique(found.codes, dim=0, return_counts=True)[1]
+    information = float(perplexity(distinct.double()).log())
+    held = ", ".join(found.global_sites)
+    return {
         "mutual_information": information,
         "mutual_information_se": 0.0,
         "mutual_information_bound": min(math.log(count), positions * math.log(found.num_codes)),
@@ -139,44 +156,3 @@ def codes_dataset(found: Codes, epsilons: np.ndarray, settings: Mapping[str, Any
         "family": "nearest code",
         "global_latents": f"held at the guide's median: {held}" if held else "none",
     }
-    return xarray.Dataset(
-        {
-            "kl": ("latent", kl.mean(0)),
-            "kl_se": ("latent", zero),
-            "perplexity": ("latent", perplexity(usage).numpy()),
-            "usage": (("latent", "code"), usage.numpy()),
-            "posterior_mean_variance": ("latent", variance),
-            "posterior_mean_variance_se": ("latent", zero),
-            "relative_variance": ("latent", variance),
-            "information": ("latent", perplexity(usage).log().numpy()),
-            "active": ("latent", variance > settings["threshold"]),
-            "collapsed": ("latent", (kl < settings["epsilon"]).mean(0) >= 1 - settings["delta"]),
-            "share_below": (("latent", "epsilon"), (kl[..., None] < epsilons).mean(0)),
-        },
-        coords={"latent": list(names), "code": np.arange(found.num_codes), "epsilon": epsilons},
-        attrs={**attributes, **settings},
-    )
-
-
-def code_verdict(data: xarray.Dataset) -> list[str]:
-    """What the numbers say, in words."""
-    names, active, attrs = data["latent"].values, data["active"].values, data.attrs
-    num_codes, effective = attrs["num_codes"], attrs["perplexity"]
-    lines = [
-        f"Codebook: perplexity {effective:.1f} of {num_codes} codes, {attrs['codes_used']} of them in use. The KL "
-        "divergence of a code is -log of its prior whatever it tells; the perplexity says what is used."
-    ]
-    remedies = "a smaller commitment, a codebook that revives more codes (revive_below), or a weaker likelihood"
-    if not active.any():
-        lines.append(f"Collapsed: every datapoint has the same codes; they tell nothing of x. Try {remedies}.")
-    elif not active.all():
-        shown = ", ".join(map(str, names[~active][:10])) + (", ..." if (~active).sum() > 10 else "")
-        lines.append(f"{(~active).sum()} of {len(names)} positions have the same code everywhere: {shown}.")
-    else:
-        lines.append(
-            f"No collapse: all {len(names)} positions are active; together they hold "
-            f"{attrs['mutual_information']:.2f} nats of information on the datapoint."
-        )
-    if active.any() and effective < 0.1 * num_codes:
-        lines.append("Fewer than a tenth of the codes are in effective use; try fewer codes, or a larger revive_below.")
-    return lines

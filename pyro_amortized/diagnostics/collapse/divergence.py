@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.distributions import LowRankMultivariateNormal, MultivariateNormal
 
 from pyro_amortized.diagnostics.collapse.priors import SitePrior, site_priors
-from pyro_amortized.diagnostics.noise import draw, seeded
 from pyro_amortized.diagnostics.problem import LocalProblem
 from pyro_amortized.families import VariationalFamily
 from pyro_amortized.objective.draws import MAX_ROWS
+from pyro_amortized.objective.noise import draw, seeded
 from pyro_amortized.structure.local_site import LocalSite
 
 __all__ = ["Divergence", "local_divergence", "mutual_information"]

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from pyro_amortized.diagnostics.evidence.proposal import DF, Proposal
-from pyro_amortized.diagnostics.noise import generator
 from pyro_amortized.diagnostics.problem import LocalProblem
 from pyro_amortized.objective.draws import chunks
+from pyro_amortized.objective.noise import generator
 
 __all__ = ["anneal"]
 

@@ -18,17 +18,18 @@ import torch
 from torch import Tensor
 
 from pyro_amortized.checks import check_count
+from pyro_amortized.diagnostics.checks import check_effort
 from pyro_amortized.diagnostics.evidence.evidence import (
     adapted_proposals,
     estimate_evidence,
     log_weights_at,
     reliable_evidence,
 )
-from pyro_amortized.diagnostics.noise import generator
 from pyro_amortized.diagnostics.optimum.local_optimum import solve
-from pyro_amortized.diagnostics.problem import bind, check_effort, to_dataset
+from pyro_amortized.diagnostics.problem import bind, to_dataset
 from pyro_amortized.diagnostics.simulation import simulate
 from pyro_amortized.guides import LocalGuide
+from pyro_amortized.objective.noise import generator
 
 if TYPE_CHECKING:
     import xarray

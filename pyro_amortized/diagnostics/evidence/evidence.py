@@ -18,16 +18,17 @@ import torch
 from torch import Tensor
 
 from pyro_amortized.diagnostics.batches import ModelArgs, ToArgs, calls, is_single
+from pyro_amortized.diagnostics.checks import check_effort
 from pyro_amortized.diagnostics.evidence.annealing import anneal
 from pyro_amortized.diagnostics.evidence.importance import psis
 from pyro_amortized.diagnostics.evidence.proposal import Proposal, first_proposals
-from pyro_amortized.diagnostics.noise import batch_seed, draw, generator, widening
 from pyro_amortized.diagnostics.optimum.local_optimum import LocalOptimum, solve
-from pyro_amortized.diagnostics.problem import LocalProblem, bind, check_effort, progress_bar, to_dataset
-from pyro_amortized.diagnostics.report import join
+from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar, to_dataset
+from pyro_amortized.diagnostics.report import join, widening
 from pyro_amortized.graphs.cache import GraphCache
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.objective.draws import chunks
+from pyro_amortized.objective.noise import batch_seed, draw, generator
 
 if TYPE_CHECKING:
     import xarray

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from pyro_amortized.diagnostics.batches import ModelArgs, ToArgs, calls, num_calls
+from pyro_amortized.diagnostics.checks import check_effort
 from pyro_amortized.diagnostics.gaps.gaps import QUANTITIES, GapEstimate, decompose, warn_of_violations
-from pyro_amortized.diagnostics.noise import batch_seed
-from pyro_amortized.diagnostics.problem import LocalProblem, bind, check_effort, progress_bar
+from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar
 from pyro_amortized.diagnostics.report import Report, fill, new_axes
 from pyro_amortized.graphs.cache import GraphCache
 from pyro_amortized.guides import LocalGuide
+from pyro_amortized.objective.noise import batch_seed
 
 if TYPE_CHECKING:
     import xarray

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from pyro_amortized.checks import check_count
 from pyro_amortized.diagnostics.batches import ModelArgs, ToArgs, calls, is_single, num_calls
+from pyro_amortized.diagnostics.checks import check_effort
 from pyro_amortized.diagnostics.evidence.evidence import estimate_evidence, reliable_evidence
-from pyro_amortized.diagnostics.noise import batch_seed
 from pyro_amortized.diagnostics.optimum.local_optimum import solve
-from pyro_amortized.diagnostics.problem import LocalProblem, bind, check_effort, progress_bar, to_dataset
+from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar, to_dataset
 from pyro_amortized.diagnostics.report import Report, fill, join, new_axes
 from pyro_amortized.graphs.cache import GraphCache
 from pyro_amortized.guides import LocalGuide
+from pyro_amortized.objective.noise import batch_seed
 
 if TYPE_CHECKING:
     import xarray

@@ -7,11 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from pyro_amortized.diagnostics.noise import generator, quasi_normal, seeded, widening
 from pyro_amortized.diagnostics.optimum.laplace import hessian
 from pyro_amortized.diagnostics.problem import progress_bar
+from pyro_amortized.diagnostics.report import widening
 from pyro_amortized.objective.draws import chunks
 from pyro_amortized.objective.elbo import LocalObjective
+from pyro_amortized.objective.noise import generator, quasi_normal, seeded
 
 __all__ = ["estimate_elbo", "log_weights"]
 

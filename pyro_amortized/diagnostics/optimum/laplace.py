@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_amortized.diagnostics.noise import draw
 from pyro_amortized.diagnostics.optimum.lbfgs import minimize_rows
 from pyro_amortized.objective.draws import chunks
 from pyro_amortized.objective.log_joint import LocalLogJoint
+from pyro_amortized.objective.noise import draw
 
 __all__ = ["covariance_root", "find_modes", "hessian", "moments"]
 

@@ -12,15 +12,16 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_amortized.diagnostics.noise import generator, quasi_normal, seeded
+from pyro_amortized.diagnostics.checks import check_effort
 from pyro_amortized.diagnostics.optimum.elbo import estimate_elbo, log_weights
 from pyro_amortized.diagnostics.optimum.laplace import covariance_root, find_modes, hessian, moments
 from pyro_amortized.diagnostics.optimum.lbfgs import minimize_rows
 from pyro_amortized.diagnostics.optimum.modes import Search
-from pyro_amortized.diagnostics.problem import LocalProblem, bind, check_effort, progress_bar, to_dataset
+from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar, to_dataset
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.objective.draws import chunks
 from pyro_amortized.objective.elbo import LocalObjective
+from pyro_amortized.objective.noise import generator, quasi_normal, seeded
 
 if TYPE_CHECKING:
     import xarray

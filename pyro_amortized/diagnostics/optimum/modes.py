@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_amortized.diagnostics.noise import generator, seeded
 from pyro_amortized.diagnostics.optimum.images import Images
 from pyro_amortized.diagnostics.optimum.laplace import covariance_root, find_modes, hessian, moments
 from pyro_amortized.diagnostics.problem import LocalProblem
 from pyro_amortized.objective.draws import chunks
 from pyro_amortized.objective.log_joint import LocalLogJoint
+from pyro_amortized.objective.noise import generator, seeded
 from pyro_amortized.objective.prior import prior_draws
 
 __all__ = ["MAX_MODES", "Modes", "Search", "as_wide_as", "log_volume", "mahalanobis"]
