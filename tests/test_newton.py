@@ -123,7 +123,7 @@ def test_the_exact_posterior_is_left_where_it_is(Family: Any, num_particles: int
     grad, slope, curvature = objective_of(linear.full, x, family).curvature(phi, noise)
     torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-10)
     torch.testing.assert_close(curvature, torch.eye(LATENTS).expand_as(curvature), rtol=0, atol=1e-10)
-    moved = Newton(1.0).update_with_curvature(phi, grad, (), Curvature(slope, curvature, family))[0]
+    moved = Newton(1.0).update(phi, Curvature(grad, slope, curvature, family), ())[0]
     torch.testing.assert_close(moved, phi, rtol=0, atol=1e-9)
     wide = objective_of(linear.full, x, family).curvature(phi + 0.1, noise)
     assert wide[1].abs().max() > 1e-2
@@ -228,12 +228,12 @@ def test_steps_are_limited_and_far_from_the_optimum_keep_their_width(Family: Any
     rule = Newton(1.0, max_shift=2.0, max_log_ratio=0.3)
     for size in (1e4, 0.06):
         precision = size * torch.eye(LATENTS).expand(3, -1, -1)
-        moved = rule.update_with_curvature(phi, phi, (), Curvature(slope * size, precision, family))[0] - phi
+        moved = rule.update(phi, Curvature(phi, slope * size, precision, family), ())[0] - phi
         shift = torch.linalg.solve(scale_tril(family, phi), moved[:, :LATENTS].unsqueeze(-1)).squeeze(-1)
         torch.testing.assert_close(shift.abs().amax(-1), torch.full((3,), 2.0))
         torch.testing.assert_close(shift / shift[:, :1], slope / slope[:, :1])  # the direction is kept
         assert moved[:, LATENTS : 2 * LATENTS].abs().max() < 0.02 * 0.3 + 1e-6
-        near = rule.update_with_curvature(phi, phi, (), Curvature(torch.zeros_like(slope), precision, family))[0] - phi
+        near = rule.update(phi, Curvature(phi, torch.zeros_like(slope), precision, family), ())[0] - phi
         ratio = near[:, LATENTS : 2 * LATENTS] * (-1 if size > 1 else 1)
         assert near[:, :LATENTS].abs().max() == 0
         if Family is Normal:
@@ -251,7 +251,7 @@ def test_indefinite_curvatures_of_any_size_give_limited_steps(Family: Any, seed:
     curvature = 1e7 * torch.randn(20, 5, 5, generator=generator, dtype=torch.float32)
     phi = torch.zeros(20, family.num_params, dtype=torch.float32)
     slope = torch.zeros(20, 5, dtype=torch.float32)
-    moved = Newton().update_with_curvature(phi, phi, (), Curvature(slope, curvature + curvature.mT, family))[0]
+    moved = Newton().update(phi, Curvature(phi, slope, curvature + curvature.mT, family), ())[0]
     assert moved.isfinite().all()
     assert moved[:, 5:10].abs().max() < 0.7 + 1e-5
 
@@ -284,10 +284,10 @@ def test_a_datapoint_without_a_curvature_harms_no_other(Family: Any) -> None:
     phi, slope = phi_of(family, 4), torch.randn(4, LATENTS)
     factor = torch.randn(4, LATENTS, LATENTS)
     curvature = factor @ factor.mT - 0.5 * torch.eye(LATENTS)  # some are indefinite
-    expected = Newton().update_with_curvature(phi, phi, (), Curvature(slope, curvature, family))[0]
+    expected = Newton().update(phi, Curvature(phi, slope, curvature, family), ())[0]
     broken = curvature.clone()
     broken[1, 0, 0], broken[2] = torch.nan, torch.inf
-    moved = Newton().update_with_curvature(phi, phi, (), Curvature(slope, broken, family))[0]
+    moved = Newton().update(phi, Curvature(phi, slope, broken, family), ())[0]
     assert expected.isfinite().all()
     torch.testing.assert_close(moved[[0, 3]], expected[[0, 3]])
     assert not moved[1:3].isfinite().all(-1).any()

@@ -573,7 +573,7 @@ def test_every_learned_step_is_trained_by_the_elbo_that_it_leads_to(
             phi = rule.update(phi, g, state)[0]
         else:
             slope, curvature = (part.detach() for part in curvature_by_hand(vae, x, phi, noise))
-            phi = rule.update_with_curvature(phi, g, state, Curvature(slope, curvature, Normal(LATENTS)))[0]
+            phi = rule.update(phi, Curvature(g, slope, curvature, Normal(LATENTS)), state)[0]
     last = loss_by_hand(vae, x, phi, z)
     assert loss.item() == pytest.approx(last.item(), rel=1e-9)
     expected = gradients(encoder_loss + last, guide)

@@ -260,15 +260,15 @@ def test_learned_update_takes_a_share_of_the_newton_step_where_it_has_the_curvat
     rule, family = learned_update(num_features=2), Normal(DIM)
     phi, grads = phi_and_gradients(1)
     factor = draws(ROWS, DIM, DIM, seed=5)
-    curvature = Curvature(draws(ROWS, DIM, seed=6), 0.5 * torch.eye(DIM) + factor @ factor.mT, family)
+    curvature = Curvature(grads[0], draws(ROWS, DIM, seed=6), 0.5 * torch.eye(DIM) + factor @ factor.mT, family)
     state = rule.init(phi, draws(ROWS, 2, seed=4))
     natural = rule.update(phi, grads[0], state)[0]
-    newton = rule.update_with_curvature(phi, grads[0], state, curvature)[0]
-    assert rule.uses_curvature
+    newton = rule.update(phi, curvature, state)[0]
+    assert rule.takes is Curvature
     assert rule.network is not None
     size = grads[0].abs().clamp(min=math.exp(-8.0)).log() / 8.0
     logit = rule.network(torch.cat([*state, phi, size, grads[0].sign()], -1)).chunk(3, -1)[2]
-    direct = Newton(1.0).update_with_curvature(phi, grads[0], (), curvature)[0]
+    direct = Newton(1.0).update(phi, curvature, ())[0]
     other = NaturalGradient(1.0).update(phi, grads[0], ())[0]
     expected = (logit + 2.0).sigmoid() * (direct - phi) - logit.sigmoid() * (other - phi)
     torch.testing.assert_close(newton - natural, expected)
@@ -279,7 +279,7 @@ def test_learned_update_of_many_latents_does_without_the_curvature() -> None:
     for dim, expected in ((128, True), (129, False)):
         rule = LearnedUpdate((4,))
         rule.setup(Normal(dim))
-        assert rule.uses_curvature == expected
+        assert (rule.takes is Curvature) == expected
 
 
 def test_learned_update_detaches_what_it_sees_but_trains_its_network_and_features() -> None:

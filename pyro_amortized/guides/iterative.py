@@ -12,7 +12,7 @@ from pyro_amortized.guides.refining import RefiningGuide, RefiningOptions, check
 from pyro_amortized.inference.base import InferenceStrategy
 from pyro_amortized.inference.strategies import Prior
 from pyro_amortized.structure.structure import Structure
-from pyro_amortized.updates.base import UpdateRule
+from pyro_amortized.updates.base import Curvature, UpdateRule
 from pyro_amortized.updates.learned import LearnedUpdate
 
 __all__ = ["IterativeAmortizedGuide"]
@@ -112,6 +112,6 @@ class IterativeAmortizedGuide(RefiningGuide):
         self._check_features(features, inputs, structure)  # which must not be features of steps
         update = self._update_spec[0] or LearnedUpdate()
         update.setup(self._family, features.shape[1])
-        if self._chooses_particles and update.uses_curvature:
+        if self._chooses_particles and update.takes is Curvature:
             self._settings["num_particles"] = _CURVED_PARTICLES
         return self._refined_from(start, update.to(init_loc), features=encoder)

@@ -164,7 +164,7 @@ class Refined(InferenceStrategy):
         phi = start if self.is_unrolled or learned else start.detach()
         best = self._start_comparison(objective, phi) if keep_best else None
         state, nats = self.update.init(phi, features), None
-        curved = self.update.uses_curvature and objective.has_curvature and self.num_particles > 1
+        curved = self.update.takes is Curvature and objective.has_curvature and self.num_particles > 1
         for step in range(self.num_steps):
             noise = self._noise(objective, phi, step, self.num_particles)
             if learned or (step == 0 and self.encoder_gradient == "initial"):
@@ -201,7 +201,7 @@ class Refined(InferenceStrategy):
         if not curvature:
             return self.update.update(phi, grad, state)
         slope, precision = curvature
-        return self.update.update_with_curvature(phi, grad, state, Curvature(slope, precision, objective.family))
+        return self.update.update(phi, Curvature(grad, slope, precision, objective.family), state)
 
     def _keeps_best(self, has_gradients: bool) -> bool:
         if self.keep_best is None or (self.update.is_learned and has_gradients):  # which trains every step

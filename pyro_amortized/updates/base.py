@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,29 +29,36 @@ class Curvature:
     """What the draws of a step say about the ELBO around the location of q, in the units of q.
 
     Attributes:
+        grad: The gradient of the ELBO by phi, ``(N, P)``, in nats.
         slope: The gradient by the location, ``(N, D)``, in nats per standard deviation of q.
         precision: The negative second derivative, ``(N, D, D)``, in nats per squared standard deviation of q: the
             identity where q is the posterior.
         family: The family of q, which knows how phi moves in these units.
     """
 
+    grad: Tensor
     slope: Tensor
     precision: Tensor
     family: VariationalFamily
 
 
-class UpdateRule(nn.Module, ABC):
+Evaluated = TypeVar("Evaluated", bound=Tensor | Curvature)
+"""What a rule receives of the ELBO at phi: the gradient ``(N, P)`` in nats, or a :class:`Curvature`."""
+
+
+class UpdateRule(nn.Module, ABC, Generic[Evaluated]):
     """Base class: ``init(phi) -> state`` and ``update(phi, grad, state) -> phi, state``.
 
     Attributes:
         is_learned: Whether the rule is a network that is trained by the gradient at each of its steps, rather than a
             formula that gradients pass through.
-        uses_curvature: Whether :meth:`update_with_curvature` is called instead of :meth:`update` where the curvature is
-            known: for the normal and the full-rank family, with more than one particle and a reparameterised gradient.
+        takes: What :meth:`update` receives: ``Tensor`` for the gradient; :class:`Curvature` for that where it is known
+            (for the normal and the full-rank family, with more than one particle and a reparameterised gradient), and
+            for the gradient elsewhere.
     """
 
     is_learned: bool = False
-    uses_curvature: bool = False
+    takes: type[Tensor] | type[Curvature] = Tensor
 
     def setup(self, family: VariationalFamily, num_features: int = 0) -> None:
         """Sizes the rule for a family; called once, before the first step.
@@ -74,36 +81,20 @@ class UpdateRule(nn.Module, ABC):
         """
 
     @abstractmethod
-    def update(self, phi: Tensor, grad: Tensor, state: State) -> tuple[Tensor, State]:
+    def update(self, phi: Tensor, grad: Evaluated, state: State) -> tuple[Tensor, State]:
         """One step uphill.
 
         Args:
             phi: Variational parameters ``(N, P)``.
-            grad: Gradient of the per-datapoint ELBO there, ``(N, P)``, in nats.
+            grad: Gradient of the per-datapoint ELBO there, ``(N, P)``, in nats; or its curvature, see :attr:`takes`.
             state: What :meth:`init` or the last step returned.
 
         Returns:
             The new phi and the new state.
         """
 
-    def update_with_curvature(
-        self, phi: Tensor, grad: Tensor, state: State, curvature: Curvature
-    ) -> tuple[Tensor, State]:
-        """One step uphill, of a rule that uses the curvature.
 
-        Args:
-            phi: Variational parameters ``(N, P)``.
-            grad: Gradient of the per-datapoint ELBO there, ``(N, P)``, in nats.
-            state: What :meth:`init` or the last step returned.
-            curvature: The curvature of the ELBO there.
-
-        Returns:
-            The new phi and the new state.
-        """
-        return self.update(phi, grad, state)
-
-
-class SteppedRule(UpdateRule):
+class SteppedRule(UpdateRule[Evaluated]):
     """A rule with a step size, given or learned.
 
     Args:

@@ -12,7 +12,7 @@ from pyro_amortized.updates.base import State, SteppedRule, check_limits
 __all__ = ["Adam", "GradientAscent", "NaturalGradient"]
 
 
-class GradientAscent(SteppedRule):
+class GradientAscent(SteppedRule[Tensor]):
     r"""Gradient ascent with momentum.
 
     .. math:: v_t = m v_{t-1} + g_t, \qquad \phi_t = \phi_{t-1} + \epsilon v_t
@@ -52,7 +52,7 @@ class GradientAscent(SteppedRule):
         return phi + self.step_size * velocity, (velocity,) if self.momentum else ()
 
 
-class Adam(SteppedRule):
+class Adam(SteppedRule[Tensor]):
     """Adam on each datapoint's phi; fits every family.
 
     Args:
@@ -103,7 +103,7 @@ class Adam(SteppedRule):
         return phi + self.step_size * (first / bias[0]) / (root + self.eps), (first, second, decays)
 
 
-class NaturalGradient(SteppedRule):
+class NaturalGradient(SteppedRule[Tensor]):
     r"""Natural gradient: the gradient in units of the family's own Fisher information.
 
     For the mean-field normal, :math:`\mu \leftarrow \mu + \epsilon \sigma^2 \nabla_\mu L` and

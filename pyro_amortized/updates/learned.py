@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from pyro_amortized.updates.rules import MOST_LATENTS
 __all__ = ["LearnedUpdate"]
 
 
-class LearnedUpdate(UpdateRule):
+class LearnedUpdate(UpdateRule[Tensor | Curvature]):
     r"""A network that has learned to take the step.
 
     It sees the features h of the datapoint, phi, and the gradient as the logarithm of its size and its sign, entry by
@@ -54,9 +55,9 @@ class LearnedUpdate(UpdateRule):
         self.newton: Newton | None = None
 
     @property
-    def uses_curvature(self) -> bool:  # type: ignore[override]
-        """Whether the family is one that :class:`Newton` can refine, of few enough latents."""
-        return self.newton is not None
+    def takes(self) -> type[Tensor] | type[Curvature]:  # type: ignore[override]
+        """The curvature, if the family is one that :class:`Newton` can refine, of few enough latents."""
+        return Tensor if self.newton is None else Curvature
 
     def setup(self, family: VariationalFamily, num_features: int = 0) -> None:
         """Builds the network, or makes sure that it fits if it has been built already."""
@@ -83,20 +84,15 @@ class LearnedUpdate(UpdateRule):
         """The features, which stay the same."""
         return () if features is None else (features,)
 
-    def update(self, phi: Tensor, grad: Tensor, state: State) -> tuple[Tensor, State]:
-        """One step."""
+    def update(self, phi: Tensor, grad: Tensor | Curvature, state: State) -> tuple[Tensor, State]:
+        """One step; beside the network's own it is offered that of :class:`Newton`, or the natural gradient's."""
+        if isinstance(grad, Curvature) and self.newton is not None:
+            seen = replace(grad, slope=grad.slope.detach(), precision=grad.precision.detach())
+            newton = self.newton.update(phi.detach(), seen, ())[0]
+            return self._update(phi, grad.grad, state, newton, _NEWTON_SHARE)
+        grad = grad.grad if isinstance(grad, Curvature) else grad
         natural = None if self.natural is None else self.natural.update(phi.detach(), grad.detach(), ())[0]
         return self._update(phi, grad, state, natural, 0.0)
-
-    def update_with_curvature(
-        self, phi: Tensor, grad: Tensor, state: State, curvature: Curvature
-    ) -> tuple[Tensor, State]:
-        """One step, with that of :class:`Newton` in the place of the natural gradient."""
-        if self.newton is None:
-            return self.update(phi, grad, state)
-        seen = Curvature(curvature.slope.detach(), curvature.precision.detach(), curvature.family)
-        newton = self.newton.update_with_curvature(phi.detach(), grad.detach(), (), seen)[0]
-        return self._update(phi, grad, state, newton, _NEWTON_SHARE)
 
     def _update(
         self, phi: Tensor, grad: Tensor, state: State, direct: Tensor | None, share: float

@@ -11,7 +11,7 @@ from pyro_amortized.updates.base import Curvature, State, SteppedRule, check_lim
 __all__ = ["Newton", "damping"]
 
 
-class Newton(SteppedRule):
+class Newton(SteppedRule[Tensor | Curvature]):
     r"""Newton's method: a natural gradient that knows how the latents of a datapoint depend on each other.
 
     The particles of a step, whose gradients are averaged for other rules, are regressed on where they were drawn: this
@@ -40,7 +40,7 @@ class Newton(SteppedRule):
     """
 
     _usual_step = 0.7
-    uses_curvature = True
+    takes = Curvature
 
     def __init__(
         self, step_size: float = 0.7, *, max_shift: float = 3.0, max_log_ratio: float = 0.7, learned: bool = False
@@ -67,18 +67,14 @@ class Newton(SteppedRule):
         """Nothing is remembered."""
         return ()
 
-    def update(self, phi: Tensor, grad: Tensor, state: State) -> tuple[Tensor, State]:
-        """Says what the curvature needs."""
-        raise ValueError(
-            'Cannot refine by Newton with one particle, or with estimator="analytic_kl", because the curvature is '
-            "taken from the gradients at several draws; try num_particles=32, or NaturalGradient(0.5)."
-        )
-
-    def update_with_curvature(
-        self, phi: Tensor, grad: Tensor, state: State, curvature: Curvature
-    ) -> tuple[Tensor, State]:
-        """One step."""
-        slope, precision, family = curvature.slope, curvature.precision, curvature.family
+    def update(self, phi: Tensor, grad: Tensor | Curvature, state: State) -> tuple[Tensor, State]:
+        """One step; a ValueError where there is no curvature."""
+        if isinstance(grad, Tensor):
+            raise ValueError(
+                'Cannot refine by Newton with one particle, or with estimator="analytic_kl", because the curvature is '
+                "taken from the gradients at several draws; try num_particles=32, or NaturalGradient(0.5)."
+            )
+        slope, precision, family = grad.slope, grad.precision, grad.family
         eye = torch.eye(slope.shape[-1], dtype=slope.dtype, device=slope.device)
         step_size = self.step_size if self.log_step_size is None else self.step_size.clamp(max=1.0)  # type: ignore[union-attr]
         damped = precision + damping(precision.detach())[:, None, None] * eye
