@@ -120,7 +120,7 @@ SLOW = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks them as slow."""
     for item in items:
-        if item.nodeid.removeprefix("tests/").startswith(SLOW):
+        if item.nodeid.rpartition("/")[2].startswith(SLOW):
             item.add_marker(pytest.mark.slow)
 
 

@@ -990,7 +990,7 @@ def test_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     images = np.random.default_rng(0).integers(0, 255, (20, 4, 4), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", train_images=images, test_images=images)
     options = ["--data", str(tmp_path / "images.npz"), "--num-steps", "2", "--num-images", "3", "--out", str(tmp_path)]
-    example = Path(__file__).parent.parent / "examples" / "vq_vae.py"
+    example = Path(__file__).parents[2] / "examples" / "vq_vae.py"
     monkeypatch.setattr("sys.argv", [example.name, *options])
     monkeypatch.syspath_prepend(example.parent)
     runpy.run_path(str(example), run_name="__main__")

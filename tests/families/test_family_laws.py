@@ -628,7 +628,7 @@ def test_gaps_of_a_custom_family(trained: tuple[AmortizedGuide, Tensor]) -> None
 @pytest.mark.slow
 def test_the_family_of_the_documentation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
-    page = Path(__file__).parent.parent / "docs" / "extending.md"
+    page = Path(__file__).parents[2] / "docs" / "extending.md"
     code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
     exec(compile(code, page.name, "exec"), {})
     printed = capsys.readouterr().out
