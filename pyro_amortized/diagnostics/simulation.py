@@ -26,6 +26,7 @@ from pyro_amortized.objective.log_joint import LocalLogJoint
 from pyro_amortized.objective.noise import generator, seeded
 from pyro_amortized.structure.arguments import CallArguments, OwnArguments, Place
 from pyro_amortized.structure.call import ModelCall
+from pyro_amortized.structure.influence import close
 from pyro_amortized.structure.layout import SiteLayout
 from pyro_amortized.structure.reader import StructureReader
 from pyro_amortized.structure.sites import sample_sites
@@ -266,9 +267,7 @@ def _check_same_model(call: ModelCall, trace: Trace) -> None:
     for name, site in before.items():
         first = site["log_prob"]
         second = after[name]["log_prob"] if name in after else first.new_empty(0)
-        tolerance = 1e-8 if first.dtype == torch.float64 else 1e-4
-        same = first.shape == second.shape
-        if not same or not torch.allclose(first, second, rtol=tolerance, atol=tolerance, equal_nan=True):
+        if not close(second, first):
             raise ValueError(
                 f"Cannot simulate data because the log-probability of site {name!r} is another when the model runs on "
                 "the simulated data: the model looks at its observed data elsewhere, or draws random numbers of its "

@@ -44,7 +44,8 @@ def check_update(update: Any) -> None:
     """Raises a ValueError unless ``update`` is an update rule or None."""
     if update is not None and not isinstance(update, UpdateRule):
         raise ValueError(
-            f"Cannot refine by {update!r} because it is not an update rule; try NaturalGradient(0.5) or Adam(0.05)."
+            f"Cannot refine by {update!r} because it is not an update rule; try pyro_amortized.NaturalGradient(0.5) or "
+            "pyro_amortized.Adam(0.05)."
         )
 
 

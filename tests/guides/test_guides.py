@@ -1134,3 +1134,48 @@ def test_print_shows_what_is_guided_by_what(Guide: Any) -> None:
     for line in ("plate: data", "local latents: z (3)", "global latents: shift", "data: x", f"parameters: {number:,}"):
         assert f"  {line}" in str(guide)
     assert ("encoder: MLPEncoder" in str(guide)) == (Guide is not PerDatapointGuide)
+
+
+def regression(x: Tensor, y: Tensor) -> None:
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 10, subsample_size=len(x)):
+        z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(w * x + z, 1.0), obs=y)
+
+
+def test_infer_is_all_that_a_guide_says() -> None:
+    x, y = torch.randn(2, 4)
+    guide = AmortizedGuide(regression)
+    inferred = guide.infer(x, y)
+    phi, family = inferred.local
+    assert torch.equal(phi, guide.variational_parameters(x, y))
+    assert family is guide.family
+    assert [*inferred.global_values] == [*guide.global_sites] == ["w"]
+    assert torch.equal(inferred.global_values["w"], guide.global_median(x, y)["w"])
+    assert inferred.structure.indices["data"].shape == (4,)
+    assert guide.plate == "data"
+    assert torch.equal(guide.encoder_inputs(x, y)[0], y)
+    draws = torch.stack([guide.sample_globals(x, y)["w"] for _ in range(3)])
+    assert len(draws.unique()) == 3
+
+
+def test_infer_without_local_latents() -> None:
+    def model(x: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+
+    guide = AmortizedGuide(model)
+    inferred = guide.infer(torch.randn(3))
+    assert inferred.phi is None
+    assert "w" in inferred.global_values
+    with pytest.raises(ValueError, match=r"no local latents; try guide.global_median"):
+        _ = inferred.local
+    assert guide.sample_globals(torch.randn(3)).keys() == {"w"}
+
+
+def test_infer_leaves_the_inference_of_the_caller_alone() -> None:
+    guide = AmortizedGuide(normals)
+    with poutine.trace() as tracer:
+        guide.infer(torch.randn(3))
+    assert not tracer.trace.nodes
