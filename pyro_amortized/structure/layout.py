@@ -94,7 +94,7 @@ class SiteLayout:
         ...         rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
         ...         weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
         ...         pyro.sample("x", dist.Poisson(rate * weights[..., 0]), obs=x)
-        >>> from pyro_amortized.tracing import probe
+        >>> from pyro_amortized.structure.plates import probe
         >>> trace, frames = probe(model, (torch.ones(5),), {})
         >>> layout = SiteLayout.from_trace(trace, frames, "data")
         >>> layout.latent_dim

@@ -175,10 +175,11 @@ def test_low_rank_draws_have_its_covariance(latent_dim: int) -> None:
 
 
 @pytest.mark.parametrize("name", set(SPECS) - set(NOISY))
-def test_family_without_noise_says_so(name: str) -> None:
+def test_family_without_noise_draws_its_own(name: str) -> None:
     family, phi = make(name, 2, 3)
-    with pytest.raises(NotImplementedError, match="draws its own noise"):
-        family.rsample(phi, torch.zeros(5, 3, 2))
+    assert not hasattr(family, "rsample")
+    z, log_q = family.sample_and_log_prob(phi, 5)
+    torch.testing.assert_close(log_q, family(phi).log_prob(z))
 
 
 # Densities

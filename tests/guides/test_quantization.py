@@ -764,7 +764,7 @@ def test_report_of_a_large_codebook_takes_little_memory() -> None:
     found.codes = torch.randint(0, 1000, (count, positions))
     settings = {"threshold": 0.01, "epsilon": 0.01, "delta": 0.01}
     with _LargestTensor() as largest:
-        dataset = codes_dataset(found, np.array([0.1]), settings)
+        dataset = codes_dataset(found, settings)
     assert largest.size <= positions * 1000
     indicator = torch.nn.functional.one_hot(found.codes, 1000).double()
     np.testing.assert_allclose(dataset["posterior_mean_variance"], indicator.var(0).sum(-1))

@@ -43,8 +43,8 @@ from pyro_amortized import (
     UpdateRule,
     VariationalFamily,
     estimate_gaps,
-    graphs,
 )
+from pyro_amortized.graphs import cache
 from pyro_amortized.graphs.cache import GraphCache
 from pyro_amortized.inference.base import InferenceStrategy
 from pyro_amortized.inference.refined import Refined
@@ -931,13 +931,13 @@ def test_steps_do_not_see_the_scale_of_a_subsampled_plate(kind: str) -> None:
 
 def test_switching_between_training_and_evaluation_traces_once_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
     traced: list[None] = []
-    original = graphs.record
+    original = cache.record
 
     def counted(*args: Any) -> Any:
         traced.append(None)
         return original(*args)
 
-    monkeypatch.setattr(graphs, "record", counted)
+    monkeypatch.setattr(cache, "record", counted)
     linear = LinearGaussian.random_weights()
     x = linear.simulate(4)
     guide = SemiAmortizedGuide(linear.full, num_steps=2, keep_best=False)

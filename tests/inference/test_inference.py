@@ -107,8 +107,3 @@ def test_objective_is_left_alone(strategy: Callable[[], InferenceStrategy]) -> N
         raise AssertionError("nothing to refine")
 
     assert strategy()((torch.zeros(3, 2),), None, objective).shape == (3, 2)
-
-
-def test_base_class_has_no_phi() -> None:
-    with pytest.raises(NotImplementedError):
-        InferenceStrategy()((), None)

@@ -19,10 +19,10 @@ from pyro_amortized import (
     Newton,
     Normal,
     SemiAmortizedGuide,
-    objective,
 )
 from pyro_amortized.families import Flow, LowRankMultivariateNormal
 from pyro_amortized.graphs.cache import GraphCache
+from pyro_amortized.objective import regression
 from pyro_amortized.objective.elbo import LocalObjective
 from pyro_amortized.objective.log_joint import LocalLogJoint
 from pyro_amortized.structure.call import ModelCall
@@ -78,7 +78,7 @@ def test_curvature_of_a_normal_model_is_exact_without_ridge(
     slope = (factor.mT @ precision @ (posterior.mean - phi[:, :LATENTS]).unsqueeze(-1)).squeeze(-1)
     shrunk = objective_.curvature(phi, noise)
     assert (shrunk[2] - expected).abs().max() > 1e-4  # the ridge pulls towards the identity
-    monkeypatch.setattr(objective, "_PRIOR_DRAWS", 0.0)
+    monkeypatch.setattr(regression, "_PRIOR_DRAWS", 0.0)
     exact = objective_of(linear.full, x, family, graphs=GraphCache() if traced else None).curvature(phi, noise)
     torch.testing.assert_close(exact[2], expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(exact[1], slope, rtol=1e-6, atol=1e-6)
@@ -89,11 +89,11 @@ def test_ridge_is_strong_only_where_draws_tell_nothing_of_each_other() -> None:
     x = torch.randn(5, 40, LATENTS, generator=generator)
     x = x - x.mean(1, keepdim=True)
     truth = torch.randn(5, LATENTS, LATENTS, generator=generator)
-    linear, unrelated = objective._ridge(x, x @ truth), torch.randn(5, 40, LATENTS, generator=generator)
+    linear, unrelated = regression.ridge(x, x @ truth), torch.randn(5, 40, LATENTS, generator=generator)
     torch.testing.assert_close(linear, truth, rtol=0, atol=0.01)
     unrelated = unrelated - unrelated.mean(1, keepdim=True)
     full = torch.linalg.solve(x.mT @ x + 3.0 * torch.eye(LATENTS), x.mT @ unrelated)
-    torch.testing.assert_close(objective._ridge(x, unrelated), full)
+    torch.testing.assert_close(regression.ridge(x, unrelated), full)
     plain = torch.linalg.solve(x.mT @ x + 3.0 * torch.eye(LATENTS), x.mT @ (x @ truth))
     assert (plain - truth).abs().max() > 0.05  # a ridge of constant strength
 
