@@ -15,8 +15,6 @@ SLOW = (
     "test_comparison.py::test_the_best_guide_is_found_by_pairs",
     "test_discrete.py::test_families_beside_discrete_latents[flow]",
     "test_discrete.py::test_in_inner_plates_beside_global_latents",
-    "test_discrete.py::test_training_finds_the_posterior_and_the_evidence[bernoulli]",
-    "test_discrete.py::test_training_finds_the_posterior_and_the_evidence[one_hot]",
     "test_export.py::test_guides[topics-iterative]",
     "test_family_laws.py::test_gaps_do_not_change_with_the_units_of_z[flow]",
     "test_family_laws.py::test_gaps_do_not_change_with_the_units_of_z[low_rank_multivariate_normal]",

@@ -88,7 +88,7 @@ class AmortizedGuide(LocalGuide):
         self._structures.encodes = encoder is None and options.get("encoder_input") is None
 
     @property
-    def _shows_masks(self) -> bool:
+    def _encodes_by_default(self) -> bool:
         return self._encoder_spec[0] is None
 
     def _build_strategy(self, inputs: tuple[Tensor, ...], init_loc: Tensor, structure: Structure) -> InferenceStrategy:

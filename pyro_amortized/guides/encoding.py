@@ -52,8 +52,8 @@ class EncodingGuide(ReadingGuide):
         return ()
 
     @property
-    def _shows_masks(self) -> bool:
-        """Whether the encoder also sees which observed values are masked."""
+    def _encodes_by_default(self) -> bool:
+        """Whether the encoder is the guide's own, which takes counts by their logarithms and is told of masks."""
         return False
 
     @property
@@ -72,7 +72,7 @@ class EncodingGuide(ReadingGuide):
             self.model_at_hand,
             call,
             known=self._hold_all,
-            show_masks=self._shows_masks,
+            by_default=self._encodes_by_default,
             but=self._hidden,
             whole=self._whole_observations,
         )

@@ -112,9 +112,16 @@ def test_training_finds_the_posterior_and_the_evidence(kind: str) -> None:
     model, weights, centres = ENUMERABLE[kind]
     guide, x = DiscreteAmortizedGuide(model, nn.Unflatten(0, (-1, 1))), data()  # the exact logits are linear in x
     elbo = TraceEnum_ELBO(max_plate_nesting=1)
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), elbo)
-    for _ in range(2600):
-        svi.step(x)
+    guide.setup(x)
+    optimizer = torch.optim.LBFGS(guide.parameters(), max_iter=500, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = elbo.differentiable_loss(model, guide, x)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
     log_joint = joint(x, weights, centres)
     evidence = log_joint.logsumexp(-1).sum()
     assert -1e-9 < evidence + elbo.loss(model, guide, x) < 1e-3

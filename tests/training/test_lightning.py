@@ -126,20 +126,13 @@ def saved(path: Path, Guide: Any, rank: int) -> Any:
     return torch.load(path / f"{Guide.__name__}-{rank}.pt", weights_only=True)
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("two_processes")
-    torch.multiprocessing.spawn(train_in_process, (2, str(path)), nprocs=2)
-    return path
-
-
-@pytest.mark.xdist_group("two processes")  # which one worker starts
-@every_guide
-def test_two_processes_have_the_gradients_of_one_with_all_data(Guide: Any, two_processes: Path) -> None:
-    expected = train(loss_module(Guide), data())
-    assert all(gradient.abs().sum() > 0 for gradient in expected[-1].values())
-    for rank in range(2):
-        torch.testing.assert_close(saved(two_processes, Guide, rank), expected, rtol=1e-4, atol=1e-5)
+def test_two_processes_have_the_gradients_of_one_with_all_data(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(train_in_process, (2, str(tmp_path)), nprocs=2)
+    for Guide in OPTIONS:
+        expected = train(loss_module(Guide), data())
+        assert all(gradient.abs().sum() > 0 for gradient in expected[-1].values())
+        for rank in range(2):
+            torch.testing.assert_close(saved(tmp_path, Guide, rank), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_part_of_the_data_has_other_gradients() -> None:

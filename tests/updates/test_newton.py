@@ -294,7 +294,8 @@ def test_a_datapoint_without_a_curvature_harms_no_other(Family: Any) -> None:
 
 
 @pytest.mark.usefixtures("_compiler")
-@pytest.mark.parametrize("family", ["normal", pytest.param("multivariate_normal", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["normal", "multivariate_normal"])
 def test_compiled_steps_give_the_same_numbers(family: str) -> None:
     linear = correlated()
     x = linear.simulate(5)
