@@ -103,13 +103,13 @@ def test_a_flow_bends_where_normals_cannot(model: Callable[..., None]) -> None:
     z = torch.randn(300, 2)
     x = (0.5 * z[:, 0] ** 2 if model is banana else z[:, 0]) + z[:, 1] + 0.3 * torch.randn(300)
     gaps = {
-        name: estimate_gaps(model, trained(model, family, x, 1000), (x[:20],)).dataset
+        name: estimate_gaps(model, trained(model, family, x, 500), (x[:8],)).dataset
         for name, family in {"normal": Normal, "flow": lambda dim: Flow(dim, "spline_autoregressive")}.items()
     }
     means = {name: data["approximation_gap"].where(data["reliable"]).mean().item() for name, data in gaps.items()}
     assert means["flow"] < 0.1 * means["normal"]
     good = gaps["flow"]["reliable"].values
-    exact = grid_evidence(model, x[:20]).numpy()
+    exact = grid_evidence(model, x[:8]).numpy()
     assert abs(gaps["flow"]["log_evidence"].values - exact)[good].max() < 0.05
 
 
