@@ -179,15 +179,15 @@ def evaluate(public: PublicModel, model: Program, guide: Program) -> float:
 # The table
 
 
-def rows(runs: Iterable[Run]) -> dict[str, str]:
-    """A line of the table for each model."""
-    cells: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+Cells = dict[tuple[str, str], str]
+"""What the table says of a model and a guide."""
+
+
+def cells(runs: Iterable[Run]) -> Cells:
+    of_pair: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for found in runs:
-        cells[found.model][found.guide].append(found)
-    return {
-        model: f"| {model} | " + " | ".join(_cell(row[guide]) if guide in row else "" for guide in GUIDES) + " |"
-        for model, row in cells.items()
-    }
+        of_pair[found.model, found.guide].append(found)
+    return {pair: _cell(of_it) for pair, of_it in of_pair.items()}
 
 
 def _cell(runs: list[Run]) -> str:
@@ -205,18 +205,30 @@ def _cell(runs: list[Run]) -> str:
     return f"{mean(losses):.{digits}f}{spread} ({lr:g}{noted})"
 
 
-def table(lines: dict[str, str]) -> str:
-    heading = ["| model | " + " | ".join(GUIDES) + " |", "|" + " --- |" * (len(GUIDES) + 1)]
-    return "\n".join([*heading, *(lines[model] for model in MODELS if model in lines)])
+def table(found: Cells) -> str:
+    lines = ["| model | " + " | ".join(GUIDES) + " |", "|" + " --- |" * (len(GUIDES) + 1)]
+    for model in (name for name in MODELS if any(name == of for of, _ in found)):
+        lines.append(f"| {model} | " + " | ".join(found.get((model, guide), "") for guide in GUIDES) + " |")
+    return "\n".join(lines)
 
 
-def write(lines: dict[str, str], page: Path = PAGE) -> None:
-    """Puts lines into the table of the page, in place of those of the same models."""
+def read(lines: str) -> Cells:
+    """The inverse of :func:`table`."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines.strip().splitlines()]
+    return {
+        (row[0], guide): cell
+        for row in rows[2:]
+        for guide, cell in zip(rows[0][1:], row[1:], strict=True)
+        if cell and row[0] in MODELS
+    }
+
+
+def write(found: Cells, page: Path = PAGE) -> None:
+    """Puts cells into the table of the page; others stay as they are."""
     text, (first, last) = page.read_text(), MARKS
     before, rest = text.split(first)
     old, after = rest.split(last)
-    there = {model: line for line in old.splitlines() for model in MODELS if line.startswith(f"| {model} |")}
-    page.write_text(before + first + table(there | lines) + last + after)
+    page.write_text(before + first + table(read(old) | found) + last + after)
 
 
 def main() -> None:
@@ -227,7 +239,7 @@ def main() -> None:
     parser.add_argument("--num-seeds", type=int, default=NUM_SEEDS)
     parser.add_argument("--num-steps", type=int, default=NUM_STEPS)
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
-    parser.add_argument("--write", action="store_true", help=f"put the rows into {PAGE.name}")
+    parser.add_argument("--write", action="store_true", help=f"put the cells into {PAGE.name}")
     options = parser.parse_args()
     pairs = [(m, g) for m in options.models for g in options.guides if applies(g, public_model(m))]
     jobs = [
@@ -243,9 +255,9 @@ def main() -> None:
             runs.append(found)
             said = f"{found.problem or f'{found.loss:.3f}'} ({found.seconds:.0f} s)"
             tqdm.write(f"{found.model}, {found.guide}, lr {found.lr:g}, seed {found.seed}: {said}")
-    print(table(rows(runs)))
+    print(table(cells(runs)))
     if options.write:
-        write(rows(runs))
+        write(cells(runs))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ maps fine-grained cell types in spatial transcriptomics" (2022), whose model cla
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -86,6 +87,22 @@ class SCANVI(nn.Module):
             pyro.sample("z1", dist.Normal(z1_loc, F.softplus(z1_scale)).to_event(1))
 
 
+class ScaledAutoNormal(AutoNormal):
+    """AutoNormal, which does not follow a model's scale, with that scale put round it by hand."""
+
+    scale: float
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        with poutine.scale(scale=self.scale):
+            return super().forward(*args, **kwargs)
+
+
+def scaled_auto_normal(model: Program, scale: float) -> AutoNormal:
+    guide = ScaledAutoNormal(model)
+    guide.scale = scale
+    return guide
+
+
 def scanvi() -> PublicModel:
     label = torch.randint(NUM_LABELS, (NUM_CELLS,))
     share = (torch.randn(NUM_LABELS, NUM_GENES)[label] + 0.3 * torch.randn(NUM_CELLS, NUM_GENES)).softmax(-1)
@@ -102,6 +119,7 @@ def scanvi() -> PublicModel:
         discrete_options={},
         enumerated=("y",),
         hidden=("classification_loss",),
+        auto_normal=partial(scaled_auto_normal, scale=scale_factor),
     )
 
 

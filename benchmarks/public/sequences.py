@@ -8,6 +8,7 @@ seals. Of the latter the random effects are continuous, for groups and for indiv
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any
 
@@ -115,8 +116,9 @@ class WeightedAutoNormal(AutoNormal):
         mask, scale = args[2].bool(), kwargs.get("annealing_factor", 1.0)
 
         def weigh(message: dict[str, Any]) -> None:
-            if message["type"] == "sample" and message["name"][2:].isdigit():
-                message["mask"], message["scale"] = mask[:, int(message["name"][2:]) - 1], message["scale"] * scale
+            step = re.match(r"z_(\d+)", message["name"])
+            if message["type"] == "sample" and step:
+                message["mask"], message["scale"] = mask[:, int(step[1]) - 1], message["scale"] * scale
 
         with Weigh(weigh):
             return super().forward(*args, **kwargs)

@@ -24,7 +24,7 @@ from torch.distributions import constraints
 from public._model import PublicModel
 from public.autoencoders import both
 
-NUM_TOPICS, NUM_WORDS, NUM_DOCS, LENGTH = 5, 60, 200, 64
+NUM_TOPICS, NUM_WORDS, NUM_DOCS, LENGTH = 5, 60, 150, 32
 
 
 def documents() -> Tensor:
