@@ -8,7 +8,7 @@ seals. Of the latter the random effects are continuous, for groups and for indiv
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -109,25 +109,38 @@ def reversed_within(x: Tensor, lengths: Tensor) -> Tensor:
     return x.gather(1, order.unsqueeze(-1).expand_as(x))
 
 
-class WeightedAutoNormal(AutoNormal):
-    """AutoNormal, which knows neither masks nor scales, with those of the model put round its sites by hand."""
+class Masked(poutine.messenger.Messenger):
+    """Masks the sites of steps and of individuals that are not there."""
+
+    def __init__(self, masks: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.masks = masks
+
+    def _pyro_sample(self, message: dict[str, Any]) -> None:
+        mask = self.masks.get(message["name"].removesuffix("_unconstrained"))
+        if mask is not None:
+            message["mask"] = mask
+
+
+class MaskedAutoNormal(AutoNormal):
+    """AutoNormal, which knows no masks, with those of the model put round its sites by hand."""
+
+    masks: Callable[..., dict[str, Tensor]]
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        mask, scale = args[2].bool(), kwargs.get("annealing_factor", 1.0)
-
-        def weigh(message: dict[str, Any]) -> None:
-            step = re.match(r"z_(\d+)", message["name"])
-            if message["type"] == "sample" and step:
-                message["mask"], message["scale"] = mask[:, int(step[1]) - 1], message["scale"] * scale
-
-        with Weigh(weigh):
+        annealing = kwargs.get("annealing_factor", 1.0)  # nor does it know scales
+        with Masked(self.masks(*args)), poutine.scale(scale=annealing):
             return super().forward(*args, **kwargs)
 
 
-class Weigh(poutine.messenger.Messenger):
-    def __init__(self, weigh: Any) -> None:
-        super().__init__()
-        self._pyro_sample = weigh
+def masked_auto_normal(model: Program, masks: Callable[..., dict[str, Tensor]]) -> AutoNormal:
+    guide = MaskedAutoNormal(model)
+    guide.masks = masks
+    return guide
+
+
+def masks_of_steps(x: Tensor, packed: PackedSequence, mask: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+    return {f"z_{t + 1}": mask[:, t] for t in range(x.shape[1])}
 
 
 def dmm() -> PublicModel:
@@ -143,7 +156,7 @@ def dmm() -> PublicModel:
         make=partial(both, DMM),
         calls=((x, packed, mask.bool(), lengths),),
         annealing=lambda done: {"annealing_factor": min(1.0, 0.2 + 0.8 * done / 0.3)},
-        auto_normal=WeightedAutoNormal,
+        auto_normal=partial(masked_auto_normal, masks=masks_of_steps),
     )
 
 
@@ -246,4 +259,6 @@ def mixed_hmm() -> PublicModel:
         calls=((config,),),
         num_datapoints=lambda config: int(config["mask"].sum()),
         loss=partial(TraceEnum_ELBO, max_plate_nesting=2),
+        options={"plate": "individual"},  # the outermost one, "group", has but two entries
+        auto_normal=partial(masked_auto_normal, masks=lambda config: {"eps_i": config["mask"]}),
     )
