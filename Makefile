@@ -9,7 +9,7 @@ START ?= 0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow fuzz lint format house docs bench robustness clean
+.PHONY: help demo test test-slow fuzz lint format house docs bench robustness public-models clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -46,6 +46,9 @@ bench: $(VENV)/.examples  ## run the benchmarks
 
 robustness: $(VENV)/.examples  ## train every guide at every usual learning rate (an hour)
 	$(BIN)/python benchmarks/robustness.py
+
+public-models: $(VENV)/.examples  ## train public models with default guides, with their authors' and AutoNormal (hours)
+	$(BIN)/python benchmarks/public_models.py
 
 clean:  ## remove the virtual environment and everything built
 	rm -rf $(VENV) build dist *.egg-info docs/_build .coverage .mypy_cache .pytest_cache .ruff_cache
