@@ -47,7 +47,7 @@ def is_data(site: Site) -> bool:
 _COUNTS = (
     type(constraints.nonnegative_integer),
     type(constraints.integer_interval(0, 1)),
-    type(constraints.multinomial),
+    type(constraints.multinomial(1)),
 )
 """Kinds of supports that counts have."""
 
