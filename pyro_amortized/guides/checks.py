@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -28,6 +28,7 @@ __all__ = [
     "check_refinable",
     "check_shape",
     "check_state",
+    "check_summed_out",
     "check_values",
     "created_plates",
 ]
@@ -151,6 +152,17 @@ def check_created(structure: Structure, indices: Mapping[str, Tensor]) -> None:
                 f"Cannot run this guide because create_plates gives plate {name!r} other indices than the model's own "
                 "`subsample=`; try create_plates without that plate."
             )
+
+
+def check_summed_out(structure: Structure, built: Structure, hidden: Collection[str]) -> None:
+    """Raises a ValueError if sites that the encoder was set up to see are summed out in this call."""
+    absent = sorted((set(structure.enumerated) & set(built.data)) - {*hidden})
+    if absent:
+        raise ValueError(
+            f"Cannot encode this call because sites {absent} are summed out in it and were observed, and seen by the "
+            "encoder, when the guide was set up; try guide.setup(...) with a call in which they are not observed: the "
+            "encoder then does without them in every call."
+        )
 
 
 def check_predictable(missing: Sequence[str], shown_masks: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from torch import Size, Tensor
 
 from pyro_amortized.families import VariationalFamily
 from pyro_amortized.guides.call import Call
-from pyro_amortized.guides.checks import check_known, check_predictable, check_shape, check_values
+from pyro_amortized.guides.checks import check_known, check_predictable, check_shape, check_summed_out, check_values
 from pyro_amortized.guides.global_guide import global_median
 from pyro_amortized.guides.inputs import EncoderInput, check_global_shapes, encoder_inputs
 from pyro_amortized.guides.reading import ReadingGuide
@@ -48,8 +48,8 @@ class EncodingGuide(ReadingGuide):
 
     @property
     def _hidden(self) -> Collection[str]:
-        """Names of observed sites that the encoder does not see."""
-        return ()
+        """Names of observed sites that the encoder does not see: those summed out in the call of the set-up."""
+        return () if self._built_structure is None else self._built_structure.enumerated
 
     @property
     def _encodes_by_default(self) -> bool:
@@ -66,6 +66,8 @@ class EncodingGuide(ReadingGuide):
     def _inputs(self, call: Call) -> tuple[Tensor, ...]:
         if not self._needs_inputs:
             return ()
+        if self._needs_observed and self._built_structure is not None:
+            check_summed_out(call.structure, self._built_structure, self._hidden)
         self._condition(call)
         return encoder_inputs(
             self._encoder_input,

@@ -493,3 +493,33 @@ def test_latents_conditioned_on_labels_of_their_own() -> None:
 def test_conditions_that_cannot_be_met(options: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         DiscreteAmortizedGuide(two_levels, **options)(data())
+
+
+@config_enumerate
+def partly_labelled(x: Tensor, y: Tensor | None = None) -> None:
+    """The label is summed out where it is not observed."""
+    with pyro.plate("data", len(x)):
+        y = pyro.sample("y", dist.Categorical(torch.ones(2)), obs=y)
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(3.0 * y + z, 1.0), obs=x)
+
+
+def test_labels_that_are_summed_out_elsewhere_are_no_encoder_input() -> None:
+    x, y = torch.randn(6), torch.tensor([0, 1, 1])
+    guide = AmortizedGuide(partly_labelled)
+    svi = SVI(partly_labelled, guide, pyro.optim.Adam({"lr": 0.01}), TraceEnum_ELBO(max_plate_nesting=1))
+    assert math.isfinite(svi.step(x) + svi.step(x[:3], y))
+    (seen,) = guide.encoder_inputs(x[:3], y)
+    assert torch.equal(seen, x[:3])
+
+
+def test_set_up_with_labels_says_what_helps() -> None:
+    x, y = torch.randn(6), torch.tensor([0, 1, 1, 0, 0, 1])
+    guide = AmortizedGuide(partly_labelled)
+    guide.setup(x, y)
+    guide.variational_parameters(x, y)
+    with pytest.raises(ValueError, match=r"sites \['y'\] are summed out in it .* try guide.setup\(...\) with a call"):
+        guide.variational_parameters(x)
+    other = AmortizedGuide(partly_labelled)
+    other.setup(x)
+    assert other.variational_parameters(x).shape == other.variational_parameters(x, y).shape == (6, 2)
