@@ -37,7 +37,7 @@ class AmortizedGuide(LocalGuide):
             returns ``(loc, scale)``, each of shape ``(N, D)``, for the normal family; or, for sites that are numbered
             by time (``z_1``, ``z_2``, ...), one that returns features ``(N, T, H)``: the steps share one head, and
             every call may have another number T of them. By default an :class:`~pyro_amortized.MLPEncoder` of
-            standardised inputs, of counts by their logarithms, log(1 + x).
+            standardised inputs.
         family: The shape of q: ``"normal"``, ``"multivariate_normal"``, ``"low_rank_multivariate_normal"``,
             ``"structured"`` (a normal with the couplings of the model), ``"mixture"``, ``"flow"``, a
             :class:`~pyro_amortized.VariationalFamily`, or a function from ``latent_dim`` to one.
@@ -88,7 +88,7 @@ class AmortizedGuide(LocalGuide):
         self._structures.encodes = encoder is None and options.get("encoder_input") is None
 
     @property
-    def _encodes_by_default(self) -> bool:
+    def _shows_masks(self) -> bool:
         return self._encoder_spec[0] is None
 
     def _build_strategy(self, inputs: tuple[Tensor, ...], init_loc: Tensor, structure: Structure) -> InferenceStrategy:

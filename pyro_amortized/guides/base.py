@@ -187,7 +187,7 @@ class LocalGuide(PosteriorGuide):
             self.inference = self._build_strategy(self._inputs(call), init_loc, structure)
             self._first_parameter = next((name for name, _ in self.inference.named_parameters()), "")
         self.layout = structure.layout
-        self._shown_masks = tuple(structure.present) if self._encodes_by_default else ()
+        self._shown_masks = tuple(structure.present) if self._shows_masks else ()
 
     def _initial_locations(self, call: Call) -> Tensor:
         """Where q starts: ``(N, D)``, without entries if there are no local latents."""

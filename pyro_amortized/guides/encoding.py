@@ -52,8 +52,8 @@ class EncodingGuide(ReadingGuide):
         return () if self._built_structure is None else self._built_structure.enumerated
 
     @property
-    def _encodes_by_default(self) -> bool:
-        """Whether the encoder is the guide's own, which takes counts by their logarithms and is told of masks."""
+    def _shows_masks(self) -> bool:
+        """Whether the encoder also sees which observed values are masked."""
         return False
 
     @property
@@ -74,7 +74,7 @@ class EncodingGuide(ReadingGuide):
             self.model_at_hand,
             call,
             known=self._hold_all,
-            by_default=self._encodes_by_default,
+            show_masks=self._shows_masks,
             but=self._hidden,
             whole=self._whole_observations,
         )

@@ -26,7 +26,7 @@ def encoder_inputs(
     call: Call,
     *,
     known: MutableMapping[Any, bool] | None = None,
-    by_default: bool = False,
+    show_masks: bool = False,
     but: Collection[str] = (),
     whole: WholeObservations | None = None,
 ) -> tuple[Tensor, ...]:
@@ -37,8 +37,7 @@ def encoder_inputs(
         model: The model, for the names of its arguments; None if it is not at hand.
         call: The call.
         known: What earlier calls showed of arguments: whether they hold all data of a subsampled plate.
-        by_default: Whether the encoder is a guide's own: it gets the logarithms log(1 + x) of counts, and with observed
-            values of which some are masked (and given as zeros) which these are.
+        show_masks: Whether to add, to observed values of which some are masked (and given as zeros), which these are.
         but: Names of observed sites to leave out.
         whole: What finds the observed values at all entries of subsampled inner plates.
 
@@ -50,11 +49,8 @@ def encoder_inputs(
         observed, present = call.structure.observed or {}, call.structure.present
         if whole is not None and call.structure.data_plates:
             observed, present = whole.find(call.of_model(model))  # type: ignore[arg-type]
-        seen = {name: value for name, value in observed.items() if name not in but}
-        values = [
-            value.log1p() if by_default and name in call.structure.counts else value for name, value in seen.items()
-        ]
-        masks = [mask for name, mask in present.items() if by_default and name not in but]
+        values = [value for name, value in observed.items() if name not in but]
+        masks = [mask for name, mask in present.items() if show_masks and name not in but]
         like = next((value for value in values if value.is_floating_point()), None)
         return *values, *(mask.to(torch.get_default_dtype() if like is None else like.dtype) for mask in masks)
     if not call.complete:

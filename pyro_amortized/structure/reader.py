@@ -21,7 +21,7 @@ from pyro_amortized.structure.masking import NEUTRAL, site_mask
 from pyro_amortized.structure.observed import observed_values
 from pyro_amortized.structure.periodic import check_periodic
 from pyro_amortized.structure.plates import PlateFrame, batch_depth, probe, subsample_indices
-from pyro_amortized.structure.sites import is_count, is_data, is_enumerated, latent_sites, sample_sites
+from pyro_amortized.structure.sites import is_data, is_enumerated, latent_sites, sample_sites
 from pyro_amortized.structure.structure import Structure
 
 __all__ = ["StructureReader"]
@@ -257,7 +257,6 @@ def _read_structure(
         data_plates=_subsampled_data_plates(trace, frames, plate),
         depth=batch_depth(trace, frames),
         data=tuple(name for name, site in sample_sites(trace).items() if is_data(site)),
-        counts=tuple(name for name, site in sample_sites(trace).items() if is_data(site) and is_count(site)),
         missing=missing,
         enumerated=tuple(
             name for name, site in sample_sites(trace).items() if not site["is_observed"] and is_enumerated(site)

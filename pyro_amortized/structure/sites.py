@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import pyro.distributions as dist
-import torch
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
-from torch.distributions import constraints
 
 from pyro_amortized.structure.running import Site
 
-__all__ = ["is_count", "is_data", "is_enumerated", "latent_sites", "sample_sites", "size_at"]
+__all__ = ["is_data", "is_enumerated", "latent_sites", "sample_sites", "size_at"]
 
 
 def sample_sites(trace: Trace) -> dict[str, Site]:
@@ -42,30 +39,3 @@ def latent_sites(trace: Trace) -> dict[str, Site]:
 def is_data(site: Site) -> bool:
     """Whether a site is observed, rather than latent or merely recorded by ``pyro.deterministic``."""
     return site["is_observed"] and not site["infer"].get("_deterministic", False)
-
-
-_COUNTS = (
-    type(constraints.nonnegative_integer),
-    type(constraints.integer_interval(0, 1)),
-    type(constraints.multinomial(1)),
-)
-"""Kinds of supports that counts have."""
-
-
-def is_count(site: Site) -> bool:
-    """Whether the values of a site are numbers of things: not negative, integers, and no mere codes or indicators."""
-    fn = site["fn"]
-    while getattr(fn, "base_dist", None) is not None:
-        fn = fn.base_dist
-    if isinstance(fn, dist.Categorical | dist.Delta):
-        return False
-    try:
-        support: Any = fn.support
-    except NotImplementedError:
-        return False
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    if not isinstance(support, _COUNTS):
-        return False
-    least, most = (getattr(support, name, default) for name, default in (("lower_bound", 0), ("upper_bound", 2)))
-    return bool((torch.as_tensor(least) == 0).all() and (torch.as_tensor(most) > 1).any())

@@ -37,7 +37,6 @@ class Structure:
         data_plates: Names of further plates, of which the call has a subsample, with observed values of the datapoints.
         depth: Number of batch dimensions of the model's sites, in plates or outside of all.
         data: Names of the sites that are observed.
-        counts: Those of them that are numbers of things.
         missing: Those of them that are latent in this call, which asks for predictions of them.
     """
 
@@ -55,7 +54,6 @@ class Structure:
     data_plates: tuple[str, ...] = ()
     depth: int = 0
     data: tuple[str, ...] = ()
-    counts: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
 
     @property

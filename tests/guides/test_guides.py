@@ -1179,38 +1179,3 @@ def test_infer_leaves_the_inference_of_the_caller_alone() -> None:
     with poutine.trace() as tracer:
         guide.infer(torch.randn(3))
     assert not tracer.trace.nodes
-
-
-COUNTED = {
-    "poisson": (lambda z: dist.Poisson(z.exp()), True),
-    "events": (lambda z: dist.Poisson(z.exp().unsqueeze(-1).expand(*z.shape, 2)).to_event(1), True),
-    "zero_inflated": (lambda z: dist.ZeroInflatedPoisson(z.exp(), gate=torch.tensor(0.2)), True),
-    "negative_binomial": (lambda z: dist.NegativeBinomial(3.0, logits=z), True),
-    "binomial": (lambda z: dist.Binomial(5, logits=z), True),
-    "multinomial": (lambda z: dist.Multinomial(4, logits=torch.stack([z, -z], -1)), True),
-    "masked": (lambda z: dist.Poisson(z.exp()).mask(torch.tensor([True, False, True])), True),
-    "one_trial": (lambda z: dist.Binomial(1, logits=z), False),
-    "bernoulli": (lambda z: dist.Bernoulli(logits=z), False),
-    "codes": (lambda z: dist.Categorical(logits=torch.stack([z, -z, 2 * z], -1)), False),
-    "one_hot": (lambda z: dist.OneHotCategorical(logits=torch.stack([z, -z], -1)), False),
-    "real": (lambda z: dist.Normal(z, 1.0), False),
-}
-
-
-@pytest.mark.parametrize("kind", COUNTED)
-def test_default_encoders_take_counts_by_their_logarithms(kind: str) -> None:
-    likelihood, is_count = COUNTED[kind]
-
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", 3):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", likelihood(z), obs=x)
-
-    x = likelihood(torch.tensor([0.5, 1.0, 2.0])).sample()
-    present = torch.tensor([1.0, 0.0, 1.0]) if kind == "masked" else 1.0
-    default, own = (
-        AmortizedGuide(model),
-        AmortizedGuide(model, Recorder(lambda x: x.float().reshape(3, -1)), name="own"),
-    )
-    assert torch.equal(default.encoder_inputs(x)[0], (x * present).log1p() if is_count else x * present)
-    assert torch.equal(own.encoder_inputs(x)[0], x * present)
