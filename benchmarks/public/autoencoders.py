@@ -125,7 +125,6 @@ def ss_vae() -> PublicModel:
         make=partial(both, SSVAE),
         calls=((x[100:],), (x[:100], labels[:100])),
         loss=partial(TraceEnum_ELBO, max_plate_nesting=1, strict_enumeration_warning=False),
-        options={"encoder_input": "xs"},  # which labels are not part of, where there are some
         discrete_options={},
         enumerated=("y",),
     )

@@ -115,7 +115,6 @@ def scanvi() -> PublicModel:
         calls=((x[50:],), (x[:50], labels[:50])),
         num_datapoints=lambda x, *_: len(x) * scale_factor,
         loss=partial(TraceEnum_ELBO, max_plate_nesting=1, strict_enumeration_warning=False),
-        options={"encoder_input": "x"},
         discrete_options={},
         enumerated=("y",),
         hidden=("classification_loss",),
