@@ -99,11 +99,11 @@ def without_faces(files: Graph) -> Graph:
 
 @dataclass(frozen=True)
 class Function:
-    """A function: where it is, and the lines of its body without the docstring."""
+    """A function: where it is, the lines of its body without the docstring, and the names of its arguments."""
 
     name: str
     size: int
-    takes_both: bool
+    arguments: frozenset[str]
 
 
 def functions(module: str, text: str) -> Iterator[Function]:
@@ -113,8 +113,8 @@ def functions(module: str, text: str) -> Iterator[Function]:
             has_text = ast.get_docstring(node) is not None
             body = node.body[1:] if has_text else node.body
             size = body[-1].end_lineno - body[0].lineno + 1 if body else 0  # type: ignore[operator]
-            names = {a.arg for a in (*node.args.args, *node.args.kwonlyargs)}
-            yield Function(f"{module}.{node.name}", size, {"args", "kwargs"} <= names)
+            names = frozenset(a.arg for a in (*node.args.args, *node.args.kwonlyargs))
+            yield Function(f"{module}.{node.name}", size, names)
 
 
 def methods(module: str, text: str) -> Iterator[tuple[str, int]]:
@@ -153,7 +153,8 @@ def main() -> None:
     print(f"circles: of rooms {len(upward)}, of files {[sorted(group) for group in circles(without_faces(files))]}")
     print(f"files: {len(files)}, lines {sum(lines.values())}, median {median(lines.values()):.0f}")
     print(f"bodies: median {median(sizes):.0f}, 90 % below {quantiles(sizes, n=10)[-1]:.0f}, largest {sizes[-1]}")
-    print(f"functions with args beside kwargs: {sum(function.takes_both for function in bodies)}")
+    apart = [function.name for function in bodies if {"args", "kwargs", "structure"} <= function.arguments]
+    print(f"functions with args, kwargs and a structure side by side: {', '.join(apart) or 'none'}")
     print(f"private names of a guide used outside of guides: {sum(map(private_uses, rooms_but_guides(sources)))}")
     for what, largest, limit in (
         ("lines of a file", lines.items(), 400),

@@ -92,6 +92,7 @@ def test_sizes_and_imports(module: str) -> None:
     assert text.count("\n") <= 400
     assert all(function.size <= 40 for function in functions(module, text))
     assert all(count <= 25 for _, count in methods(module, text))
+    assert not [f for f in functions(module, text) if {"args", "kwargs", "structure"} <= f.arguments]
     if room in WITHOUT_PYRO:
         foreign = [n for n in imported(text) if n.split(".")[0] == "pyro" and n.split(".")[1:2] != ["distributions"]]
         assert foreign == []

@@ -81,7 +81,7 @@ class Exporter:
             structure, phi = self._infer(args, kwargs)
             batch = Batch(ModelRuns(ModelCall(self.model, args, kwargs, structure)), self.options, self._log_q(phi))
             if self.options.quantiles:
-                batch.add_quantiles(self._quantiles(structure, phi, args, kwargs))
+                batch.add_quantiles(self._quantiles(batch.runs.call, phi))
             if self.options.num_samples:
                 self._add_draws(batch, phi, advance)
             if batch.has_prior:
@@ -102,12 +102,13 @@ class Exporter:
         batch.add_posterior(draws, with_globals=self._number == 0)
         batch.add_evaluations(draws, advance)
 
-    def _quantiles(self, structure: Structure, phi: Tensor | None, args: Any, kwargs: Any) -> dict[str, Tensor]:
+    def _quantiles(self, call: ModelCall, phi: Tensor | None) -> dict[str, Tensor]:
         """Quantiles ``(Q, *batch, *event)`` by site; of global latents only in the first batch."""
+        structure = call.structure
         guide, probs, values = self.guide, torch.tensor(self.options.quantiles), {}
         if structure.global_sites and self._number == 0:
             try:
-                found = guide.quantiles(self.options.quantiles, *args, **kwargs)
+                found = guide.quantiles(self.options.quantiles, *call.args, **call.kwargs)
             except (AttributeError, NotImplementedError) as error:
                 raise ValueError(
                     f"Cannot take quantiles of global latents {list(structure.global_sites)} because "

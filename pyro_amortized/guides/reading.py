@@ -81,18 +81,21 @@ class ReadingGuide(SavedGuide):
         foreseen = self._structures.foresee(args, kwargs) if alone else None
         data = self._built_structure.data if predicting and self._built_structure is not None else ()
         structure = foreseen or self._without_model or self._structures.read(self.model_at_hand, args, kwargs, data)
-        plates = self._call_plates(structure, args, kwargs)
+        call = Call(args, kwargs, structure, {})
+        call.plates = plates = self._call_plates(call)
         drawn = structure.random_plates if self.create_plates is None else [n for n in plates if n in structure.frames]
         if drawn:
             indices = {**structure.indices, **{name: plates[name].indices for name in drawn if name in plates}}
             check_created(structure, indices)
-            structure = replace(structure, indices=indices, observed=None, present={})  # they were of other indices
+            call.structure = replace(
+                structure, indices=indices, observed=None, present={}
+            )  # they were of other indices
             if foreseen is not None:
                 looked = self._structures.look_as_foreseen(foreseen, self.model, args, kwargs, indices)
-                structure = replace(looked, indices={**looked.indices, **indices})
+                call.structure = replace(looked, indices={**looked.indices, **indices})
             elif not self._ready or self._needs_observed or not structure.is_static or structure.is_weighted:
-                structure = self._look_at(structure, args, kwargs)
-        return Call(args, kwargs, structure, plates)
+                call.structure = self._look_again(call)
+        return call
 
     @property
     def _without_model(self) -> Structure | None:
@@ -102,17 +105,18 @@ class ReadingGuide(SavedGuide):
             return None
         return built if built.is_fixed and not self.has_local_latents else None
 
-    def _look_at(self, structure: Structure, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Structure:
-        """The structure of a call at the indices of a known one, those of plates that this one leaves to chance too."""
-        looked = self._structures.look(self.model, args, kwargs, structure.indices, structure.missing)
-        return replace(looked, indices={**looked.indices, **structure.indices})
+    def _look_again(self, call: Call) -> Structure:
+        """The structure of a call at the indices that are known, those of plates that it leaves to chance too."""
+        known = call.structure
+        looked = self._structures.look(self.model, call.args, call.kwargs, known.indices, known.missing)
+        return replace(looked, indices={**looked.indices, **known.indices})
 
     def _read_simulated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """A call of wake-sleep or CSIS, which hand their simulated data to the guide as ``observations``."""
         observations = kwargs["observations"]
         own = {name: value for name, value in kwargs.items() if name != "observations"}
         structure = self._structures.look(self.model, args, own)
-        plates = self._call_plates(structure, args, own)
+        plates = self._call_plates(Call(args, own, structure, {}))
         kwargs = kwargs if takes_observations(self.model) else own
         indices = {name: plate.indices for name, plate in plates.items() if plate.subsample_size < plate.size}
         with isolated():
@@ -132,10 +136,9 @@ class ReadingGuide(SavedGuide):
         values = {name: torch.as_tensor(value) for name, value in observations.items()}
         return all(n in observed and value.data_ptr() == observed[n].data_ptr() for n, value in values.items())
 
-    def _call_plates(
-        self, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, pyro.plate]:
+    def _call_plates(self, call: Call) -> dict[str, pyro.plate]:
         """The plates of a call by name, opened by nobody yet."""
+        structure = call.structure
         if self.master is not None:
             self.__dict__["plates"] = plates = dict(self.master().plates)
             for name, frame in structure.frames.items():
@@ -148,7 +151,7 @@ class ReadingGuide(SavedGuide):
             return plates
         plates = {}
         if self.create_plates is not None:
-            plates = created_plates(self.create_plates(*args, **kwargs), structure.frames)
+            plates = created_plates(self.create_plates(*call.args, **call.kwargs), structure.frames)
         for name in structure.latent_plates:
             if name not in plates:
                 plates[name] = structure.frames[name].create(structure.indices.get(name))
@@ -160,4 +163,4 @@ class ReadingGuide(SavedGuide):
         structure = call.structure
         if all(name in structure.indices for name in structure.random_plates):
             return structure
-        return self._look_at(structure, call.args, call.kwargs)
+        return self._look_again(call)
