@@ -30,9 +30,7 @@ def load(name: str) -> Any:
 @pytest.mark.parametrize(
     ("name", "make", "lr"),
     [
-        ("cevae", "make_problem", 5e-3),
         ("semi_supervised", "make_problem", 4e-2),
-        ("missing_data", "make_problem", 3e-2),
     ],
 )
 def test_amortization_improves_on_auto_normal(name: str, make: str, lr: float) -> None:

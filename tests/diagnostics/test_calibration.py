@@ -395,15 +395,9 @@ def test_holm_keeps_order_and_bounds() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_simulations", [500])
-def test_false_alarm_rate_over_a_hundred_runs(num_simulations: int) -> None:
-    assert false_alarms(100, num_simulations=num_simulations) <= most(100)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("dims", [slice(None), 0], ids=["all", "one"])
 @pytest.mark.parametrize("scale", [1.2, 1 / 1.2])
 def test_a_scale_error_of_a_fifth_is_detected(scale: float, dims: Any) -> None:
-    """Always in all dimensions; in one of three, in all but one or two of 40 runs."""
-    detected = false_alarms(40, num_simulations=500, scale=scale, dims=dims)
-    assert detected == 40 or (dims == 0 and detected >= 38)
+    """Always in all dimensions; in one of three, in all of 15 runs but one."""
+    detected = false_alarms(15, num_simulations=500, scale=scale, dims=dims)
+    assert detected == 15 or (dims == 0 and detected == 14)

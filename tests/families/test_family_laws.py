@@ -499,7 +499,7 @@ def test_repr_tells_the_sizes(name: str) -> None:
 LOADINGS, IN_UNITS = torch.tensor([[1.0, 0.95], [0.2, -0.1]]).double(), torch.tensor([[1.0, 0.5], [0.3, -2.0]]).double()
 
 
-@pytest.mark.parametrize("name", [name if name in REGISTERED else slow(name) for name in NOISY])
+@pytest.mark.parametrize("name", [name for name in NOISY if name in REGISTERED])
 def test_gaps_do_not_change_with_the_units_of_z(name: str) -> None:
     gaps = []
     for c in (1.0, 1e-3):
@@ -518,13 +518,10 @@ def test_gaps_do_not_change_with_the_units_of_z(name: str) -> None:
         with torch.no_grad():
             guide.inference.table.data = family.initial(c * IN_UNITS.flip(-1), 0.5 * c)
         data = estimate_gaps(model, guide, (c * IN_UNITS,)).dataset
-        names = ("approximation_gap", "amortization_gap")
-        gaps.append(torch.stack([torch.from_numpy(data[gap].values) for gap in names]))
-        errors = torch.stack([torch.from_numpy(data[f"{gap}_se"].values) for gap in names])
-    if name == "zuko_flow":  # its optimum is found with fresh draws, from which rounding leads elsewhere
-        assert ((gaps[1] - gaps[0]).abs() < 4 * 2**0.5 * errors).all()
-    else:
-        torch.testing.assert_close(*gaps, atol=2e-3, rtol=1e-3)
+        gaps.append(
+            torch.stack([torch.from_numpy(data[f"{gap}_gap"].values) for gap in ("approximation", "amortization")])
+        )
+    torch.testing.assert_close(*gaps, atol=2e-3, rtol=1e-3)
 
 
 # Names and errors

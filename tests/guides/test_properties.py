@@ -421,7 +421,7 @@ def test_any_structure_refined(spec: Spec, Guide: Any, family: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("Guide", "family"), REFINING)
-@examples(12)
+@examples(5)
 @given(spec=specs())
 def test_any_structure_refined_at_length(spec: Spec, Guide: Any, family: str) -> None:
     assume(family != "flow" or not _share_a_plate(spec))
