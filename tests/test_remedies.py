@@ -746,7 +746,7 @@ case(
 case(
     "an update that is none",
     lambda: SemiAmortizedGuide(model, update=torch.optim.Adam),
-    r"NaturalGradient\(0.5\) or Adam\(0.05\)",
+    r"NaturalGradient\(0.5\) or pyro_amortized.Adam\(0.05\)",
     lambda: [train(guide_class=SemiAmortizedGuide, update=u, num_steps=2) for u in (NaturalGradient(0.5), Adam(0.05))],
 )
 case(

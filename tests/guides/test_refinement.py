@@ -1296,7 +1296,7 @@ def test_what_is_no_update_rule_is_refused(wrong: Any) -> None:
     for kind in REFINING:
         Guide = IterativeAmortizedGuide if kind == "iterative" else SemiAmortizedGuide
         options = {} if kind == "iterative" else {"encoder_gradient": kind}
-        with pytest.raises(ValueError, match="because it is not an update rule; try NaturalGradient"):
+        with pytest.raises(ValueError, match="because it is not an update rule; try pyro_amortized.NaturalGradient"):
             Guide(topics, update=wrong, **options)
 
 
