@@ -1,8 +1,9 @@
 """Amortized variational inference for Pyro: guides with encoders, and diagnostics that say how far they are from exact.
 
-A short map: ``layout`` finds a model's local latents, ``families`` are the shapes of q, ``encoders`` and ``inference``
-say where its parameters come from, ``guides`` put them together for Pyro, ``diagnostics`` measure the result,
-``training`` holds remedies for posterior collapse, ``export`` hands posteriors to ArviZ.
+A short map: ``structure`` reads what a model looks like in a call, ``families`` are the shapes of q, ``encoders``,
+``inference`` and ``updates`` say where its parameters come from, ``objective`` is the ELBO of a datapoint, ``guides``
+put them together for Pyro, ``diagnostics`` measure the result, ``training`` holds remedies for posterior collapse,
+``export`` hands posteriors to ArviZ, and ``graphs`` makes the same numbers faster.
 """
 
 from pyro_amortized.diagnostics import (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-
 import torch
 from torch import Tensor, nn
 
@@ -59,9 +57,11 @@ def log_shrinkage(size: Tensor) -> Tensor:
     return (FAR + (size - FAR).log1p()) / size
 
 
-class StandardizedEncoder(nn.Module, ABC):
+class StandardizedEncoder(nn.Module):
     """Base class of encoders that shift and scale their inputs by what they saw in :meth:`fit`."""
 
-    @abstractmethod
     def fit(self, *inputs: Tensor) -> None:
-        """Takes the standardisation from ``inputs`` of shapes ``(N, ...)``; guides call it in their ``setup``."""
+        """Takes the standardisation from ``inputs`` of shapes ``(N, ...)``; guides call it in their ``setup``.
+
+        A member that overrides nothing takes none.
+        """

@@ -165,7 +165,7 @@ class LocalGuide(PosteriorGuide):
             self._load_pending_state()
         except Exception:
             self._structures.clear()  # nothing has been built for what it has seen
-            self._built_structure = None
+            self._ready, self._built_structure = False, None
             for name in set(stored(self._pyro_name)) - set(before):
                 del pyro.get_param_store()[name]
             raise

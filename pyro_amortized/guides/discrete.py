@@ -211,7 +211,7 @@ class DiscreteAmortizedGuide(AmortizedGuide):
 
     @property
     def _hidden(self) -> Collection[str]:
-        return [site.name for site in self._discrete]
+        return [*super()._hidden, *(site.name for site in self._discrete)]
 
     def _phi(self, call: Call) -> Tensor:
         names = [site.name for site in self._discrete]

@@ -18,7 +18,15 @@ from pyro_amortized.structure.local_site import check_continuous
 from pyro_amortized.structure.running import Feasible, isolated, run_model
 from pyro_amortized.structure.state import untouched
 
-__all__ = ["build_global_guide", "check_parameter_store", "global_median", "global_of", "global_quantiles", "stored"]
+__all__ = [
+    "build_global_guide",
+    "check_parameter_store",
+    "draw_globals",
+    "global_median",
+    "global_of",
+    "global_quantiles",
+    "stored",
+]
 
 
 def build_global_guide(
@@ -59,9 +67,18 @@ def global_median(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     with isolated(), torch.no_grad():
         guide = global_of(owner)
         try:
-            return guide.median(*args, **kwargs)
+            known = guide.median(*args, **kwargs)
         except NotImplementedError:  # autoguides without a closed form
-            return guide(*args, **kwargs)
+            known = {}
+        if all(name in known for name in owner.global_sites):
+            return known
+        return {**draw_globals(owner, args, kwargs), **known}
+
+
+def draw_globals(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """One draw of the global latents of a guide, whatever the global guide returns."""
+    nodes: dict[str, Any] = run_model(global_of(owner), args, kwargs).nodes
+    return {name: nodes[name]["value"] for name in owner.global_sites}
 
 
 def global_quantiles(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro.distributions as dist
@@ -14,7 +14,7 @@ from pyro_amortized.checks import check_probabilities
 from pyro_amortized.families import VariationalFamily
 from pyro_amortized.guides.call import Call
 from pyro_amortized.guides.encoding import EncodingGuide
-from pyro_amortized.guides.global_guide import global_of, global_quantiles
+from pyro_amortized.guides.global_guide import draw_globals, global_median, global_of, global_quantiles
 from pyro_amortized.structure.running import isolated
 from pyro_amortized.structure.structure import Structure
 
@@ -30,21 +30,22 @@ class Inferred:
         phi: The variational parameters ``(N, P)``, or None if the model has no local latents.
         family: The family that makes distributions of them, or None.
         global_values: The global latents by name, at their median, or at a draw for autoguides that know none.
+        cause: Why there are no variational parameters, where there are none, and what to try.
     """
 
     structure: Structure
     phi: Tensor | None
     family: VariationalFamily | None
     global_values: Mapping[str, Tensor]
+    cause: str = (
+        "the model has no local latents; try guide.global_median(...), or guide.quantiles(...), of the global ones"
+    )
 
     @property
     def local(self) -> tuple[Tensor, VariationalFamily]:
         """phi and the family; a ValueError if the model has no latents of single datapoints."""
         if self.phi is None or self.family is None:
-            raise ValueError(
-                "Cannot give variational parameters per datapoint because the model has no local latents; "
-                "try guide.global_median(...), or guide.quantiles(...), of the global ones."
-            )
+            raise ValueError(f"Cannot give variational parameters per datapoint because {self.cause}.")
         return self.phi, self.family
 
 
@@ -58,17 +59,19 @@ class PosteriorGuide(EncodingGuide):
             *args: The model's arguments, with all data.
             **kwargs: The model's keyword arguments.
         """
-        return self._infer(args, kwargs)
+        inferred = self._infer(args, kwargs)
+        if inferred.global_values or not self.global_sites:
+            return inferred
+        return replace(inferred, global_values=global_median(self, args, kwargs))
 
     def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, predicting: bool = False) -> Inferred:
-        """As :meth:`infer`, outside any inference of the caller; ``predicting`` as in :meth:`_read`."""
+        """As :meth:`infer`, with global latents only if the encoder sees any; ``predicting`` as in :meth:`_read`."""
         with isolated():
             call = self._read(args, kwargs, predicting=predicting)
             self._require_data(call)
             phi = None if call.structure.layout is None else self._phi(call)
-            values = self._global_values(call) if call.global_values is None else call.global_values
             family = None if phi is None else self.family
-            return Inferred(self._with_all_indices(call), phi, family, values)
+            return Inferred(self._with_all_indices(call), phi, family, call.global_values or {})
 
     def _require_data(self, call: Call) -> None:
         """Refuses to say what is known of the latents of a call where nothing is."""
@@ -159,4 +162,5 @@ class PosteriorGuide(EncodingGuide):
         if not self.global_sites:
             return {}
         with isolated():
-            return global_of(self)(*args, **kwargs)
+            self._read(args, kwargs, predicting=True)
+            return draw_globals(self, args, kwargs)

@@ -190,7 +190,7 @@ def _delta(site: LocalSite, latent: Tensor, log_q: Tensor | None) -> dist.TorchD
 
 
 def _sample(site: LocalSite, fn: dist.TorchDistribution, plates: Mapping[str, pyro.plate], weight: SiteMask) -> Tensor:
-    if not site.inner_plates and weight is NEUTRAL:
+    if not site.inner_plates and weight.is_neutral:
         return pyro.sample(site.name, fn)
     with ExitStack() as stack:
         for name in site.inner_plates:

@@ -74,10 +74,6 @@ class SavedGuide(AutoGuide):
 
     def _load_pending_state(self) -> None:
         """Loads what was to be loaded before the guide was built."""
-        state, self._pending_state = self._pending_state, {}
-        if state:
-            try:
-                self.load_state_dict(state)
-            except ValueError:
-                self._ready, self._pending_state = False, state
-                raise
+        if self._pending_state:
+            self.load_state_dict(self._pending_state)
+            self._pending_state = {}

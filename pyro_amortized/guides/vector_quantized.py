@@ -268,10 +268,8 @@ class VectorQuantizedGuide(AmortizedGuide):
             return call.structure, code_place(call.structure.discrete[0]), codes
 
     def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, predicting: bool = False) -> Inferred:
-        raise ValueError(
-            "Cannot give variational parameters per datapoint because q has one possible value, the nearest codes; try "
-            "guide.codes(...) and collapse_report(...)."
-        )
+        cause = "q has one possible value, the nearest codes; try guide.codes(...) and collapse_report(...)"
+        return replace(super()._infer(args, kwargs, predicting=predicting), cause=cause)
 
     @torch.no_grad()
     def codes(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -7,7 +7,6 @@ A strategy maps what is known of the datapoints to phi, one row each: :class:`En
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -45,8 +44,12 @@ class Objective(Protocol):
         """phi close to the prior, ``(N, P)``."""
 
 
-class InferenceStrategy(nn.Module, ABC):
-    """Base class: ``forward(inputs, index, objective) -> phi``.
+class InferenceStrategy(nn.Module):
+    """Base class: ``forward(inputs, index, objective) -> phi``, of shape ``(N, P)``.
+
+    The arguments of ``forward`` are tensors ``inputs`` of shapes ``(N, ...)`` that describe the datapoints; ``index``,
+    their positions ``(N,)`` in the full data set, or None for all of them in order; and ``objective``, the ELBO of each
+    datapoint as a function of phi, for strategies that refine.
 
     Attributes:
         needs_inputs: Whether ``forward`` reads ``inputs``; guides do not look for the data otherwise.
@@ -55,16 +58,3 @@ class InferenceStrategy(nn.Module, ABC):
 
     needs_inputs: bool = True
     num_known: int | None = None
-
-    @abstractmethod
-    def forward(self, inputs: tuple[Tensor, ...], index: Tensor | None, objective: Objective | None = None) -> Tensor:
-        """phi of the datapoints at hand.
-
-        Args:
-            inputs: Tensors of shape ``(N, ...)`` that describe the datapoints.
-            index: Positions ``(N,)`` of the datapoints in the full data set, or None for all of them in order.
-            objective: The per-datapoint ELBO as a function of phi, for strategies that refine.
-
-        Returns:
-            phi of shape ``(N, P)``.
-        """

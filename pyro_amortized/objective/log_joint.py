@@ -160,7 +160,7 @@ class LocalLogJoint:
 
     @torch.no_grad()
     def choose_mode(self, z: Tensor) -> Mode:
-        """Finds out how draws ``(2, N, D)`` may be evaluated, without the other checks of :meth:`check`.
+        """Finds out how draws ``(2, N, D)`` may be evaluated, without the checks that diagnostics make.
 
         Models that draw random numbers of their own, such as dropout's, get every draw in a run of its own, and so do
         those in which datapoints matter to each other, by batch normalisation in training: the copies of a datapoint at

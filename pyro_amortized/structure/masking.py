@@ -37,6 +37,11 @@ class SiteMask:
     event_dim: int = 0
 
     @property
+    def is_neutral(self) -> bool:
+        """Whether the site counts as it is."""
+        return not self.is_masked and not self.is_scaled
+
+    @property
     def is_scaled(self) -> bool:
         """Whether the site is scaled."""
         return isinstance(self.scale, Tensor) or self.scale != 1.0

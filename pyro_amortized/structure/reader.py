@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_amortized.structure.cache import call_key, versions
 from pyro_amortized.structure.discrete import DiscreteSite, discrete_sites
 from pyro_amortized.structure.layout import SiteLayout, datapoint_plate
-from pyro_amortized.structure.masking import NEUTRAL, site_mask
+from pyro_amortized.structure.masking import site_mask
 from pyro_amortized.structure.observed import observed_values
 from pyro_amortized.structure.periodic import check_periodic
 from pyro_amortized.structure.plates import PlateFrame, batch_depth, probe, subsample_indices
@@ -253,7 +253,7 @@ def _read_structure(
         observed=observed,
         present=present,
         discrete=discrete,
-        global_weights={name: weight for name, weight in weights.items() if weight is not NEUTRAL},
+        global_weights={name: weight for name, weight in weights.items() if not weight.is_neutral},
         data_plates=_subsampled_data_plates(trace, frames, plate),
         depth=batch_depth(trace, frames),
         data=tuple(name for name, site in sample_sites(trace).items() if is_data(site)),

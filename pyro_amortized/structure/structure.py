@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_amortized.structure.discrete import DiscreteSite
 from pyro_amortized.structure.layout import SiteLayout
-from pyro_amortized.structure.masking import NEUTRAL, SiteMask
+from pyro_amortized.structure.masking import SiteMask
 from pyro_amortized.structure.plates import PlateFrame
 
 __all__ = ["Structure"]
@@ -157,7 +157,7 @@ class Structure:
         """Masks and scales of the latents to which the model gives any of its own accord."""
         weights = {site.name: site.weight for site in self.layout.sites} if self.layout is not None else {}
         weights.update({site.name: site.weight for site in self.discrete})
-        return {**self.global_weights, **{name: weight for name, weight in weights.items() if weight is not NEUTRAL}}
+        return {**self.global_weights, **{name: weight for name, weight in weights.items() if not weight.is_neutral}}
 
     @property
     def is_weighted(self) -> bool:

@@ -22,7 +22,8 @@ from pyro.infer import (
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
 )
-from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoGuideList, AutoNormal, init_to_value
+from pyro.infer.autoguide import AutoCallable, AutoDelta, AutoDiagonalNormal, AutoGuideList, AutoNormal, init_to_value
+from pyro.nn import PyroModule
 from pyro.poutine import runtime
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -1179,3 +1180,82 @@ def test_infer_leaves_the_inference_of_the_caller_alone() -> None:
     with poutine.trace() as tracer:
         guide.infer(torch.randn(3))
     assert not tracer.trace.nodes
+
+
+def test_global_guides_that_return_nothing_can_be_drawn_from() -> None:
+    def model(x: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    def global_guide(x: Tensor) -> None:
+        pyro.sample("mu", dist.Normal(pyro.param("m", torch.tensor(0.1)), 0.5))
+
+    guide = AmortizedGuide(model, global_guide=lambda m: AutoCallable(m, global_guide))
+    assert guide.infer(torch.randn(3)).global_values.keys() == {"mu"}
+    assert guide.sample_globals(torch.randn(3)).keys() == {"mu"}
+
+
+def test_globals_in_plates_of_a_copy_can_be_drawn() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("K", 2):
+            mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(mu.sum() + z, 1.0), obs=x)
+
+    guide = AmortizedGuide(model)
+    guide.setup(torch.randn(3))
+    assert copy.deepcopy(guide).sample_globals(torch.randn(3))["mu"].shape == (2,)
+
+
+def test_variational_parameters_draw_nothing() -> None:
+    guide = AmortizedGuide(regression, global_guide=lambda m: AutoCallable(m, lambda x, y: pyro.sample("w", NORMAL)))
+    x, y = torch.randn(2, 10)
+    guide.setup(x, y)
+    state = torch.get_rng_state()
+    guide.variational_parameters(x, y)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+NORMAL = dist.Normal(0.0, 1.0)
+
+
+def test_a_copy_of_a_guide_that_knows_a_structure_goes_on() -> None:
+    guide = AmortizedGuide(normals, encoder_input="x")
+    guide.setup(torch.randn(3))
+    copied = copy.deepcopy(guide)
+    for _ in range(3):
+        copied(torch.randn(3))
+
+
+def test_a_failed_load_leaves_a_guide_that_is_not_set_up() -> None:
+    class Plain(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(1, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.reshape(-1, 1))
+
+    class Extra(Plain):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"a": 1}
+
+        def set_extra_state(self, state: Any) -> None:
+            pass
+
+    x, y = torch.randn(2, 10)
+    saved = AmortizedGuide(regression, Extra())
+    saved.setup(x, y)
+    guide = AmortizedGuide(regression, Plain(), name="other")
+    guide.load_state_dict(saved.state_dict())
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="extra_state"):
+            guide(x, y)
+    assert "not set up yet" in repr(guide)
+
+
+def test_default_encoders_can_be_made_modules_of_pyro() -> None:
+    encoder = PyroModule[MLPEncoder](1, (5,))
+    guide = AmortizedGuide(normals, encoder)
+    assert guide.variational_parameters(torch.randn(3)).shape == (3, 2)
