@@ -30,22 +30,24 @@ class Inferred:
         phi: The variational parameters ``(N, P)``, or None if the model has no local latents.
         family: The family that makes distributions of them, or None.
         global_values: The global latents by name, at their median, or at a draw for autoguides that know none.
-        cause: Why there are no variational parameters, where there are none, and what to try.
+        cause: Why there are no variational parameters, where there are none.
+        remedy: What to try then.
     """
 
     structure: Structure
     phi: Tensor | None
     family: VariationalFamily | None
     global_values: Mapping[str, Tensor]
-    cause: str = (
-        "the model has no local latents; try guide.global_median(...), or guide.quantiles(...), of the global ones"
-    )
+    cause: str = "the model has no local latents"
+    remedy: str = "guide.global_median(...), or guide.quantiles(...), of the global ones"
 
     @property
     def local(self) -> tuple[Tensor, VariationalFamily]:
         """phi and the family; a ValueError if the model has no latents of single datapoints."""
         if self.phi is None or self.family is None:
-            raise ValueError(f"Cannot give variational parameters per datapoint because {self.cause}.")
+            raise ValueError(
+                f"Cannot give variational parameters per datapoint because {self.cause}; try {self.remedy}."
+            )
         return self.phi, self.family
 
 

@@ -268,8 +268,9 @@ class VectorQuantizedGuide(AmortizedGuide):
             return call.structure, code_place(call.structure.discrete[0]), codes
 
     def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, predicting: bool = False) -> Inferred:
-        cause = "q has one possible value, the nearest codes; try guide.codes(...) and collapse_report(...)"
-        return replace(super()._infer(args, kwargs, predicting=predicting), cause=cause)
+        inferred = super()._infer(args, kwargs, predicting=predicting)
+        cause, remedy = "q has one possible value, the nearest codes", "guide.codes(...) and collapse_report(...)"
+        return replace(inferred, cause=cause, remedy=remedy)
 
     @torch.no_grad()
     def codes(self, *args: Any, **kwargs: Any) -> Tensor:
