@@ -194,7 +194,7 @@ class Simulator:
         args, kwargs = arguments.replaced([(place, observed[name]) for name, place in places.items()])
         with untouched():
             _check_same_model(replace(part.call, args=args, kwargs=kwargs), trace)
-            check_inputs(self.guide, arguments.call, (args, kwargs))
+            _check_inputs(self.guide, arguments.call, (args, kwargs))
         latents = part.layout.flatten({site.name: nodes[site.name]["value"] for site in part.layout.sites})
         _check_finite(part.layout, latents, observed)
         return Simulation(args, kwargs, latents, observed, rows)
@@ -280,7 +280,7 @@ def _inputs(guide: LocalGuide, call: CallArguments) -> tuple[Tensor, ...]:
     return guide.encoder_inputs(*call[0], **call[1])
 
 
-def check_inputs(guide: LocalGuide, before: tuple[Any, Any], after: tuple[Any, Any]) -> None:
+def _check_inputs(guide: LocalGuide, before: tuple[Any, Any], after: tuple[Any, Any]) -> None:
     """Refuses a guide that looks elsewhere for the data than the simulated ones are."""
     inputs = [_inputs(guide, call) for call in (before, after)]
     if inputs[0] and all(torch.equal(x, y) for x, y in zip(*inputs, strict=True)):

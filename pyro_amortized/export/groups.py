@@ -171,7 +171,7 @@ def join_group(name: str, parts: list[xarray.Dataset], plate: str | None) -> xar
         once = [v for v in once if all(v in part and part[v].equals(first[v]) for part in parts)]
     elif name == "observed_data":
         _check_outside(first[once], parts, plate)
-    check_sizes(name, [part[along] for part in parts], plate)
+    _check_sizes(name, [part[along] for part in parts], plate)
     kept = first[once]
     if not along:
         return kept
@@ -197,7 +197,7 @@ def _has_sizes(dims: Sequence[Any], value: xarray.Variable, part: xarray.Dataset
     return len(dims) == value.ndim and all(part.sizes.get(dim, size) == size for dim, size in pairs)
 
 
-def check_sizes(name: str, parts: Sequence[xarray.Dataset], plate: str | None) -> None:
+def _check_sizes(name: str, parts: Sequence[xarray.Dataset], plate: str | None) -> None:
     for part in parts:
         for dim, size in parts[0].sizes.items():
             if dim != plate and part.sizes[dim] != size:
