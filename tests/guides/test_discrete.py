@@ -524,3 +524,19 @@ def test_set_up_with_labels_says_what_helps() -> None:
     other = AmortizedGuide(partly_labelled)
     other.setup(x)
     assert other.variational_parameters(x).shape == other.variational_parameters(x, y).shape == (6, 2)
+
+
+def test_a_label_that_is_summed_out_beside_one_that_the_guide_draws_is_no_encoder_input() -> None:
+    def model(x: Tensor, k: Tensor | None = None) -> None:
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(torch.ones(2)))
+            infer = {"enumerate": "parallel"} if k is None else {}
+            k = pyro.sample("k", dist.Categorical(torch.ones(2)), infer=infer, obs=k)
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(3.0 * y + k + z, 1.0), obs=x)
+
+    x = torch.randn(5)
+    guide = DiscreteAmortizedGuide(model)
+    guide.setup(x)
+    (seen,) = guide.encoder_inputs(x, torch.ones(5, dtype=torch.long))
+    assert torch.equal(seen, x)
