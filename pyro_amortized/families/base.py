@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
@@ -42,8 +43,9 @@ class VariationalFamily(nn.Module, ABC):
             apply.
         takes_newton_steps: Whether a member can be moved by steps in units of its noise, ``in_units(phi, gradient)``
             and ``moved(phi, shift, precision)``, as :class:`~pyro_amortized.Newton` moves it.
-        num_couplings: Number of entries of phi after the locations and scales of families that share them over steps
-            (:meth:`shared`).
+        shares_heads: Whether dimensions can share the head of an encoder, as steps of a sequence and entries of a plate
+            do: phi holds the location and the log scale of every dimension, and then an entry for each of
+            :attr:`couplings`; :meth:`resized` makes the family for another number of them.
         rsample: A function of phi ``(*, P)`` and standard normal noise ``(K, *, noise_dim)`` that makes draws
             ``(K, *, D)``, differentiably in phi; of families with ``noise_dim``.
         takes_parents: Whether the class is constructed from D and the parents of every dimension, which guides find
@@ -59,7 +61,7 @@ class VariationalFamily(nn.Module, ABC):
     draws_per_noise: int = 1
     is_mean_field: bool = False
     takes_newton_steps: bool = False
-    num_couplings: int = 0
+    shares_heads: bool = False
     rsample: Callable[[Tensor, Tensor], Tensor]
 
     def __init__(self, latent_dim: int) -> None:
@@ -167,26 +169,18 @@ class VariationalFamily(nn.Module, ABC):
         """
         return None
 
-    def shared(self, step_size: int) -> VariationalFamily | None:
-        """This family for a sequence of steps that share the head of an encoder; None unless a member can.
+    @property
+    def couplings(self) -> tuple[Tensor, Tensor]:
+        """Of families that share heads, the dimensions that further entries of phi couple, and to which, ``(E,)``."""
+        nothing = torch.zeros(0, dtype=torch.long)
+        return nothing, nothing
 
-        phi then holds the locations of all steps, their scales, and :attr:`num_couplings` further entries, the same
-        number for every step, each in the order of the steps.
-
-        Args:
-            step_size: Number of dimensions of a step.
-        """
-        return None
-
-    def with_steps(self, latent_dim: int, find_parents: Callable[[], Tensor]) -> VariationalFamily:
-        """A family made by :meth:`shared`, for another number of steps.
+    def resized(self, latent_dim: int, find_parents: Callable[[], Tensor]) -> VariationalFamily:
+        """The family of another number of dimensions, of families that share heads.
 
         Args:
             latent_dim: D, now.
             find_parents: Finds the parents of every dimension, ``(D, D)``.
-
-        Raises:
-            ValueError: If steps are coupled as they were not before.
         """
         return type(self)(latent_dim)
 

@@ -47,16 +47,13 @@ class Normal(_Gaussian):
     """
 
     is_mean_field = True
+    shares_heads = True
     takes_newton_steps = True
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__(latent_dim)
         self.num_params = 2 * latent_dim
         self.noise_dim = latent_dim
-
-    def shared(self, step_size: int) -> Normal:
-        """The family itself: steps are not coupled."""
-        return self
 
     def marginals(self, phi: Tensor) -> tuple[Tensor, Tensor]:
         """Locations and scales, each of shape ``(*, D)``."""

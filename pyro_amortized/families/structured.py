@@ -160,9 +160,9 @@ class Structured(_Gaussian):
     """
 
     takes_parents = True
+    shares_heads = True
     rows: Tensor
     columns: Tensor
-    slots: Tensor
 
     def __init__(self, latent_dim: int, parents: Tensor | None = None) -> None:
         super().__init__(latent_dim)
@@ -181,63 +181,18 @@ class Structured(_Gaussian):
             )
         rows, columns = parents.nonzero().unbind(-1)
         self.noise_dim = latent_dim
-        self.num_couplings = len(rows)
-        self.num_params = 2 * latent_dim + self.num_couplings
-        self.step_size: int | None = None
-        self.kinds: list[tuple[int, int, int]] = []
+        self.num_params = 2 * latent_dim + len(rows)
         self.register_buffer("rows", rows, persistent=False)
         self.register_buffer("columns", columns, persistent=False)
-        self.register_buffer("slots", torch.arange(len(rows)), persistent=False)
 
-    def shared(self, step_size: int) -> Structured:
-        """This family for a sequence whose steps give the same kinds of couplings, for use with one head for all.
+    @property
+    def couplings(self) -> tuple[Tensor, Tensor]:
+        """The dimensions that have parents, and these, ``(E,)`` each."""
+        return self.rows, self.columns
 
-        A kind of coupling is the pair of positions within their steps and the number of steps between them. phi then
-        holds one entry of each kind for every step, in the order of the steps; those that would lead to before the
-        first step are not used.
-
-        Args:
-            step_size: Number of dimensions of a step.
-        """
-        kinds = _kinds(self.rows, self.columns, step_size)
-        return self._with_kinds(self.latent_dim, self.parents, step_size, sorted(set(kinds)))
-
-    def with_steps(self, latent_dim: int, find_parents: Callable[[], Tensor]) -> Structured:
-        """A family made by :meth:`shared`, for another number of steps.
-
-        Args:
-            latent_dim: D, now.
-            find_parents: Finds the parents, now.
-
-        Raises:
-            ValueError: If there are kinds of couplings that this family does not have.
-        """
-        if self.step_size is None:
-            raise ValueError(
-                "Cannot change the number of steps of this family because its steps share no head; try "
-                "family.shared(...)."
-            )
-        return self._with_kinds(latent_dim, find_parents(), self.step_size, self.kinds)
-
-    @classmethod
-    def _with_kinds(
-        cls, latent_dim: int, parents: Tensor, step_size: int, kinds: list[tuple[int, int, int]]
-    ) -> Structured:
-        family = cls(latent_dim, parents)
-        needed = _kinds(family.rows, family.columns, step_size)
-        if unknown := sorted(set(needed) - set(kinds), key=lambda kind: kind[1]):
-            raise ValueError(
-                f"Cannot share one head among {latent_dim // step_size} steps because step t now depends on step "
-                f"t - {unknown[0][1]} in a way that it did not when the guide was set up; try guide.setup(...) with "
-                "the longest sequence, or a model whose steps depend on a fixed number of steps before them."
-            )
-        family.step_size, family.kinds = step_size, list(kinds)
-        position = {kind: i for i, kind in enumerate(kinds)}
-        first = family.rows // step_size * len(kinds)
-        family.slots = first + torch.tensor([position[kind] for kind in needed], dtype=torch.long)
-        family.num_couplings = latent_dim // step_size * len(kinds)
-        family.num_params = 2 * latent_dim + family.num_couplings
-        return family
+    def resized(self, latent_dim: int, find_parents: Callable[[], Tensor]) -> Structured:
+        """The structured normal of another number of dimensions, with the parents that they have."""
+        return type(self)(latent_dim, find_parents())
 
     @property
     def parents(self) -> Tensor:
@@ -248,23 +203,17 @@ class Structured(_Gaussian):
 
     def forward(self, phi: Tensor) -> NetworkNormal:
         """The normal of batch shape ``(*)``."""
-        loc, log_scale, couplings = phi.split([self.latent_dim, self.latent_dim, self.num_couplings], -1)
-        if self.step_size is not None:
-            couplings = couplings.index_select(-1, self.slots)
+        loc, log_scale, couplings = phi.split([self.latent_dim, self.latent_dim, len(self.rows)], -1)
         return NetworkNormal(loc, log_scale.exp(), couplings, self.rows, self.columns)
 
     def rsample(self, phi: Tensor, noise: Tensor) -> Tensor:
         """The solution z of ``z - loc = A (z - loc) + scale * noise``."""
         return self(phi).push(noise)
 
-    def _phi(self, loc: Tensor, log_scale: Tensor, couplings: Tensor) -> Tensor:
-        phi = torch.cat([loc, log_scale, loc.new_zeros(*loc.shape[:-1], self.num_couplings)], -1)
-        return phi.index_copy(-1, 2 * self.latent_dim + self.slots.to(phi.device), couplings)
-
     def initial(self, loc: Tensor, scale: float) -> Tensor:
         """phi of independent normals."""
         log_scale = torch.full_like(loc, scale).log()
-        return self._phi(loc, log_scale, loc.new_zeros(*loc.shape[:-1], len(self.slots)))
+        return torch.cat([loc, log_scale, loc.new_zeros(*loc.shape[:-1], len(self.rows))], -1)
 
     def laplace(self, loc: Tensor, precision: Tensor) -> Tensor:
         r"""The posterior itself, if its precision matrix has the zeros of the network.
@@ -282,20 +231,13 @@ class Structured(_Gaussian):
         unit = torch.where(self.parents.to(loc.device) | eye.bool(), unit, 0.0)
         inverse = torch.linalg.solve_triangular(unit, eye.expand_as(unit), upper=False, unitriangular=True)
         scale = (inverse * (precision @ inverse)).sum(-2).rsqrt()
-        return self._phi(loc, scale.log(), couplings)
+        return torch.cat([loc, scale.log(), couplings], -1)
 
     def masked(self, phi: Tensor, present: Tensor) -> Tensor:
         """phi with a standard normal, independent of all others, for latents that are masked."""
         coupled = present.index_select(-1, self.rows) & present.index_select(-1, self.columns)
-        kept = present.new_ones(*present.shape[:-1], self.num_couplings).index_copy(-1, self.slots, coupled)
-        return phi.masked_fill(~torch.cat([present, present, kept], -1), 0.0)
+        return phi.masked_fill(~torch.cat([present, present, coupled], -1), 0.0)
 
     def extra_repr(self) -> str:
         """The sizes, for ``repr``."""
         return f"{super().extra_repr()}, num_parents={len(self.rows)}"
-
-
-def _kinds(rows: Tensor, columns: Tensor, step_size: int) -> list[tuple[int, int, int]]:
-    """Position of each child in its step, number of steps back to its parent, and the parent's position there."""
-    lags = rows // step_size - columns // step_size
-    return list(zip((rows % step_size).tolist(), lags.tolist(), (columns % step_size).tolist(), strict=True))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,16 @@ from typing_extensions import Unpack
 from pyro_amortized.encoders.layers import Head
 from pyro_amortized.encoders.mlp import MLPEncoder
 from pyro_amortized.encoders.modes import evaluating
+from pyro_amortized.encoders.plate import PlateEncoder
 from pyro_amortized.encoders.standardize import StandardizedEncoder
 from pyro_amortized.guides.base import GuideOptions, LocalGuide
+from pyro_amortized.guides.call import Call
 from pyro_amortized.guides.inputs import check_finite_inputs
+from pyro_amortized.guides.level_inputs import build_levels, find_levels
+from pyro_amortized.guides.levels import Sharing, inner_plates, levels_of, refuse_sharing
 from pyro_amortized.inference.base import InferenceStrategy
-from pyro_amortized.inference.strategies import Encoded, check_output
+from pyro_amortized.inference.sharing import SharedHeads, check_level_features
+from pyro_amortized.inference.strategies import Encoded, check_output, output_parts
 from pyro_amortized.structure.structure import Structure
 
 __all__ = ["AmortizedGuide"]
@@ -87,13 +92,40 @@ class AmortizedGuide(LocalGuide):
         self._encoder_spec = (encoder,)
         self._structures.encodes = encoder is None and options.get("encoder_input") is None
 
+    _shares_heads: ClassVar[bool] = True
+    """Whether entries of inner plates may share heads; not where phi is not what the encoder's heads give."""
+
     @property
     def _shows_masks(self) -> bool:
-        return self._encoder_spec[0] is None
+        return self._encoder_spec[0] is None or isinstance(self._encoder_spec[0], PlateEncoder)
+
+    def _choose_levels(self, call: Call) -> None:
+        encoder = self._encoder_spec[0]
+        asked = isinstance(encoder, PlateEncoder)
+        plates = inner_plates(call.structure.layout)
+        default = encoder is None and self._shares_heads and self.family.shares_heads and plates
+        if asked and not self._shares_heads:
+            raise ValueError(
+                f"Cannot use PlateEncoder in {type(self).__name__} because it needs features (N, H) of whole datapoints; "
+                "try AmortizedGuide or SemiAmortizedGuide, or an encoder of your own."
+            )
+        if callable(self._encoder_input) or not (asked or default):
+            return
+        found = find_levels(self, call, asked)
+        shared = plates & {name for where in found.values for name in where.plates}
+        if asked or shared:
+            self._levels = found
+            self._sharing = Sharing(frozenset(shared), by_step=False)
+            if found.masks:
+                self._structures.promised = False  # masks are read off the run
 
     def _build_strategy(self, inputs: tuple[Tensor, ...], init_loc: Tensor, structure: Structure) -> InferenceStrategy:
-        encoder = self._encoder_spec[0] or self._default_encoder(inputs, init_loc)
-        return self._encoded(encoder, inputs, init_loc, structure)
+        encoder = self._encoder_spec[0]
+        if self._levels is not None and self._sharing is not None:
+            encoder = encoder or PlateEncoder()
+            build_levels(encoder, self._levels, inputs, levels_of(structure, self._sharing.plates))
+            encoder.to(init_loc)
+        return self._encoded(encoder or self._default_encoder(inputs, init_loc), inputs, init_loc, structure)
 
     def _encoded(
         self, encoder: nn.Module, inputs: tuple[Tensor, ...], init_loc: Tensor, structure: Structure
@@ -103,37 +135,40 @@ class AmortizedGuide(LocalGuide):
         if isinstance(features, tuple):
             self._check_pair(features, init_loc)
             return Encoded(encoder, None)
-        if features.dim() == 3:
-            return self._encoded_by_step(encoder, features, init_loc, structure)
+        if isinstance(features, dict) or features.dim() == 3:
+            return Encoded(encoder, self._shared_heads(features, init_loc, structure))
         self._check_features(features, inputs, structure)
         head = Head(features, self.family.num_params)
         with torch.no_grad():
             head.bias.copy_(self.family.initial(init_loc.mean(0), self.init_scale))
         return Encoded(encoder, head)
 
-    def _encoded_by_step(self, encoder: nn.Module, features: Tensor, init_loc: Tensor, structure: Structure) -> Encoded:
-        """The encoder with a head from the features of a step to phi of the latents of that step."""
+    def _shared_heads(
+        self, features: Tensor | dict[str, Tensor], init_loc: Tensor, structure: Structure
+    ) -> SharedHeads:
+        """Heads from the features of an entry of a plate, or a step of a sequence, to phi of its latents."""
         layout: Any = structure.layout
-        steps = layout.steps
-        size = 0 if steps is None else layout.latent_dim // len(steps)
-        shared = None if steps is None else self.family.shared(size)
-        if shared is None:
-            raise ValueError(
-                f"Cannot share features of shape {tuple(features.shape)}, one for each of {features.shape[1]} steps, "
-                f"because local sites {[site.name for site in layout.sites][:6]} of family "
-                f"{type(self.family).__name__} are not numbered alike (z_1, z_2, ..., the same sites in every step, "
-                'family="normal" or "structured"); try features of shape (N, H).'
-            )
-        self._per_step = True
-        self.family = shared.to(init_loc)
-        self._step_families = {layout.latent_dim: self.family}
-        num_couplings = self.family.num_couplings // len(steps)
-        head = Head(features, 2 * size + num_couplings)
-        with torch.no_grad():
-            head.bias[:size].copy_(init_loc.reshape(-1, size).mean(0))
-            head.bias[size : 2 * size] = math.log(self.init_scale)
-            head.bias[2 * size :] = 0.0
-        return Encoded(encoder, head, num_couplings)
+        if self._sharing is None:
+            plates = inner_plates(layout) if isinstance(features, dict) else ()
+            by_step = not isinstance(features, dict) or _are_by_step(features, structure, plates)
+            if by_step and layout.steps is None or not self.family.shares_heads:
+                refuse_sharing(features, layout, self.family)
+            self._sharing = Sharing(frozenset(plates), by_step)
+        sharing = self._sharing
+        arrangement = sharing.arrange(structure, self.family)
+        found = {arrangement.levels[0].name: features} if isinstance(features, Tensor) else features
+        heads = []
+        for level, width in zip(arrangement.levels, arrangement.widths, strict=True):
+            check_level_features(found.get(level.name), level)
+            head = Head(found[level.name], width)
+            with torch.no_grad():
+                head.bias.zero_()
+                head.bias[: level.size].copy_(init_loc[:, level.positions].reshape(-1, level.size).mean(0))
+                head.bias[level.size : 2 * level.size] = math.log(self.init_scale)
+            heads.append(head)
+        sharing.heads = SharedHeads(heads, arrangement)
+        sharing.family_of(structure, self.family, lambda: torch.empty(0))
+        return sharing.heads
 
     def _first_features(self, encoder: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
         check_finite_inputs(inputs)
@@ -141,7 +176,7 @@ class AmortizedGuide(LocalGuide):
             encoder.fit(*inputs)
         features = _first_output(encoder, inputs)
         check_output(features)
-        if not all(part.isfinite().all() for part in (features if isinstance(features, tuple) else (features,))):
+        if not all(part.isfinite().all() for part in output_parts(features)):
             raise ValueError(
                 "Cannot build a guide on this encoder because what it returned at first holds NaN or infinite values; "
                 "try a look at its weights and at its inputs, which are finite."
@@ -191,3 +226,9 @@ def _first_output(encoder: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     """The encoder's output in full precision, without dropout or an update of running statistics."""
     with evaluating(encoder), torch.autocast(inputs[0].device.type, enabled=False):
         return encoder(*inputs)
+
+
+def _are_by_step(features: dict[str, Tensor], structure: Structure, plates: Collection[str]) -> bool:
+    """Whether features by level have an axis of steps beside those of plates."""
+    ranks = {level.name: len(level.axes) for level in levels_of(structure, plates)}
+    return any(isinstance(x, Tensor) and x.dim() == ranks.get(name, x.dim()) + 3 for name, x in features.items())

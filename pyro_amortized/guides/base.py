@@ -32,6 +32,7 @@ from pyro_amortized.guides.global_guide import (
     stored,
 )
 from pyro_amortized.guides.inputs import EncoderInput
+from pyro_amortized.guides.levels import Sharing
 from pyro_amortized.guides.posterior import PosteriorGuide
 from pyro_amortized.guides.printing import describe
 from pyro_amortized.guides.sampling import (
@@ -106,8 +107,7 @@ class LocalGuide(PosteriorGuide):
         self.init_scale = init_scale
         self._family_spec = family
         self._global_guide_factory = global_guide
-        self._per_step = False
-        self._step_families: dict[int, VariationalFamily] = {}
+        self._sharing: Sharing | None = None
         self._first_parameter = ""
         self._taken: list[str] = []
         self.register_buffer("_like", torch.empty(0), persistent=False)  # knows precision and device, after moves too
@@ -149,9 +149,12 @@ class LocalGuide(PosteriorGuide):
         if not self._ready:
             self._build_or_forget(call)
         elif structure.layout is not self.layout and built is not None:
-            built.check_same(structure, per_step=self._per_step)
-        if self._per_step and structure.layout.latent_dim != self._family.latent_dim:  # type: ignore[union-attr]
-            self.family = self._family_of_steps(call)
+            plates, by_step = (self._sharing.plates, self._sharing.by_step) if self._sharing else ((), False)
+            built.check_same(structure, plates=plates, by_step=by_step)
+        if self._sharing is not None:
+            family = self._sharing.family_of(structure, self._family, partial(self._parents, call))
+            if family is not self._family:
+                self.family = family.to(self._like)
         return call
 
     def _build_or_forget(self, call: Call) -> None:
@@ -181,6 +184,7 @@ class LocalGuide(PosteriorGuide):
             if structure.layout.is_apart:
                 phi = init_loc.new_zeros(1, self.family.num_params)
                 log_conditionals(structure.layout, self.family, phi, init_loc[:1])
+            self._choose_levels(call)
         if structure.global_sites:
             build_global_guide(self, self._global_guide_factory, self.init_loc_fn, call)
         if structure.layout is not None or structure.discrete:
@@ -188,6 +192,9 @@ class LocalGuide(PosteriorGuide):
             self._first_parameter = next((name for name, _ in self.inference.named_parameters()), "")
         self.layout = structure.layout
         self._shown_masks = tuple(structure.present) if self._shows_masks else ()
+
+    def _choose_levels(self, call: Call) -> None:
+        """Decides, before there is an encoder, whether it is shown a hierarchy; most guides' are not."""
 
     def _initial_locations(self, call: Call) -> Tensor:
         """Where q starts: ``(N, D)``, without entries if there are no local latents."""
@@ -226,13 +233,6 @@ class LocalGuide(PosteriorGuide):
                 "`guide.model = model`."
             )
         return posterior_parents(call.of_model(model))
-
-    def _family_of_steps(self, call: Call) -> VariationalFamily:
-        """The family for as many steps as a call has; the same one for the same number, as traced graphs need it."""
-        latent_dim = call.structure.layout.latent_dim  # type: ignore[union-attr]
-        if latent_dim not in self._step_families:
-            self._step_families[latent_dim] = self._family.with_steps(latent_dim, partial(self._parents, call))
-        return self._step_families[latent_dim].to(self._like)
 
     # One call
 

@@ -44,6 +44,9 @@ def check_options(
         raise ValueError(f'Cannot use name={name!r} because it is no name; try name="guide".')
     if encoder_input is not None and not callable(encoder_input):
         names = [encoder_input] if isinstance(encoder_input, str) else encoder_input
+        if isinstance(names, Mapping):  # by plate
+            parts = [[part] if isinstance(part, str) else part for part in names.values()]
+            names = [*names, *(name for part in parts for name in (part if isinstance(part, Sequence) else [part]))]
         if isinstance(names, Tensor) or not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
             raise ValueError(
                 f"Cannot use encoder_input of type {type(encoder_input).__name__} because names are wanted, or a "

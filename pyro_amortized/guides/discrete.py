@@ -108,6 +108,8 @@ class DiscreteAmortizedGuide(AmortizedGuide):
         https://arxiv.org/abs/1611.01144
     """
 
+    _shares_heads = False
+
     def __init__(
         self,
         model: Callable[..., Any],

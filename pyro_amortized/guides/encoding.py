@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Size, Tensor
@@ -12,6 +12,7 @@ from pyro_amortized.guides.call import Call
 from pyro_amortized.guides.checks import check_known, check_predictable, check_shape, check_summed_out, check_values
 from pyro_amortized.guides.global_guide import global_median
 from pyro_amortized.guides.inputs import EncoderInput, check_global_shapes, encoder_inputs
+from pyro_amortized.guides.level_inputs import LevelInputs
 from pyro_amortized.guides.reading import ReadingGuide
 from pyro_amortized.inference.base import InferenceStrategy
 from pyro_amortized.structure.running import isolated
@@ -28,7 +29,10 @@ class EncodingGuide(ReadingGuide):
 
     def __init__(self, *args: Any, encoder_input: EncoderInput) -> None:
         super().__init__(*args)
-        self._encoder_input = encoder_input
+        plates = encoder_input if isinstance(encoder_input, Mapping) else {}
+        self._encoder_plates = {name: plate for plate, names in plates.items() for name in _listed(names)}
+        self._encoder_input = [*self._encoder_plates] if isinstance(encoder_input, Mapping) else encoder_input
+        self._levels: LevelInputs | None = None
         self._hold_all: dict[Any, bool] = {}
         self._whole_observations = WholeObservations()
         self._shown_masks: tuple[str, ...] = ()
@@ -69,20 +73,34 @@ class EncodingGuide(ReadingGuide):
         if self._needs_observed and self._built_structure is not None:
             check_summed_out(call.structure, self._built_structure, self._hidden)
         self._condition(call)
+        inputs = self._plain_inputs(call, masks=self._shows_masks and self._levels is None)
+        if self._levels is None or not inputs:
+            return inputs
+        return self._levels.arranged(inputs, self._present(call))
+
+    def _plain_inputs(self, call: Call, *, masks: bool = False) -> tuple[Tensor, ...]:
+        """The encoder's inputs as they are found, in no hierarchy."""
         return encoder_inputs(
             self._encoder_input,
             self.model_at_hand,
             call,
             known=self._hold_all,
-            show_masks=self._shows_masks,
+            show_masks=masks,
             but=self._hidden,
             whole=self._whole_observations,
         )
 
+    def _present(self, call: Call) -> dict[str, Tensor]:
+        """Which observed values are not masked, by site."""
+        present = call.structure.present
+        if self._encoder_input is None and call.structure.data_plates:
+            present = self._whole_observations.find(call.of_model(self.model_at_hand))[1]  # type: ignore[arg-type]
+        return {name: mask for name, mask in present.items() if name not in self._hidden}
+
     def _condition(self, call: Call) -> None:
         """Makes sure that global latents that the encoder sees are at hand, one value of each for all datapoints."""
         spec = self._encoder_input
-        names = [] if spec is None or callable(spec) else [spec] if isinstance(spec, str) else list(spec)
+        names = [] if spec is None or callable(spec) else _listed(spec)
         seen = [name for name in names if name in call.structure.global_sites]
         if not seen:
             return
@@ -132,3 +150,7 @@ class EncodingGuide(ReadingGuide):
             return True
         check_predictable(missing, self._shown_masks)
         return False
+
+
+def _listed(names: str | Collection[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)

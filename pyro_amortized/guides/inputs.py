@@ -16,8 +16,8 @@ from pyro_amortized.structure.whole import WholeObservations
 
 __all__ = ["EncoderInput", "check_finite_inputs", "check_global_shapes", "encoder_inputs"]
 
-EncoderInput = str | Sequence[str] | Callable[..., Any] | None
-"""None (the observed values), the name of an argument or a global latent, several, or a function of the arguments."""
+EncoderInput = str | Sequence[str] | Mapping[str, str | Sequence[str]] | Callable[..., Any] | None
+"""None (the observed values), the name of an argument or a global latent, several, also by plate, or a function."""
 
 
 def encoder_inputs(
@@ -63,7 +63,7 @@ def encoder_inputs(
             found = spec(*call.args, **call.kwargs)
     else:
         known = {} if known is None else known
-        found = [_argument(name, model, call, known) for name in ([spec] if isinstance(spec, str) else spec)]
+        found = [_argument(name, model, call, known) for name in ([spec] if isinstance(spec, str) else [*spec])]
     inputs = tuple(found) if isinstance(found, list | tuple) else (found,)
     absent = [x is None for x in inputs] if call.structure.missing else []
     if absent and all(absent):

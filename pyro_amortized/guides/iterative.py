@@ -65,6 +65,8 @@ class IterativeAmortizedGuide(RefiningGuide):
         https://arxiv.org/abs/1807.09356
     """
 
+    _shares_heads = False
+
     def __init__(
         self,
         model: Callable[..., Any],

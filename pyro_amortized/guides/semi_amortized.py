@@ -168,8 +168,9 @@ class SemiAmortizedGuide(RefiningGuide):
             "_structures",
             "_encoder_input",
             "create_plates",
-            "_per_step",
-            "_step_families",
+            "_encoder_plates",
+            "_levels",
+            "_sharing",
         ):
             self.__dict__[name] = getattr(guide, name)
         self._encoder_spec = getattr(guide, "_encoder_spec", (None,))  # which sees what it saw there, masks or not

@@ -98,6 +98,8 @@ class VectorQuantizedGuide(AmortizedGuide):
         https://arxiv.org/abs/1711.00937
     """
 
+    _shares_heads = False
+
     codebook: Codebook
 
     def __init__(

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from pyro_amortized.inference.base import InferenceStrategy, Objective
 
-__all__ = ["Encoded", "PerDatapoint", "Prior", "check_output"]
+__all__ = ["Encoded", "PerDatapoint", "Prior", "check_output", "output_parts"]
 
 
 def check_output(output: Any, *, pair: bool | None = None) -> None:
-    """Raises a ValueError unless an encoder's output is floating: features, or a tuple.
+    """Raises a ValueError unless an encoder's output is floating: features, also by level, or a tuple.
 
     Args:
         output: The output.
         pair: Whether a pair is wanted, or features; None for either.
     """
-    parts = output if isinstance(output, tuple) else (output,)
+    parts = output_parts(output)
     floating = all(isinstance(part, Tensor) and part.is_floating_point() for part in parts)
     if floating and (pair is None or (isinstance(output, tuple) and len(output) == 2) == pair):
         return
@@ -33,27 +33,29 @@ def check_output(output: Any, *, pair: bool | None = None) -> None:
     )
 
 
+def output_parts(output: Any) -> tuple[Any, ...]:
+    """The tensors of an encoder's output: one, those of a pair, or those of all levels."""
+    return output if isinstance(output, tuple) else tuple(output.values()) if isinstance(output, dict) else (output,)
+
+
 class Encoded(InferenceStrategy):
     """phi from a network, as in the variational autoencoder.
 
     Args:
         encoder: From inputs to features ``(N, H)``, or to a pair ``(loc, scale)`` of shapes ``(N, D)``; or, for
-            sequences, to features ``(N, T, H)``, whose T steps share the head and make one phi of the mean-field or
-            the structured normal family, step after step.
+            sequences and plates inside the datapoint plate, to features of all entries, by level.
         head: From features to phi, or None if the encoder returns a pair, which is then read as the location and scale
-            of the mean-field normal family: ``phi = (loc, log scale)``.
-        num_couplings: For features of steps, how many entries of phi the head gives each step beside its locations and
-            scales.
+            of the mean-field normal family: ``phi = (loc, log scale)``. Features by level want
+            :class:`~pyro_amortized.inference.sharing.SharedHeads`.
 
     References:
         Auto-Encoding Variational Bayes, Diederik P. Kingma, Max Welling (2013), https://arxiv.org/abs/1312.6114
     """
 
-    def __init__(self, encoder: nn.Module, head: nn.Module | None, num_couplings: int = 0) -> None:
+    def __init__(self, encoder: nn.Module, head: nn.Module | None) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = head
-        self.num_couplings = num_couplings
 
     def forward(self, inputs: tuple[Tensor, ...], index: Tensor | None, objective: Objective | None = None) -> Tensor:
         """phi of shape ``(N, P)``; ``index`` and ``objective`` are not needed."""
@@ -61,11 +63,6 @@ class Encoded(InferenceStrategy):
         check_output(features, pair=self.head is None)
         if self.head is not None:
             self._check_width(features)
-        if self.head is not None and features.dim() == 3:
-            phi = self.head(features)
-            size = (phi.shape[-1] - self.num_couplings) // 2
-            return torch.cat([part.flatten(1) for part in phi.split([size, size, self.num_couplings], -1)], -1)
-        if self.head is not None:
             return self.head(features)
         loc, scale = features
         return torch.cat([loc, scale.log()], -1)

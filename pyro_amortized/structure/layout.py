@@ -20,7 +20,7 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_amortized.structure.local_site import LocalSite, check_local_site, inner_dimensions, kind_of, local_site
+from pyro_amortized.structure.local_site import LocalSite, check_local_site, inner_dimensions, local_site
 from pyro_amortized.structure.plates import PlateFrame
 from pyro_amortized.structure.sites import is_data, latent_sites, sample_sites
 
@@ -248,10 +248,13 @@ class SiteLayout:
     @cached_property
     def steps(self) -> list[tuple[Any, ...]] | None:
         """For sites numbered alike, as ``z_1, w_1, z_2, w_2``: what each step holds; None if steps differ."""
+        return self._steps(())
+
+    def _steps(self, plates: Collection[str]) -> list[tuple[Any, ...]] | None:
         steps: dict[str, list[Any]] = {}
         for site in self.sites:
             stem, number = re.fullmatch(r"(.*?)(\d*)", site.name, re.DOTALL).groups()  # type: ignore[union-attr]
-            steps.setdefault(number, []).append((stem, site.shape, site.inner, site.event_dim, kind_of(site.transform)))
+            steps.setdefault(number, []).append((stem, *site.description(plates)))
         found = [tuple(step) for step in steps.values()]
         in_order = [site.name for site in self.sites] == [f"{part[0]}{n}" for n, step in steps.items() for part in step]
         return found if in_order and "" not in steps and all(step == found[0] for step in found) else None
@@ -259,17 +262,19 @@ class SiteLayout:
     @property
     def description(self) -> list[tuple[Any, ...]]:
         """What tells layouts apart: name, unconstrained shape, inner plates, event dimensions, support of each site."""
-        return [(s.name, tuple(s.shape), s.inner, s.event_dim, kind_of(s.transform)) for s in self.sites]
+        return [(site.name, *site.description()) for site in self.sites]
 
-    def check_same(self, other: SiteLayout, *, per_step: bool = False) -> None:
+    def check_same(self, other: SiteLayout, *, plates: Collection[str] = (), by_step: bool = False) -> None:
         """Raises a ValueError naming what changed if ``other``, found in a later call, is laid out differently.
 
         Args:
             other: The layout of a later call.
-            per_step: Whether the number of steps of sites numbered alike may differ.
+            plates: Names of inner plates whose numbers of entries may differ.
+            by_step: Whether the number of steps of sites numbered alike may differ.
         """
-        if not (per_step and self.steps and other.steps and self.steps[0] == other.steps[0]):
-            self._check_sites(other)
+        steps = (self._steps(plates), other._steps(plates)) if by_step else (None, None)
+        if not (steps[0] and steps[1] and steps[0][0] == steps[1][0]):
+            self._check_sites(other, plates)
         if (self.plate, self.dim) != (other.plate, other.dim):
             raise ValueError(
                 f"Cannot run this guide because the datapoint plate is now {other.plate!r} at dim {other.dim}, and was "
@@ -277,7 +282,7 @@ class SiteLayout:
                 "one guide per structure."
             )
 
-    def _check_sites(self, other: SiteLayout) -> None:
+    def _check_sites(self, other: SiteLayout, plates: Collection[str]) -> None:
         mine, theirs = ({site.name: site for site in layout.sites} for layout in (self, other))
         remedy = (
             "try the same structure in every call, one guide per structure, or, for sites numbered by time, an encoder "
@@ -290,12 +295,17 @@ class SiteLayout:
                     f"Cannot run this guide because site {name!r} {state} plate {self.plate!r} since the guide was "
                     f"set up (it may have changed between observed and latent); {remedy}"
                 )
-            before, after = ((s.shape, s.inner, s.event_dim, kind_of(s.transform)) for s in (mine[name], theirs[name]))
-            if before != after:
+            before, after = mine[name], theirs[name]
+            if before.description(plates) != after.description(plates):
+                if before.inner != after.inner:
+                    remedy = (
+                        'try as many entries as then, or, where entries of inner plates are exchangeable, family="normal" '
+                        'or "structured" with PlateEncoder(), which serve any number.'
+                    )
                 raise ValueError(
                     f"Cannot run this guide because local site {name!r} now has unconstrained event shape "
-                    f"{tuple(after[0])} and inner plates {list(after[1])}, and had {tuple(before[0])} and "
-                    f"{list(before[1])} when the guide was set up, or has another support; {remedy}"
+                    f"{tuple(after.shape)} and inner plates {list(after.inner)}, and had {tuple(before.shape)} and "
+                    f"{list(before.inner)} when the guide was set up, or has another support; {remedy}"
                 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,7 +29,7 @@ from pyro_amortized.structure.plates import PlateFrame
 from pyro_amortized.structure.running import Site
 from pyro_amortized.structure.sites import size_at
 
-__all__ = ["LocalSite", "bounds", "check_continuous", "check_local_site", "inner_dimensions", "kind_of", "local_site"]
+__all__ = ["LocalSite", "bounds", "check_continuous", "check_local_site", "inner_dimensions", "local_site"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,16 @@ class LocalSite:
     def inner_plates(self) -> tuple[str, ...]:
         """Names of the plates, other than the datapoint plate, that hold the site."""
         return tuple(name for name in self.plates if name)
+
+    def description(self, plates: Collection[str] = ()) -> tuple[Any, ...]:
+        """What tells sites of one name apart: unconstrained shape, inner dimensions, event dimensions and support.
+
+        Args:
+            plates: Names of inner plates whose numbers of entries do not count.
+        """
+        named = zip(self.plates, self.inner, strict=True)
+        inner = tuple((name, dim) if name in plates else (dim, size) for name, (dim, size) in named)
+        return tuple(self.shape), inner, self.event_dim, kind_of(self.transform)
 
     @cached_property
     def is_real(self) -> bool:

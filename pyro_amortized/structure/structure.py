@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -80,12 +80,13 @@ class Structure:
         """The structure without indices and observed values, which may be kept without keeping data alive."""
         return replace(self, indices={}, observed=None, present={})
 
-    def check_same(self, other: Structure, *, per_step: bool = False) -> None:
+    def check_same(self, other: Structure, *, plates: Collection[str] = (), by_step: bool = False) -> None:
         """Raises a ValueError naming what changed if ``other``, found in a later call, has other latents.
 
         Args:
             other: The structure of a later call.
-            per_step: Whether the number of steps of sites numbered alike may differ.
+            plates: Names of inner plates whose numbers of entries may differ.
+            by_step: Whether the number of steps of sites numbered alike may differ.
         """
         remedy = "try the same structure in every call, or one guide per structure."
         turned = [name for name in self.data if name in other.latents - {site.name for site in other.discrete}]
@@ -96,7 +97,7 @@ class Structure:
                 "guide=guide, num_samples=...)."
             )
         if self.layout is not None and other.layout is not None:
-            self.layout.check_same(other.layout, per_step=per_step)
+            self.layout.check_same(other.layout, plates=plates, by_step=by_step)
         elif self.layout is not other.layout:
             before, now = ("some", "none") if other.layout is None else ("none", "some")
             raise ValueError(

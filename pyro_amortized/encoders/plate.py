@@ -1,0 +1,299 @@
+"""The encoder of hierarchies: features of every entry of every plate, for any number of entries."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from pyro_amortized.checks import check_flag, check_function, check_real, check_widths
+from pyro_amortized.encoders.pooling import Pool, statistics
+from pyro_amortized.encoders.standardize import Standardize, StandardizedEncoder
+
+__all__ = ["PlateEncoder", "UnseenSizeWarning"]
+
+Axes = tuple[str, ...]
+"""Names of the inner plates of a level, in the order of its axes."""
+
+
+class UnseenSizeWarning(UserWarning):
+    """A group has a number of entries far from those that an encoder was trained on."""
+
+
+FAR = 2.0
+"""How many times as many entries as in training, or as few, are far."""
+
+
+@dataclass(frozen=True)
+class _Level:
+    """One level of a hierarchy, by the numbers of its inputs, its masks, the next finer levels and the next coarser."""
+
+    axes: Axes
+    inputs: tuple[int, ...]
+    masks: tuple[int, ...]
+    finer: tuple[int, ...]
+    coarser: tuple[int, ...]
+
+    def without(self, other: _Level) -> list[int]:
+        """The dimensions of this level's tensors that a coarser level's have not."""
+        return [1 + i for i, axis in enumerate(self.axes) if axis not in other.axes]
+
+
+class PlateEncoder(StandardizedEncoder):
+    r"""Features for every entry of every plate inside the datapoint plate: the default where latents lie in such plates.
+
+    A level is a set of nested plates, as the schools, their pupils, and the tests of these. From the finest level to
+    the coarsest, the features of an entry come from what is observed of it and from the entries inside of it, pooled by
+    weights, as precisions are, beside mean, deviation and number; then, from the coarsest to the finest, an entry is
+    shown its parent's:
+
+    .. math:: h_n^l = f_l\big(x_n^l, \operatorname{pool}_{m \in n} h_m^{l+1}\big), \qquad
+        g_n^l = c_l\big(h_n^l, g_{pa(n)}^{l-1}\big)
+
+    One network for each level serves all of its entries. So any call may have other numbers of entries, features do not
+    depend on the order of the entries, and an entry that is masked counts for nothing. Guides call :meth:`build` when
+    they know the plates; the number of parameters does not depend on the number of entries.
+
+    Args:
+        hidden_dims: Widths of the hidden layers of each level's network; the last one is the number of features H.
+        activation: Constructor of the activation after each layer.
+        standardize: Whether to shift and scale each input by mean and deviation over all entries of the first call.
+        member_dropout: Probability, in training, that an entry is left out of what its group pools, so that the encoder
+            learns of smaller groups than those at hand.
+
+    Raises:
+        ValueError: If a width or a probability is none.
+
+    Example:
+        >>> encoder = PlateEncoder(hidden_dims=(16,))
+        >>> encoder.build(inputs=[("pupil",)], widths=[1], targets={"school": (), "pupil": ("pupil",)})
+        >>> {name: tuple(h.shape) for name, h in encoder(torch.zeros(3, 7, 1)).items()}
+        {'school': (3, 16), 'pupil': (3, 7, 16)}
+
+    References:
+        Deep Sets, Manzil Zaheer, Satwik Kottur, Siamak Ravanbakhsh, Barnabas Poczos, Ruslan Salakhutdinov, Alexander
+        Smola (2017), https://arxiv.org/abs/1703.06114
+
+        Amortized Variational Inference for Simple Hierarchical Models, Abhinav Agrawal, Justin Domke (2021),
+        https://arxiv.org/abs/2111.03144
+    """
+
+    seen: Tensor
+
+    def __init__(
+        self,
+        hidden_dims: Sequence[int] = (32, 32),
+        *,
+        activation: Callable[[], nn.Module] = nn.SiLU,
+        standardize: bool = True,
+        member_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.hidden_dims = check_widths("hidden_dims", hidden_dims, least=1)
+        check_function(
+            "activation", activation, "the class of an activation, or a function that makes one", "torch.nn.SiLU"
+        )
+        check_flag("standardize", standardize)
+        self.member_dropout = check_real(
+            "member_dropout", member_dropout, "a probability below 1", lambda p: 0 <= p < 1, 0.3
+        )
+        self.activation = activation
+        self.standardizes = standardize
+        self.targets: dict[str, int] = {}
+        self.levels: list[_Level] = []
+
+    # Building
+
+    @property
+    def is_built(self) -> bool:
+        """Whether the encoder knows its plates, and has networks."""
+        return bool(self.levels)
+
+    def build(
+        self,
+        inputs: Sequence[Axes],
+        widths: Sequence[int],
+        targets: Mapping[str, Axes],
+        masks: Sequence[Axes] = (),
+        mask_widths: Sequence[int] = (),
+    ) -> None:
+        """Makes the networks.
+
+        Args:
+            inputs: Of each input, the names of the inner plates that it lies in, in the order of its axes.
+            widths: Their numbers of values F for each entry.
+            targets: The levels whose features are wanted, by name: their plates.
+            masks: Of each mask, which come after the inputs, its plates.
+            mask_widths: Their numbers of values for each entry.
+        """
+        every = sorted({*inputs, *targets.values(), *masks, ()}, key=lambda axes: (len(axes), axes))
+        self.levels = [_level(axes, every, inputs, masks) for axes in every]
+        self.targets = {name: every.index(axes) for name, axes in targets.items()}
+        self.standardize = nn.ModuleList(Standardize(width) for width in widths if self.standardizes)
+        plain: dict[int, int] = {}
+        width = self.hidden_dims[-1]
+        for number, level in reversed([*enumerate(self.levels)]):
+            own = sum(widths[i] for i in level.inputs) + sum(mask_widths[i] for i in level.masks)
+            plain[number] = max(1, own + sum(2 * plain[child] + 1 for child in level.finer))
+        up = [self._network(plain[i] + 2 * width * len(level.finer)) for i, level in enumerate(self.levels)]
+        down = [
+            self._network(width * (1 + len(level.coarser)), 1) if self._is_shown(level) else nn.Identity()
+            for level in self.levels
+        ]
+        self.up, self.down = nn.ModuleList(up), nn.ModuleList(down)
+        self.linear = nn.ModuleList(nn.Linear(plain[i], width) for i in range(len(self.levels)))
+        self.pools = nn.ModuleList(Pool(width) for level in self.levels if level.axes)
+        self.register_buffer("seen", torch.tensor([[torch.inf, 0.0]] * len(every)))
+
+    def _network(self, input_dim: int, num_layers: int | None = None) -> nn.Sequential:
+        """Layers without normalisation: what they say of an entry may be linear in the data."""
+        widths = self.hidden_dims if num_layers is None else self.hidden_dims[-num_layers:]
+        layers = [[nn.Linear(before, after), self.activation()] for before, after in pairwise((input_dim, *widths))]
+        return nn.Sequential(*(module for layer in layers for module in layer))
+
+    def _is_shown(self, level: _Level) -> bool:
+        """Whether entries of a level are shown their parents': its features are wanted, or those of a finer one."""
+        return bool(level.axes) and any(set(level.axes) <= set(self.levels[i].axes) for i in self.targets.values())
+
+    def fit(self, *inputs: Tensor) -> None:
+        """Takes the standardisation from inputs ``(N, *sizes, F)``, where they are not masked."""
+        values, masks = self._parts(inputs)
+        for level in self.levels:
+            for i in level.inputs if self.standardizes else ():
+                rows = values[i].reshape(-1, values[i].shape[-1])
+                mask = _mask_of(values[i], [masks[k] for k in level.masks])
+                kept = rows if mask is None else rows[mask.reshape(rows.shape).bool().all(-1)]
+                self.standardize[i].fit(kept if len(kept) else rows)  # type: ignore[operator]
+
+    # Features
+
+    def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Features ``(N, *sizes, H)`` by level, of inputs ``(N, *sizes, F)`` and masks of the same kind."""
+        if not self.is_built:
+            raise ValueError(
+                "Cannot encode because this PlateEncoder does not know its plates; try passing it to a guide, or "
+                "encoder.build(...)."
+            )
+        up = self._upwards(inputs)
+        down: dict[int, Tensor] = {}
+        for number, level in enumerate(self.levels):
+            down[number] = up[number]
+            if self._is_shown(level):
+                parents = [_shown(down[parent], self.levels[parent], level) for parent in level.coarser]
+                parents = [part.expand_as(up[number]) for part in parents]
+                down[number] = up[number] + self.down[number](torch.cat([up[number], *parents], -1))
+        return {name: down[number] for name, number in self.targets.items()}
+
+    def _upwards(self, inputs: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Features of every entry from what lies in it."""
+        values, masks = self._parts(inputs)
+        sizes = self._sizes(values, masks)
+        up: dict[int, Tensor] = {}
+        plain: dict[int, Tensor] = {}
+        present: dict[int, Tensor | None] = {}
+        for number, level in reversed([*enumerate(self.levels)]):
+            shape = (len(inputs[0]), *(sizes[axis] for axis in level.axes))
+            present[number] = self._present(level, masks, present)
+            groups = [(child, self.levels[child].without(level)) for child in level.finer]
+            members = {child: self._members(child, present[child], plain[child], dims) for child, dims in groups}
+            own = self._own(level, values, masks)
+            own += [statistics(plain[child], members[child], dims) for child, dims in groups]
+            own = [part.expand(*shape, part.shape[-1]) for part in own] or [self.seen.new_zeros(*shape, 1)]
+            plain[number] = torch.cat(own, -1)
+            pooled = [self.pools[child - 1](up[child], members[child], dims) for child, dims in groups]
+            hidden = self.up[number](torch.cat([plain[number], *(p.expand(*shape, p.shape[-1]) for p in pooled)], -1))
+            up[number] = hidden + self.linear[number](plain[number])
+        return up
+
+    def _parts(self, inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The values and the masks among the inputs."""
+        count = sum(len(level.inputs) for level in self.levels)
+        return inputs[:count], inputs[count:]
+
+    def _own(self, level: _Level, values: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+        """What is observed of the entries of a level, standardised, with which of it is masked."""
+        shown = [masks[i].to(self.linear[0].weight.dtype) for i in level.masks]  # type: ignore[arg-type]
+        own = []
+        for i in level.inputs:
+            x = values[i].to(self.linear[0].weight.dtype)  # type: ignore[arg-type]
+            x = self.standardize[i](x) if self.standardizes else x
+            mask = _mask_of(x, shown)
+            own.append(x if mask is None else x * mask)
+        return own + shown
+
+    def _present(self, level: _Level, masks: Sequence[Tensor], below: Mapping[int, Tensor | None]) -> Tensor | None:
+        """Which entries of a level anything is known of, ``(N, *sizes, 1)``; None for all."""
+        known = [masks[i].bool().any(-1, keepdim=True) for i in level.masks]
+        inside = [(self.levels[child].without(level), below[child]) for child in level.finer]
+        if len(level.inputs) > len(known) or not (known or inside) or any(part is None for _, part in inside):
+            return None
+        known += [part.any(dims) if dims else part for dims, part in inside]  # type: ignore[union-attr, misc]
+        return torch.stack(torch.broadcast_tensors(*known)).any(0)
+
+    def _members(self, number: int, present: Tensor | None, x: Tensor, dims: list[int]) -> Tensor | None:
+        """Which entries of a level count in their groups; all that are present, but for those dropped in training."""
+        self._check_sizes(number, x, present, dims)
+        if not self.training or not self.member_dropout:
+            return present
+        kept = torch.rand(*x.shape[:-1], 1, device=x.device) >= self.member_dropout
+        return kept if present is None else kept & present
+
+    def _sizes(self, values: Sequence[Tensor], masks: Sequence[Tensor]) -> dict[str, int]:
+        """Numbers of entries of the plates."""
+        sizes: dict[str, int] = {}
+        for level in self.levels:
+            for x in [*(values[i] for i in level.inputs), *(masks[i] for i in level.masks)]:
+                for axis, size in zip(level.axes, x.shape[1:], strict=False):
+                    sizes[axis] = max(sizes.get(axis, 1), size)
+        return sizes
+
+    def _check_sizes(self, number: int, x: Tensor, present: Tensor | None, dims: list[int]) -> None:
+        """Takes down the numbers of entries in training, and warns of others far from them."""
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() or not dims:
+            return
+        seen = self.seen[number]
+        if present is None:
+            low = high = seen.new_tensor([x.shape[dim] for dim in dims]).prod()
+        else:
+            counts = present.squeeze(-1).sum(dims).to(seen)
+            low, high = torch.where(counts > 0, counts, torch.inf).min(), counts.max()
+        if self.training and torch.is_grad_enabled():
+            seen.copy_(torch.stack([torch.minimum(seen[0], low), torch.maximum(seen[1], high)]))
+            return
+        least, most = seen.tolist()
+        if most and (low < least / FAR or high > most * FAR):
+            warnings.warn(
+                f"Groups of {low:.0f} to {high:.0f} entries of plate {self.levels[number].axes[-1]!r} are far from the "
+                f"{least:.0f} to {most:.0f} that this encoder was trained on: what it says of them may be far off; try "
+                "training on groups of such sizes, PlateEncoder(member_dropout=0.3), or guide.refined(...).",
+                UnseenSizeWarning,
+                stacklevel=2,
+            )
+
+
+def _level(axes: Axes, every: Sequence[Axes], inputs: Sequence[Axes], masks: Sequence[Axes]) -> _Level:
+    finer = [other for other in every if set(axes) < set(other)]
+    coarser = [other for other in every if set(other) < set(axes)]
+    return _Level(
+        axes,
+        tuple(i for i, other in enumerate(inputs) if other == axes),
+        tuple(i for i, other in enumerate(masks) if other == axes),
+        tuple(every.index(a) for a in finer if not any(set(b) < set(a) for b in finer)),
+        tuple(every.index(a) for a in coarser if not any(set(a) < set(b) for b in coarser)),
+    )
+
+
+def _mask_of(x: Tensor, masks: Sequence[Tensor]) -> Tensor | None:
+    """The mask of an input: the one of its shape, or that of its entries."""
+    found = [mask for mask in masks if mask.shape == x.shape or mask.shape == (*x.shape[:-1], 1)]
+    return found[0].expand_as(x) if found else None
+
+
+def _shown(features: Tensor, coarser: _Level, finer: _Level) -> Tensor:
+    """Features of a coarser level with axes of size 1 for the plates that it lacks."""
+    sizes = iter(features.shape[1:-1])
+    return features.reshape(len(features), *(next(sizes) if a in coarser.axes else 1 for a in finer.axes), -1)

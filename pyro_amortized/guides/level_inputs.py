@@ -1,0 +1,222 @@
+"""Where in a hierarchy lies what an encoder sees: which inner plates, along which axes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_amortized.encoders.plate import PlateEncoder
+from pyro_amortized.guides.call import Call
+from pyro_amortized.guides.levels import inner_plates, level_names
+from pyro_amortized.inference.sharing import Level
+from pyro_amortized.structure.exchangeable import are_exchangeable
+from pyro_amortized.structure.local_site import inner_dimensions
+from pyro_amortized.structure.plates import PlateFrame, probe
+from pyro_amortized.structure.sites import is_data, sample_sites
+
+__all__ = ["LevelInputs", "build_levels", "find_levels"]
+
+
+@dataclass(frozen=True)
+class LevelInput:
+    """Where in a hierarchy an input of the encoder lies.
+
+    Attributes:
+        plates: Names of its inner plates.
+        axes: Its axes along them, once the datapoints come first.
+        datapoints: The axis of the datapoints.
+    """
+
+    plates: tuple[str, ...]
+    axes: tuple[int, ...]
+    datapoints: int = 0
+
+    def arranged(self, x: Tensor) -> Tensor:
+        """The input as ``(N, *sizes, F)``."""
+        x = x if self.datapoints == 0 else x.movedim(self.datapoints, 0)
+        lacking = max((-axis for axis in self.axes), default=0) - (x.dim() - 1)
+        if lacking > 0:
+            x = x.reshape(len(x), *[1] * lacking, *x.shape[1:])
+        count = len(self.axes)
+        x = x.movedim(self.axes, tuple(range(1, 1 + count)))
+        return x.flatten(1 + count) if x.dim() > 1 + count else x.unsqueeze(-1)
+
+
+@dataclass(frozen=True)
+class LevelInputs:
+    """The inputs of a :class:`~pyro_amortized.PlateEncoder`: values, and which of the observed ones are masked.
+
+    Attributes:
+        values: Where each input lies.
+        masks: Where each mask lies, by the name of the observed site.
+    """
+
+    values: tuple[LevelInput, ...]
+    masks: Mapping[str, LevelInput]
+
+    def arranged(self, inputs: tuple[Tensor, ...], present: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """All of them as ``(N, *sizes, F)``.
+
+        Args:
+            inputs: The inputs, without masks.
+            present: Which observed values are not masked, by site.
+        """
+        unknown = sorted(present.keys() - self.masks.keys())
+        if unknown:
+            raise ValueError(
+                f"Cannot encode this call because observed sites {unknown} are masked in it and were not when the guide "
+                "was set up; try guide.setup(...) with data that the model masks, if only by a mask of ones."
+            )
+        values = [where.arranged(x) for where, x in zip(self.values, inputs, strict=True)]
+        dtype = next((x.dtype for x in values if x.is_floating_point()), torch.get_default_dtype())
+        size = len(values[0])
+        masks = [
+            (
+                where.arranged(present[name]).to(dtype)
+                if name in present
+                else values[0].new_ones(size, *[1] * len(where.axes), 1, dtype=dtype)
+            )
+            for name, where in self.masks.items()
+        ]
+        return (*values, *masks)
+
+
+def input_levels(
+    trace: Trace, frames: Mapping[str, PlateFrame], plate: str, plates: Collection[str]
+) -> dict[str, LevelInput]:
+    """Where the observed values of a run lie, by site, once their datapoints come first.
+
+    Args:
+        trace: A run of the model.
+        frames: The plates in it.
+        plate: Name of the datapoint plate.
+        plates: Names of the inner plates that are levels.
+    """
+    found, here = {}, frames[plate].dim
+    for name, site in sample_sites(trace).items():
+        if is_data(site) and any(f.name == plate for f in site["cond_indep_stack"]):
+            inner = [frame for frame in inner_dimensions(site, frames, plate) if frame.name in plates]
+            axes = tuple(frame.dim + (frame.dim < here) - site["fn"].event_dim for frame in inner)
+            found[name] = LevelInput(tuple(frame.name for frame in inner), axes)
+    return found
+
+
+def level_of_argument(x: Tensor, observed: Mapping[str, Tensor], levels: Mapping[str, LevelInput]) -> LevelInput | None:
+    """Where an argument lies that holds the observed values of a site; None if it is that of none."""
+    for site, value in observed.items():
+        for axis in range(x.dim()):
+            moved = x.movedim(axis, 0)
+            if moved.shape == value.shape and torch.equal(moved.to(value), value):
+                return LevelInput(levels[site].plates, levels[site].axes, axis)
+    return None
+
+
+def given_level(name: str, plate: str, x: Tensor, call: Call, known: Collection[tuple[str, ...]]) -> LevelInput:
+    """Where an argument lies that the user has said to be one of a plate: datapoints first, then inner plates by dim.
+
+    Raises:
+        ValueError: If no level has that plate, or the argument has other numbers of entries.
+    """
+    structure = call.structure
+    names = level_names({*known, ()}, structure.datapoints.name, structure.frames)
+    plates = next((axes for axes, own in names.items() if own == plate), None)
+    if plates is None:
+        plates = min((axes for axes in names if plate in axes), key=len, default=None)
+    if plates is None:
+        raise ValueError(
+            f"Cannot show the encoder {name!r} as a value of plate {plate!r} because the model has no latents and no "
+            f"data in it, inside of plate {structure.datapoints.name!r}; try one of {sorted(names.values())}."
+        )
+    sizes = [structure.datapoints.size, *(structure.frames[name].size for name in plates)]
+    if x.dim() < len(sizes) or any(length not in (1, size) for length, size in zip(x.shape, sizes, strict=False)):
+        raise ValueError(
+            f"Cannot show the encoder {name!r} of shape {tuple(x.shape)} as a value of plate {plate!r} because its first "
+            f"axes should be those of the plates {[structure.datapoints.name, *plates]}, {sizes}; try a function of the "
+            "model's arguments that returns it so, encoder_input=lambda ...: {plate: x.movedim(...)}."
+        )
+    return LevelInput(plates, tuple(range(1, len(sizes))))
+
+
+def find_levels(guide: Any, call: Call, asked: bool) -> LevelInputs:
+    """Where the inputs of a guide's encoder lie.
+
+    Args:
+        guide: The guide, which knows what its encoder sees.
+        call: Its first call.
+        asked: Whether the user has asked for an encoder by level; else plates whose entries are not exchangeable are
+            none, and their entries places of their own.
+
+    Raises:
+        ValueError: If it is not clear where an input lies.
+    """
+    model_call, structure = call.of_model(guide.model), call.structure
+    trace = probe(model_call.model, call.args, call.kwargs, structure.indices)[0]
+    frames, plate = structure.frames, structure.datapoints.name
+    every = {name: where.plates for name, where in input_levels(trace, frames, plate, frames).items()}
+    candidates = {name for plates in every.values() for name in plates} | inner_plates(structure.layout)
+    plates = {name for name in candidates if asked or are_exchangeable(model_call, frames[name])}
+    if not asked and not plates & inner_plates(structure.layout):
+        return LevelInputs((), {})
+    levels = input_levels(trace, frames, plate, plates)
+    seen = [name for name in structure.observed or {} if name not in guide._hidden]
+    masks = {name: levels[name] for name in structure.present if name not in guide._hidden}
+    if guide._encoder_input is None:
+        return LevelInputs(tuple(levels[name] for name in seen), masks)
+    guide._condition(call)
+    inputs = guide._plain_inputs(call)
+    names = [guide._encoder_input] if isinstance(guide._encoder_input, str) else list(guide._encoder_input)
+    sites = () if structure.layout is None else structure.layout.sites
+    known = {where.plates for where in levels.values()}
+    known |= {tuple(name for name in site.plates if name in plates) for site in sites}
+    found = [_level_of(name, x, guide, call, levels, known) for name, x in zip(names, inputs, strict=True)]
+    return LevelInputs(tuple(found), masks)
+
+
+def _level_of(
+    name: str, x: Tensor, guide: Any, call: Call, levels: Mapping[str, LevelInput], known: Collection[tuple[str, ...]]
+) -> LevelInput:
+    """Where an argument, or a global latent, lies."""
+    where = level_of_argument(x, call.structure.observed or {}, levels)
+    if where is not None:
+        return where
+    if name in guide._encoder_plates:
+        return given_level(name, guide._encoder_plates[name], x, call, known)
+    if name in call.structure.global_sites:
+        return LevelInput((), ())
+    plates = sorted(level_names({*known, ()}, call.structure.datapoints.name, call.structure.frames).values())
+    raise ValueError(
+        f"Cannot tell which of the plates {plates} the encoder's input {name!r} belongs to because no site observes it; "
+        f"try a dict, encoder_input={{{plates[0]!r}: [{name!r}]}}, from the name of a plate to what is known of its "
+        "entries."
+    )
+
+
+def build_levels(encoder: Any, levels: LevelInputs, inputs: Sequence[Tensor], targets: Sequence[Level]) -> None:
+    """Makes the networks of an encoder by level, unless it has them.
+
+    Args:
+        encoder: The encoder.
+        levels: Where its inputs lie.
+        inputs: The inputs and masks, ``(N, *sizes, F)``.
+        targets: The levels whose features are wanted.
+    """
+    if not isinstance(encoder, PlateEncoder) or encoder.is_built:
+        return
+    if not levels.values:
+        raise ValueError(
+            "Cannot build a PlateEncoder because no site in the datapoint plate is observed with values; try "
+            "encoder_input=... with the name of an argument, or a dict from plate to names."
+        )
+    widths, count = [x.shape[-1] for x in inputs], len(levels.values)
+    encoder.build(
+        inputs=[where.plates for where in levels.values],
+        widths=widths[:count],
+        targets={level.name: level.axes for level in targets},
+        masks=[where.plates for where in levels.masks.values()],
+        mask_widths=widths[count:],
+    )
