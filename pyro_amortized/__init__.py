@@ -23,7 +23,7 @@ from pyro_amortized.diagnostics import (
     psis,
     simulate,
 )
-from pyro_amortized.encoders import Codebook, DeepSetEncoder, MLPEncoder
+from pyro_amortized.encoders import Codebook, DeepSetEncoder, MLPEncoder, PlateEncoder, UnseenSizeWarning
 from pyro_amortized.export import posterior_summary, to_arviz
 from pyro_amortized.families import (
     Flow,
@@ -69,9 +69,11 @@ __all__ = [
     "Newton",
     "Normal",
     "PerDatapointGuide",
+    "PlateEncoder",
     "SemiAmortizedGuide",
     "Simulation",
     "Structured",
+    "UnseenSizeWarning",
     "UpdateRule",
     "VariationalFamily",
     "VectorQuantizedGuide",

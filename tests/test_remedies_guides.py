@@ -298,12 +298,6 @@ case(
     "pyro.distributions.transforms.conditional_spline",
     lambda: train(family=lambda dim: Flow(dim, lambda dim, context_dim: conditional_spline(dim, context_dim))),
 )
-case(
-    "steps of a family that shares no head",
-    lambda: Structured(2, PARENTS).with_steps(4, lambda: torch.zeros(4, 4, dtype=torch.bool)),
-    r"family.shared\(...\)",
-    lambda: Structured(2, PARENTS).shared(1).with_steps(4, lambda: torch.ones(4, 4).tril(-1).triu(-1).bool()),
-)
 
 
 def test_a_flow_without_zuko(monkeypatch: pytest.MonkeyPatch) -> None:

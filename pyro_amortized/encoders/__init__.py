@@ -7,6 +7,7 @@ from pyro_amortized.encoders.codebook import Codebook
 from pyro_amortized.encoders.deep_set import DeepSetEncoder
 from pyro_amortized.encoders.layers import Head, hidden_layers
 from pyro_amortized.encoders.mlp import MLPEncoder
+from pyro_amortized.encoders.plate import PlateEncoder, UnseenSizeWarning
 from pyro_amortized.encoders.quantized import Quantized, perplexity
 from pyro_amortized.encoders.standardize import Standardize, StandardizedEncoder
 
@@ -15,9 +16,11 @@ __all__ = [
     "DeepSetEncoder",
     "Head",
     "MLPEncoder",
+    "PlateEncoder",
     "Quantized",
     "Standardize",
     "StandardizedEncoder",
+    "UnseenSizeWarning",
     "hidden_layers",
     "perplexity",
 ]

@@ -44,7 +44,7 @@ class _Level:
 
 
 class PlateEncoder(StandardizedEncoder):
-    r"""Features for every entry of every plate inside the datapoint plate: the default where latents lie in such plates.
+    r"""Features of every entry of every plate inside the datapoint plate: the default where latents lie in such plates.
 
     A level is a set of nested plates, as the schools, their pupils, and the tests of these. From the finest level to
     the coarsest, the features of an entry come from what is observed of it and from the entries inside of it, pooled by
@@ -137,9 +137,11 @@ class PlateEncoder(StandardizedEncoder):
         plain: dict[int, int] = {}
         width = self.hidden_dims[-1]
         for number, level in reversed([*enumerate(self.levels)]):
-            own = sum(widths[i] for i in level.inputs) + sum(mask_widths[i] for i in level.masks)
+            own = sum(widths[i] for i in level.inputs)
             plain[number] = max(1, own + sum(2 * plain[child] + 1 for child in level.finer))
-        up = [self._network(plain[i] + 2 * width * len(level.finer)) for i, level in enumerate(self.levels)]
+        absent = [sum(mask_widths[i] for i in level.masks) for level in self.levels]
+        learned = [2 * width * len(level.finer) for level in self.levels]
+        up = [self._network(plain[i] + absent[i] + learned[i]) for i in range(len(every))]
         down = [
             self._network(width * (1 + len(level.coarser)), 1) if self._is_shown(level) else nn.Identity()
             for level in self.levels
@@ -204,8 +206,9 @@ class PlateEncoder(StandardizedEncoder):
             own += [statistics(plain[child], members[child], dims) for child, dims in groups]
             own = [part.expand(*shape, part.shape[-1]) for part in own] or [self.seen.new_zeros(*shape, 1)]
             plain[number] = torch.cat(own, -1)
-            pooled = [self.pools[child - 1](up[child], members[child], dims) for child, dims in groups]
-            hidden = self.up[number](torch.cat([plain[number], *(p.expand(*shape, p.shape[-1]) for p in pooled)], -1))
+            learned = [self.pools[child - 1](up[child], members[child], dims) for child, dims in groups]
+            learned += [1 - masks[i].to(self.seen.dtype) for i in level.masks]
+            hidden = self.up[number](torch.cat([plain[number], *(x.expand(*shape, x.shape[-1]) for x in learned)], -1))
             up[number] = hidden + self.linear[number](plain[number])
         return up
 
@@ -215,15 +218,14 @@ class PlateEncoder(StandardizedEncoder):
         return inputs[:count], inputs[count:]
 
     def _own(self, level: _Level, values: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
-        """What is observed of the entries of a level, standardised, with which of it is masked."""
-        shown = [masks[i].to(self.linear[0].weight.dtype) for i in level.masks]  # type: ignore[arg-type]
+        """What is observed of the entries of a level, standardised, with zeros where it is masked."""
         own = []
         for i in level.inputs:
-            x = values[i].to(self.linear[0].weight.dtype)  # type: ignore[arg-type]
+            x = values[i].to(self.seen.dtype)
             x = self.standardize[i](x) if self.standardizes else x
-            mask = _mask_of(x, shown)
-            own.append(x if mask is None else x * mask)
-        return own + shown
+            mask = _mask_of(x, [masks[k] for k in level.masks])
+            own.append(x if mask is None else x * mask.to(x.dtype))
+        return own
 
     def _present(self, level: _Level, masks: Sequence[Tensor], below: Mapping[int, Tensor | None]) -> Tensor | None:
         """Which entries of a level anything is known of, ``(N, *sizes, 1)``; None for all."""

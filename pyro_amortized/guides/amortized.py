@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +18,8 @@ from pyro_amortized.encoders.plate import PlateEncoder
 from pyro_amortized.encoders.standardize import StandardizedEncoder
 from pyro_amortized.guides.base import GuideOptions, LocalGuide
 from pyro_amortized.guides.call import Call
-from pyro_amortized.guides.inputs import check_finite_inputs
-from pyro_amortized.guides.level_inputs import build_levels, find_levels
+from pyro_amortized.guides.inputs import by_plate, check_finite_inputs
+from pyro_amortized.guides.level_inputs import build_levels, check_tells_apart, find_levels
 from pyro_amortized.guides.levels import Sharing, inner_plates, levels_of, refuse_sharing
 from pyro_amortized.inference.base import InferenceStrategy
 from pyro_amortized.inference.sharing import SharedHeads, check_level_features
@@ -106,10 +107,14 @@ class AmortizedGuide(LocalGuide):
         default = encoder is None and self._shares_heads and self.family.shares_heads and plates
         if asked and not self._shares_heads:
             raise ValueError(
-                f"Cannot use PlateEncoder in {type(self).__name__} because it needs features (N, H) of whole datapoints; "
-                "try AmortizedGuide or SemiAmortizedGuide, or an encoder of your own."
+                f"Cannot use PlateEncoder in {type(self).__name__} because that needs features (N, H) of whole "
+                "datapoints; try AmortizedGuide or SemiAmortizedGuide, or an encoder of your own."
             )
-        if callable(self._encoder_input) or not (asked or default):
+        if encoder is not None and not asked and plates and self._shares_heads:
+            check_tells_apart(self, partial(_first_output, encoder), call)
+        spec = self._encoder_input
+        flat = callable(spec) and any(plate is None for plate, _ in by_plate(spec, call))
+        if flat or not (asked or default):
             return
         found = find_levels(self, call, asked)
         shared = plates & {name for where in found.values for name in where.plates}

@@ -14,7 +14,7 @@ from pyro_amortized.structure.influence import PlateLogProbs
 from pyro_amortized.structure.signature import named_arguments
 from pyro_amortized.structure.whole import WholeObservations
 
-__all__ = ["EncoderInput", "check_finite_inputs", "check_global_shapes", "encoder_inputs"]
+__all__ = ["EncoderInput", "by_plate", "check_finite_inputs", "check_global_shapes", "encoder_inputs"]
 
 EncoderInput = str | Sequence[str] | Mapping[str, str | Sequence[str]] | Callable[..., Any] | None
 """None (the observed values), the name of an argument or a global latent, several, also by plate, or a function."""
@@ -59,12 +59,11 @@ def encoder_inputs(
             "it is; try encoder_input=None, the observed values."
         )
     if callable(spec):
-        with call.plates[call.structure.datapoints.name]:
-            found = spec(*call.args, **call.kwargs)
+        found = [x for _, x in by_plate(spec, call)]
     else:
         known = {} if known is None else known
         found = [_argument(name, model, call, known) for name in ([spec] if isinstance(spec, str) else [*spec])]
-    inputs = tuple(found) if isinstance(found, list | tuple) else (found,)
+    inputs = tuple(found)
     absent = [x is None for x in inputs] if call.structure.missing else []
     if absent and all(absent):
         return ()
@@ -81,6 +80,14 @@ def encoder_inputs(
             "encoder_input=None for the observed values."
         )
     return inputs
+
+
+def by_plate(spec: Callable[..., Any], call: Call) -> list[tuple[str | None, Any]]:
+    """What a function of the arguments, run inside the datapoint plate, gives, each with the plate that it names."""
+    with call.plates[call.structure.datapoints.name]:
+        found = spec(*call.args, **call.kwargs)
+    parts: list[tuple[str | None, Any]] = [*found.items()] if isinstance(found, Mapping) else [(None, found)]
+    return [(plate, x) for plate, part in parts for x in (part if isinstance(part, list | tuple) else [part])]
 
 
 def check_finite_inputs(inputs: tuple[Tensor, ...]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_amortized.encoders.plate import PlateEncoder
 from pyro_amortized.guides.call import Call
+from pyro_amortized.guides.inputs import by_plate
 from pyro_amortized.guides.levels import inner_plates, level_names
 from pyro_amortized.inference.sharing import Level
 from pyro_amortized.structure.exchangeable import are_exchangeable
@@ -19,7 +20,7 @@ from pyro_amortized.structure.local_site import inner_dimensions
 from pyro_amortized.structure.plates import PlateFrame, probe
 from pyro_amortized.structure.sites import is_data, sample_sites
 
-__all__ = ["LevelInputs", "build_levels", "find_levels"]
+__all__ = ["LevelInputs", "build_levels", "check_tells_apart", "find_levels"]
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class LevelInputs:
         unknown = sorted(present.keys() - self.masks.keys())
         if unknown:
             raise ValueError(
-                f"Cannot encode this call because observed sites {unknown} are masked in it and were not when the guide "
-                "was set up; try guide.setup(...) with data that the model masks, if only by a mask of ones."
+                f"Cannot encode this call because observed sites {unknown} are masked in it and were not when the "
+                "guide was set up; try guide.setup(...) with data that the model masks, if only by a mask of ones."
             )
         values = [where.arranged(x) for where, x in zip(self.values, inputs, strict=True)]
         dtype = next((x.dtype for x in values if x.is_floating_point()), torch.get_default_dtype())
@@ -135,9 +136,9 @@ def given_level(name: str, plate: str, x: Tensor, call: Call, known: Collection[
     sizes = [structure.datapoints.size, *(structure.frames[name].size for name in plates)]
     if x.dim() < len(sizes) or any(length not in (1, size) for length, size in zip(x.shape, sizes, strict=False)):
         raise ValueError(
-            f"Cannot show the encoder {name!r} of shape {tuple(x.shape)} as a value of plate {plate!r} because its first "
-            f"axes should be those of the plates {[structure.datapoints.name, *plates]}, {sizes}; try a function of the "
-            "model's arguments that returns it so, encoder_input=lambda ...: {plate: x.movedim(...)}."
+            f"Cannot show the encoder {name!r} of shape {tuple(x.shape)} as a value of plate {plate!r} because its "
+            f"first axes should be those of the plates {[structure.datapoints.name, *plates]}, {sizes}; try a function "
+            "of the model's arguments that returns it so, encoder_input=lambda ...: {plate: x.movedim(...)}."
         )
     return LevelInput(plates, tuple(range(1, len(sizes))))
 
@@ -169,30 +170,43 @@ def find_levels(guide: Any, call: Call, asked: bool) -> LevelInputs:
         return LevelInputs(tuple(levels[name] for name in seen), masks)
     guide._condition(call)
     inputs = guide._plain_inputs(call)
-    names = [guide._encoder_input] if isinstance(guide._encoder_input, str) else list(guide._encoder_input)
     sites = () if structure.layout is None else structure.layout.sites
     known = {where.plates for where in levels.values()}
     known |= {tuple(name for name in site.plates if name in plates) for site in sites}
-    found = [_level_of(name, x, guide, call, levels, known) for name, x in zip(names, inputs, strict=True)]
+    named = _named(guide, call)
+    found = [_level_of(*name, x, call, levels, known) for name, x in zip(named, inputs, strict=True)]
     return LevelInputs(tuple(found), masks)
 
 
+def _named(guide: Any, call: Call) -> list[tuple[str, str | None]]:
+    """The names of a guide's inputs, and the plates that they are said to be of."""
+    spec = guide._encoder_input
+    if callable(spec):
+        return [(f"number {i}", plate) for i, (plate, _) in enumerate(by_plate(spec, call))]
+    return [(name, guide._encoder_plates.get(name)) for name in ([spec] if isinstance(spec, str) else spec)]
+
+
 def _level_of(
-    name: str, x: Tensor, guide: Any, call: Call, levels: Mapping[str, LevelInput], known: Collection[tuple[str, ...]]
+    name: str,
+    plate: str | None,
+    x: Tensor,
+    call: Call,
+    levels: Mapping[str, LevelInput],
+    known: Collection[tuple[str, ...]],
 ) -> LevelInput:
     """Where an argument, or a global latent, lies."""
     where = level_of_argument(x, call.structure.observed or {}, levels)
     if where is not None:
         return where
-    if name in guide._encoder_plates:
-        return given_level(name, guide._encoder_plates[name], x, call, known)
+    if plate is not None:
+        return given_level(name, plate, x, call, known)
     if name in call.structure.global_sites:
         return LevelInput((), ())
     plates = sorted(level_names({*known, ()}, call.structure.datapoints.name, call.structure.frames).values())
     raise ValueError(
-        f"Cannot tell which of the plates {plates} the encoder's input {name!r} belongs to because no site observes it; "
-        f"try a dict, encoder_input={{{plates[0]!r}: [{name!r}]}}, from the name of a plate to what is known of its "
-        "entries."
+        f"Cannot tell which of the plates {plates} the encoder's input {name!r} belongs to because no "
+        f"site observes it; try a dict, encoder_input={{{plates[0]!r}: [{name!r}]}}, from the name of a plate to what "
+        "is known of its entries."
     )
 
 
@@ -220,3 +234,42 @@ def build_levels(encoder: Any, levels: LevelInputs, inputs: Sequence[Tensor], ta
         masks=[where.plates for where in levels.masks.values()],
         mask_widths=widths[count:],
     )
+
+
+@torch.no_grad()
+def check_tells_apart(guide: Any, encoder: Any, call: Call) -> None:
+    """Raises a ValueError if features of datapoints stay the same when entries with latents of their own change places.
+
+    Args:
+        guide: The guide, whose encoder it is.
+        encoder: A function of the inputs that gives features.
+        call: The guide's first call.
+    """
+    model_call, structure = call.of_model(guide.model), call.structure
+    plates = inner_plates(structure.layout)
+    trace = probe(model_call.model, call.args, call.kwargs, structure.indices)[0]
+    levels = input_levels(trace, structure.frames, structure.datapoints.name, plates)
+    inputs = guide._inputs(call)
+    features = encoder(inputs)
+    if not isinstance(features, Tensor) or features.dim() != 2:
+        return
+    observed = {name: x for name, x in (structure.observed or {}).items() if name in levels}
+    where = [level_of_argument(x, observed, levels) for x in inputs]
+    for plate in sorted(plates):
+        moved = [_rolled(x, at, plate) for x, at in zip(inputs, where, strict=True)]
+        changed = any(not torch.equal(x, y) for x, y in zip(inputs, moved, strict=True))
+        if changed and torch.allclose(encoder(tuple(moved)), features, rtol=1e-4, atol=1e-5):
+            raise ValueError(
+                f"Cannot infer the latents of each entry of plate {plate!r} from features of shape "
+                f"{tuple(features.shape)} because the encoder gives the same ones when entries change places: "
+                "it cannot tell them apart; try PlateEncoder(), the default, or an encoder that returns a dict from "
+                "the name of each plate with latents to features, datapoints first."
+            )
+
+
+def _rolled(x: Tensor, where: LevelInput | None, plate: str) -> Tensor:
+    """An input with the entries of a plate moved by one."""
+    if where is None or plate not in where.plates or where.datapoints:
+        return x
+    axis = where.axes[where.plates.index(plate)]
+    return x.roll(1, axis) if -axis < x.dim() else x

@@ -138,7 +138,9 @@ class _Places:
         self.level, self.entry, self.slot = [0] * dim, [0] * dim, [0] * dim
         self.index: list[dict[str, int]] = [{} for _ in range(dim)]
         for number, level in enumerate(levels):
-            for entry, (at, positions) in enumerate(zip(_grid(level), level.positions.reshape(-1, level.size), strict=True)):
+            for entry, (at, positions) in enumerate(
+                zip(_grid(level), level.positions.reshape(-1, level.size), strict=True)
+            ):
                 for slot, position in enumerate(positions.tolist()):
                     self.level[position], self.entry[position], self.slot[position] = number, entry, slot
                     self.index[position] = dict(zip(level.axes, at, strict=True))
@@ -229,9 +231,13 @@ def check_level_features(features: Any, level: Level, width: int | None = None) 
     if usable and features.shape[1:-1] == level.sizes and width in (None, features.shape[-1]):
         return
     given = f"features of shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
-    axes = "".join(f", {size}" for size in level.sizes)
+    wanted = ", ".join(["N", *map(str, level.sizes), "H" if width is None else str(width)])
+    what = f"every entry of {[axis for axis in level.axes if axis]}" if any(level.axes) else "every datapoint"
+    remedy = "a dict from the name of each plate with latents to features, datapoints first"
+    if STEP in level.axes:
+        what += " and every step"
+        remedy = "features (N, T, H) of as many steps T as the model has, of inner plates in a dict from plate to these"
     raise ValueError(
-        f"Cannot use what the encoder returned for level {level.name!r}, {given}, because features of shape "
-        f"(N{axes}, {'H' if width is None else width}) are wanted, for every entry of {[*level.axes]}; try an encoder "
-        "that returns a dict from the name of each plate with latents to features, datapoints first."
+        f"Cannot use what the encoder returned for level {level.name!r}, {given}, because features of shape ({wanted}) "
+        f"are wanted, for {what}; try an encoder that returns {remedy}."
     )

@@ -91,7 +91,7 @@ def _log_joint(call: ModelCall, arguments: CallArguments, values: _Values) -> Te
         log_prob = scale_and_mask(site["fn"].log_prob(value), scale=site["scale"], mask=site["mask"]).double()
         if any(f.name == datapoints.name for f in site["cond_indep_stack"]):
             log_prob = log_prob.reshape((1,) * (-datapoints.dim - log_prob.dim()) + log_prob.shape)
-            log_prob = log_prob.movedim(datapoints.dim, 0).flatten(1).sum(1)
+            log_prob = log_prob.movedim(datapoints.dim, 0).unsqueeze(-1).flatten(1).sum(1)
         else:
             log_prob = log_prob.sum()
         total = total + log_prob

@@ -299,8 +299,8 @@ class SiteLayout:
             if before.description(plates) != after.description(plates):
                 if before.inner != after.inner:
                     remedy = (
-                        'try as many entries as then, or, where entries of inner plates are exchangeable, family="normal" '
-                        'or "structured" with PlateEncoder(), which serve any number.'
+                        'try as many entries as then, or, for any number of them, PlateEncoder() and family="normal" '
+                        'or "structured".'
                     )
                 raise ValueError(
                     f"Cannot run this guide because local site {name!r} now has unconstrained event shape "

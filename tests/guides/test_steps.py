@@ -54,7 +54,7 @@ def exact(Guide: Any = AmortizedGuide, **options: Any) -> Any:
     guide = Guide(sequence, Steps(), encoder_input="x", **options)
     guide.setup(*batch(5, 4))
     with torch.no_grad():
-        head = guide.inference.head if Guide is AmortizedGuide else guide.inference.initial.head
+        head = (guide.inference if Guide is AmortizedGuide else guide.inference.initial).head.heads[0]
         head.weight.copy_(torch.cat([0.5 * torch.eye(3), torch.zeros(3, 3)]) * head.size)
         head.bias.copy_(torch.tensor([0.0] * 3 + [-0.5 * math.log(2.0)] * 3))
     return guide
