@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_amortized.checks import check_flag, check_function, check_real, check_widths
-from pyro_amortized.encoders.pooling import Pool, statistics
+from pyro_amortized.encoders.pooling import Along, ByIndex, Grouping, Pool, statistics
 from pyro_amortized.encoders.standardize import Standardize, StandardizedEncoder
 
 __all__ = ["PlateEncoder", "UnseenSizeWarning"]
@@ -30,17 +30,27 @@ FAR = 2.0
 
 @dataclass(frozen=True)
 class _Level:
-    """One level of a hierarchy, by the numbers of its inputs, its masks, the next finer levels and the next coarser."""
+    """One level of a hierarchy, by the numbers of its inputs, its masks, the next finer levels and the next coarser.
+
+    The entries of a level with a number among the groups lie in those of the coarser level by an index.
+    """
 
     axes: Axes
     inputs: tuple[int, ...]
     masks: tuple[int, ...]
     finer: tuple[int, ...]
     coarser: tuple[int, ...]
+    group: int | None = None
 
-    def without(self, other: _Level) -> list[int]:
-        """The dimensions of this level's tensors that a coarser level's have not."""
-        return [1 + i for i, axis in enumerate(self.axes) if axis not in other.axes]
+    def within(self, other: _Level, sizes: Mapping[str, int], indices: Sequence[Tensor]) -> Grouping:
+        """Which entries of this level lie in which of a coarser one."""
+        if self.group is not None:
+            return ByIndex(indices[2 * self.group], other.shape(sizes)[0])
+        return Along(tuple(1 + i for i, axis in enumerate(self.axes) if axis not in other.axes))
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape of the entries; the number of datapoints has the name ""."""
+        return tuple(sizes[axis] for axis in (self.axes if self.group is not None else ("", *self.axes)))
 
 
 class PlateEncoder(StandardizedEncoder):
@@ -120,6 +130,7 @@ class PlateEncoder(StandardizedEncoder):
         targets: Mapping[str, Axes],
         masks: Sequence[Axes] = (),
         mask_widths: Sequence[int] = (),
+        groups: Mapping[str, Axes] | None = None,
     ) -> None:
         """Makes the networks.
 
@@ -129,9 +140,14 @@ class PlateEncoder(StandardizedEncoder):
             targets: The levels whose features are wanted, by name: their plates.
             masks: Of each mask, which come after the inputs, its plates.
             mask_widths: Their numbers of values for each entry.
+            groups: Plates beside the datapoint plate whose entries, ``(R, F)``, lie in those of another level by an
+                index, with the plates of that level. After the masks come, for each of them, the index ``(R,)`` and a
+                tensor with as many rows as that level has entries.
         """
-        every = sorted({*inputs, *targets.values(), *masks, ()}, key=lambda axes: (len(axes), axes))
-        self.levels = [_level(axes, every, inputs, masks) for axes in every]
+        groups = {} if groups is None else groups
+        every = sorted({*inputs, *targets.values(), *masks, *((g,) for g in groups), ()}, key=lambda a: (len(a), a))
+        every = sorted(every, key=lambda axes: _depth(axes, groups))
+        self.levels = [_level(axes, every, inputs, masks, groups) for axes in every]
         self.targets = {name: every.index(axes) for name, axes in targets.items()}
         self.standardize = nn.ModuleList(Standardize(width) for width in widths if self.standardizes)
         plain: dict[int, int] = {}
@@ -163,7 +179,7 @@ class PlateEncoder(StandardizedEncoder):
 
     def fit(self, *inputs: Tensor) -> None:
         """Takes the standardisation from inputs ``(N, *sizes, F)``, where they are not masked."""
-        values, masks = self._parts(inputs)
+        values, masks, _ = self._parts(inputs)
         for level in self.levels:
             for i in level.inputs if self.standardizes else ():
                 rows = values[i].reshape(-1, values[i].shape[-1])
@@ -173,8 +189,11 @@ class PlateEncoder(StandardizedEncoder):
 
     # Features
 
-    def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
-        """Features ``(N, *sizes, H)`` by level, of inputs ``(N, *sizes, F)`` and masks of the same kind."""
+    def forward(self, *inputs: Tensor) -> dict[str, Tensor] | Tensor:
+        """Features ``(N, *sizes, H)`` by level, of inputs ``(N, *sizes, F)``, masks of the same kind and indices.
+
+        Where those of whole datapoints alone are wanted, they are no dict.
+        """
         if not self.is_built:
             raise ValueError(
                 "Cannot encode because this PlateEncoder does not know its plates; try passing it to a guide, or "
@@ -188,19 +207,20 @@ class PlateEncoder(StandardizedEncoder):
                 parents = [_shown(down[parent], self.levels[parent], level) for parent in level.coarser]
                 parents = [part.expand_as(up[number]) for part in parents]
                 down[number] = up[number] + self.down[number](torch.cat([up[number], *parents], -1))
-        return {name: down[number] for name, number in self.targets.items()}
+        found = {name: down[number] for name, number in self.targets.items()}
+        return found[next(iter(found))] if [*self.targets.values()] == [0] else found
 
     def _upwards(self, inputs: Sequence[Tensor]) -> dict[int, Tensor]:
         """Features of every entry from what lies in it."""
-        values, masks = self._parts(inputs)
-        sizes = self._sizes(values, masks)
+        values, masks, indices = self._parts(inputs)
+        sizes = self._sizes(inputs)
         up: dict[int, Tensor] = {}
         plain: dict[int, Tensor] = {}
         present: dict[int, Tensor | None] = {}
         for number, level in reversed([*enumerate(self.levels)]):
-            shape = (len(inputs[0]), *(sizes[axis] for axis in level.axes))
-            present[number] = self._present(level, masks, present)
-            groups = [(child, self.levels[child].without(level)) for child in level.finer]
+            shape = level.shape(sizes)
+            groups = [(child, self.levels[child].within(level, sizes, indices)) for child in level.finer]
+            present[number] = self._present(level, masks, [(present[child], dims) for child, dims in groups])
             members = {child: self._members(child, present[child], plain[child], dims) for child, dims in groups}
             own = self._own(level, values, masks)
             own += [statistics(plain[child], members[child], dims) for child, dims in groups]
@@ -212,10 +232,11 @@ class PlateEncoder(StandardizedEncoder):
             up[number] = hidden + self.linear[number](plain[number])
         return up
 
-    def _parts(self, inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """The values and the masks among the inputs."""
-        count = sum(len(level.inputs) for level in self.levels)
-        return inputs[:count], inputs[count:]
+    def _parts(self, inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+        """The values, the masks and the indices among the inputs."""
+        first = sum(len(level.inputs) for level in self.levels)
+        second = first + sum(len(level.masks) for level in self.levels)
+        return inputs[:first], inputs[first:second], inputs[second:]
 
     def _own(self, level: _Level, values: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
         """What is observed of the entries of a level, standardised, with zeros where it is masked."""
@@ -227,42 +248,48 @@ class PlateEncoder(StandardizedEncoder):
             own.append(x if mask is None else x * mask.to(x.dtype))
         return own
 
-    def _present(self, level: _Level, masks: Sequence[Tensor], below: Mapping[int, Tensor | None]) -> Tensor | None:
+    @staticmethod
+    def _present(
+        level: _Level, masks: Sequence[Tensor], inside: Sequence[tuple[Tensor | None, Grouping]]
+    ) -> Tensor | None:
         """Which entries of a level anything is known of, ``(N, *sizes, 1)``; None for all."""
         known = [masks[i].bool().any(-1, keepdim=True) for i in level.masks]
-        inside = [(self.levels[child].without(level), below[child]) for child in level.finer]
-        if len(level.inputs) > len(known) or not (known or inside) or any(part is None for _, part in inside):
+        if len(level.inputs) > len(known):
             return None
-        known += [part.any(dims) if dims else part for dims, part in inside]  # type: ignore[union-attr, misc]
+        if any(part is None for part, _ in inside) or not (known or inside):
+            return None
+        known += [groups.sum(part.float()) > 0 for part, groups in inside]  # type: ignore[union-attr]
         return torch.stack(torch.broadcast_tensors(*known)).any(0)
 
-    def _members(self, number: int, present: Tensor | None, x: Tensor, dims: list[int]) -> Tensor | None:
+    def _members(self, number: int, present: Tensor | None, x: Tensor, groups: Grouping) -> Tensor | None:
         """Which entries of a level count in their groups; all that are present, but for those dropped in training."""
-        self._check_sizes(number, x, present, dims)
+        self._check_sizes(number, x, present, groups)
         if not self.training or not self.member_dropout:
             return present
         kept = torch.rand(*x.shape[:-1], 1, device=x.device) >= self.member_dropout
         return kept if present is None else kept & present
 
-    def _sizes(self, values: Sequence[Tensor], masks: Sequence[Tensor]) -> dict[str, int]:
-        """Numbers of entries of the plates."""
-        sizes: dict[str, int] = {}
+    def _sizes(self, inputs: Sequence[Tensor]) -> dict[str, int]:
+        """Numbers of entries of the plates, and under the name "" of the datapoints."""
+        values, masks, indices = self._parts(inputs)
+        sizes = {"": 1}
         for level in self.levels:
+            axes = level.axes if level.group is not None else ("", *level.axes)
             for x in [*(values[i] for i in level.inputs), *(masks[i] for i in level.masks)]:
-                for axis, size in zip(level.axes, x.shape[1:], strict=False):
-                    sizes[axis] = max(sizes.get(axis, 1), size)
+                sizes.update({axis: max(sizes.get(axis, 1), size) for axis, size in zip(axes, x.shape, strict=False)})
+            if level.group is not None:
+                sizes[level.axes[0]] = len(indices[2 * level.group])
+                parent = self.levels[level.coarser[0]].axes
+                sizes[parent[0] if parent else ""] = len(indices[2 * level.group + 1])
         return sizes
 
-    def _check_sizes(self, number: int, x: Tensor, present: Tensor | None, dims: list[int]) -> None:
+    def _check_sizes(self, number: int, x: Tensor, present: Tensor | None, groups: Grouping) -> None:
         """Takes down the numbers of entries in training, and warns of others far from them."""
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() or not dims:
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state():
             return
         seen = self.seen[number]
-        if present is None:
-            low = high = seen.new_tensor([x.shape[dim] for dim in dims]).prod()
-        else:
-            counts = present.squeeze(-1).sum(dims).to(seen)
-            low, high = torch.where(counts > 0, counts, torch.inf).min(), counts.max()
+        counts = groups.sum(seen.new_ones(*x.shape[:-1], 1) if present is None else present.to(seen))
+        low, high = torch.where(counts > 0, counts, torch.inf).min(), counts.max()
         if self.training and torch.is_grad_enabled():
             seen.copy_(torch.stack([torch.minimum(seen[0], low), torch.maximum(seen[1], high)]))
             return
@@ -277,15 +304,30 @@ class PlateEncoder(StandardizedEncoder):
             )
 
 
-def _level(axes: Axes, every: Sequence[Axes], inputs: Sequence[Axes], masks: Sequence[Axes]) -> _Level:
-    finer = [other for other in every if set(axes) < set(other)]
-    coarser = [other for other in every if set(other) < set(axes)]
+def _depth(axes: Axes, groups: Mapping[str, Axes]) -> int:
+    """How many levels are coarser than one."""
+    return 1 + _depth(groups[axes[0]], groups) if axes and axes[0] in groups else len(axes)
+
+
+def _level(
+    axes: Axes, every: Sequence[Axes], inputs: Sequence[Axes], masks: Sequence[Axes], groups: Mapping[str, Axes]
+) -> _Level:
+    grouped = [other for other in every if other and other[0] in groups]
+    others = [other for other in every if other not in grouped]
+    finer = [other for other in others if set(axes) < set(other)]
+    coarser = [other for other in others if set(other) < set(axes)]
+    finer = [a for a in finer if not any(set(b) < set(a) for b in finer)]
+    coarser = [a for a in coarser if not any(set(a) < set(b) for b in coarser)]
+    if axes in grouped:
+        finer, coarser = [], [groups[axes[0]]]
+    finer += [other for other in grouped if groups[other[0]] == axes]
     return _Level(
         axes,
         tuple(i for i, other in enumerate(inputs) if other == axes),
         tuple(i for i, other in enumerate(masks) if other == axes),
-        tuple(every.index(a) for a in finer if not any(set(b) < set(a) for b in finer)),
-        tuple(every.index(a) for a in coarser if not any(set(a) < set(b) for b in coarser)),
+        tuple(map(every.index, finer)),
+        tuple(map(every.index, coarser)),
+        [*groups].index(axes[0]) if axes in grouped else None,
     )
 
 

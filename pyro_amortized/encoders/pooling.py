@@ -1,12 +1,69 @@
-"""From the entries of a group to the group: learned features, and plain statistics."""
+"""From the entries of a group to the group: which entries lie in it, learned features, and plain statistics."""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Pool", "statistics"]
+__all__ = ["Along", "ByIndex", "Grouping", "Pool", "statistics"]
+
+
+class Grouping(ABC):
+    """Which entries of a level lie in which of a coarser one."""
+
+    @abstractmethod
+    def sum(self, x: Tensor) -> Tensor:
+        """Sums of what the entries hold, ``(*, F)``, over each group."""
+
+    @abstractmethod
+    def spread(self, x: Tensor) -> Tensor:
+        """What the groups hold for each of their entries, to be broadcast with these."""
+
+
+@dataclass(frozen=True)
+class Along(Grouping):
+    """The entries along some dimensions, of which there may be none.
+
+    Attributes:
+        dims: The dimensions, the last excepted.
+    """
+
+    dims: tuple[int, ...]
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sums over the dimensions."""
+        return x.sum(self.dims) if self.dims else x
+
+    def spread(self, x: Tensor) -> Tensor:
+        """The same for all entries along the dimensions."""
+        for dim in self.dims:
+            x = x.unsqueeze(dim)
+        return x
+
+
+@dataclass(frozen=True)
+class ByIndex(Grouping):
+    """Any number of entries, each in the group that an index names.
+
+    Attributes:
+        index: The group of each entry, ``(R,)``.
+        size: Number of groups.
+    """
+
+    index: Tensor
+    size: int
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sums over the entries of each group."""
+        return x.new_zeros(self.size, *x.shape[1:]).index_add(0, self.index, x)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """The groups' own, entry by entry."""
+        return x.index_select(0, self.index)
 
 
 class Pool(nn.Module):
@@ -26,27 +83,24 @@ class Pool(nn.Module):
         super().__init__()
         self.weight = nn.Linear(width, width)
 
-    def forward(self, h: Tensor, present: Tensor | None, dims: list[int]) -> Tensor:
-        """Features ``(*, 2H)`` of the entries ``(*, H)`` along ``dims`` that are present, ``(*, 1)``."""
+    def forward(self, h: Tensor, present: Tensor | None, groups: Grouping) -> Tensor:
+        """Features ``(*, 2H)`` of groups of the entries ``(*, H)`` that are present, ``(*, 1)``."""
         w = F.softplus(self.weight(h))
         w = w if present is None else w * present
-        total, weighted = w, w * h
-        if dims:
-            total, weighted = total.sum(dims), weighted.sum(dims)
-        return torch.cat([weighted / (1 + total), total.log1p()], -1)
+        total = groups.sum(w)
+        return torch.cat([groups.sum(w * h) / (1 + total), total.log1p()], -1)
 
 
-def statistics(x: Tensor, present: Tensor | None, dims: list[int]) -> Tensor:
-    """Mean and deviation of the entries ``(*, F)`` along ``dims`` that are present, and the log of their number.
+def statistics(x: Tensor, present: Tensor | None, groups: Grouping) -> Tensor:
+    """Mean and deviation of those entries ``(*, F)`` of groups that are present, and the log of one more than these.
 
     Returns:
         Statistics ``(*, 2F + 1)``, zeros for a group without entries.
     """
     member = x.new_ones(*x.shape[:-1], 1) if present is None else present.to(x.dtype)
-    if not dims:
-        return torch.cat([x * member, torch.zeros_like(x), member.log1p()], -1)
-    count = member.sum(dims, keepdim=True)
-    mean = (x * member).sum(dims, keepdim=True) / count.clamp(min=1.0)
-    variance = ((x - mean).square() * member).sum(dims) / count.sum(dims).clamp(min=1.0)
+    count = groups.sum(member)
+    number = count.clamp(min=1.0)
+    mean = groups.sum(x * member) / number
+    variance = groups.sum((x - groups.spread(mean)).square() * member) / number
     deviation = (variance + 1e-6).sqrt() - 1e-3  # whose derivative is finite where all entries are equal
-    return torch.cat([mean.sum(dims), deviation, count.sum(dims).log1p()], -1)
+    return torch.cat([mean, deviation, count.log1p()], -1)

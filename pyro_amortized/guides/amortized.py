@@ -22,7 +22,7 @@ from pyro_amortized.guides.inputs import by_plate, check_finite_inputs
 from pyro_amortized.guides.level_inputs import build_levels, check_tells_apart, find_levels
 from pyro_amortized.guides.levels import Sharing, inner_plates, levels_of, refuse_sharing
 from pyro_amortized.inference.base import InferenceStrategy
-from pyro_amortized.inference.sharing import SharedHeads, check_level_features
+from pyro_amortized.inference.sharing import Level, SharedHeads, check_level_features
 from pyro_amortized.inference.strategies import Encoded, check_output, output_parts
 from pyro_amortized.structure.structure import Structure
 
@@ -103,9 +103,9 @@ class AmortizedGuide(LocalGuide):
     def _choose_levels(self, call: Call) -> None:
         encoder = self._encoder_spec[0]
         asked = isinstance(encoder, PlateEncoder)
-        plates = inner_plates(call.structure.layout)
-        default = encoder is None and self._shares_heads and self.family.shares_heads and plates
-        if asked and not self._shares_heads:
+        plates, grouped = inner_plates(call.structure.layout), bool(call.structure.groups)
+        default = encoder is None and self._shares_heads and (grouped or (self.family.shares_heads and plates))
+        if (asked or (grouped and encoder is None)) and not self._shares_heads:
             raise ValueError(
                 f"Cannot use PlateEncoder in {type(self).__name__} because that needs features (N, H) of whole "
                 "datapoints; try AmortizedGuide or SemiAmortizedGuide, or an encoder of your own."
@@ -117,18 +117,24 @@ class AmortizedGuide(LocalGuide):
         if flat or not (asked or default):
             return
         found = find_levels(self, call, asked)
-        shared = plates & {name for where in found.values for name in where.plates}
-        if asked or shared:
+        shared = (
+            plates
+            & {name for where in found.values for name in where.plates}
+            & (plates if self.family.shares_heads else set())
+        )
+        if asked or grouped or shared:
             self._levels = found
-            self._sharing = Sharing(frozenset(shared), by_step=False)
+            self._sharing = Sharing(frozenset(shared), by_step=False) if shared else None
             if found.masks:
                 self._structures.promised = False  # masks are read off the run
 
     def _build_strategy(self, inputs: tuple[Tensor, ...], init_loc: Tensor, structure: Structure) -> InferenceStrategy:
         encoder = self._encoder_spec[0]
-        if self._levels is not None and self._sharing is not None:
+        if self._levels is not None:
             encoder = encoder or PlateEncoder()
-            build_levels(encoder, self._levels, inputs, levels_of(structure, self._sharing.plates))
+            shared = () if self._sharing is None else self._sharing.plates
+            targets = levels_of(structure, shared) if shared else [Level(structure.datapoints.name, (), torch.empty(0))]
+            build_levels(encoder, self._levels, inputs, targets)
             encoder.to(init_loc)
         return self._encoded(encoder or self._default_encoder(inputs, init_loc), inputs, init_loc, structure)
 

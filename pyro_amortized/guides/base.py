@@ -45,6 +45,7 @@ from pyro_amortized.guides.sampling import (
 from pyro_amortized.inference.base import InferenceStrategy
 from pyro_amortized.inference.refined import Refined
 from pyro_amortized.structure.dependence import posterior_parents
+from pyro_amortized.structure.groups import GroupSpec, check_groups
 from pyro_amortized.structure.observed import check_observed
 from pyro_amortized.structure.reader import StructureReader
 from pyro_amortized.structure.running import is_predicting, isolated, run_model
@@ -69,6 +70,7 @@ class GuideOptions(TypedDict, total=False):
     init_loc_fn: Callable[..., Any]
     init_scale: float
     name: str | None
+    groups: GroupSpec | None
 
 
 class LocalGuide(PosteriorGuide):
@@ -94,12 +96,14 @@ class LocalGuide(PosteriorGuide):
         init_loc_fn: Callable[..., Any] = init_to_feasible,
         init_scale: float = 0.1,
         name: str | None = None,
+        groups: GroupSpec | None = None,
     ) -> None:
         if not callable(model):
             raise ValueError(f"Cannot guide {model!r} because it is not callable; try passing the Pyro model itself.")
         check_family_spec(family)
         check_options(plate, encoder_input, global_guide, create_plates, init_loc_fn, init_scale, name)
-        structures = StructureReader(plate, promised=encoder_input is not None)
+        check_groups({} if groups is None else groups, plate)
+        structures = StructureReader(plate, promised=encoder_input is not None, groups=groups)
         super().__init__(model, structures, create_plates, encoder_input=encoder_input)
         if name is not None:
             self._pyro_name = name

@@ -76,7 +76,7 @@ class EncodingGuide(ReadingGuide):
         inputs = self._plain_inputs(call, masks=self._shows_masks and self._levels is None)
         if self._levels is None or not inputs:
             return inputs
-        return self._levels.arranged(inputs, self._present(call))
+        return self._levels.arranged(inputs, self._present(call), call.structure)
 
     def _plain_inputs(self, call: Call, *, masks: bool = False) -> tuple[Tensor, ...]:
         """The encoder's inputs as they are found, in no hierarchy."""
@@ -86,6 +86,7 @@ class EncodingGuide(ReadingGuide):
             call,
             known=self._hold_all,
             show_masks=masks,
+            show_indices=self._levels is None,
             but=self._hidden,
             whole=self._whole_observations,
         )
@@ -95,7 +96,8 @@ class EncodingGuide(ReadingGuide):
         present = call.structure.present
         if self._encoder_input is None and call.structure.data_plates:
             present = self._whole_observations.find(call.of_model(self.model_at_hand))[1]  # type: ignore[arg-type]
-        return {name: mask for name, mask in present.items() if name not in self._hidden}
+        of_groups = {name: mask for group in call.structure.groups.values() for name, mask in group.present.items()}
+        return {name: mask for name, mask in {**present, **of_groups}.items() if name not in self._hidden}
 
     def _condition(self, call: Call) -> None:
         """Makes sure that global latents that the encoder sees are at hand, one value of each for all datapoints."""

@@ -27,6 +27,7 @@ def encoder_inputs(
     *,
     known: MutableMapping[Any, bool] | None = None,
     show_masks: bool = False,
+    show_indices: bool = False,
     but: Collection[str] = (),
     whole: WholeObservations | None = None,
 ) -> tuple[Tensor, ...]:
@@ -38,6 +39,7 @@ def encoder_inputs(
         call: The call.
         known: What earlier calls showed of arguments: whether they hold all data of a subsampled plate.
         show_masks: Whether to add, to observed values of which some are masked (and given as zeros), which these are.
+        show_indices: Whether to add, to values in long format ``(R, ...)``, the index that ties them to datapoints.
         but: Names of observed sites to leave out.
         whole: What finds the observed values at all entries of subsampled inner plates.
 
@@ -50,8 +52,10 @@ def encoder_inputs(
         if whole is not None and call.structure.data_plates:
             observed, present = whole.find(call.of_model(model))  # type: ignore[arg-type]
         values = [value for name, value in observed.items() if name not in but]
+        values += [value for group in call.structure.groups.values() for value in group.observed.values()]
         masks = [mask for name, mask in present.items() if show_masks and name not in but]
         like = next((value for value in values if value.is_floating_point()), None)
+        values += [group.index for group in call.structure.groups.values() if show_indices]
         return *values, *(mask.to(torch.get_default_dtype() if like is None else like.dtype) for mask in masks)
     if not call.complete:
         raise ValueError(

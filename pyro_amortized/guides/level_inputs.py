@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from pyro_amortized.structure.exchangeable import are_exchangeable
 from pyro_amortized.structure.local_site import inner_dimensions
 from pyro_amortized.structure.plates import PlateFrame, probe
 from pyro_amortized.structure.sites import is_data, sample_sites
+from pyro_amortized.structure.structure import Structure
 
 __all__ = ["LevelInputs", "build_levels", "check_tells_apart", "find_levels"]
 
@@ -55,17 +56,22 @@ class LevelInputs:
     Attributes:
         values: Where each input lies.
         masks: Where each mask lies, by the name of the observed site.
+        groups: The plates in long format, with the plates of the level that their indices point into.
     """
 
     values: tuple[LevelInput, ...]
     masks: Mapping[str, LevelInput]
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def arranged(self, inputs: tuple[Tensor, ...], present: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """All of them as ``(N, *sizes, F)``.
+    def arranged(
+        self, inputs: tuple[Tensor, ...], present: Mapping[str, Tensor], structure: Structure
+    ) -> tuple[Tensor, ...]:
+        """All of them as ``(N, *sizes, F)``, with what an encoder needs to know of indices.
 
         Args:
             inputs: The inputs, without masks.
             present: Which observed values are not masked, by site.
+            structure: The structure of the call.
         """
         unknown = sorted(present.keys() - self.masks.keys())
         if unknown:
@@ -75,16 +81,24 @@ class LevelInputs:
             )
         values = [where.arranged(x) for where, x in zip(self.values, inputs, strict=True)]
         dtype = next((x.dtype for x in values if x.is_floating_point()), torch.get_default_dtype())
-        size = len(values[0])
-        masks = [
-            (
-                where.arranged(present[name]).to(dtype)
-                if name in present
-                else values[0].new_ones(size, *[1] * len(where.axes), 1, dtype=dtype)
-            )
-            for name, where in self.masks.items()
-        ]
-        return (*values, *masks)
+        masks = [self._mask(where, present.get(name), values).to(dtype) for name, where in self.masks.items()]
+        return (*values, *masks, *self._indices(structure, values))
+
+    def _mask(self, where: LevelInput, mask: Tensor | None, values: Sequence[Tensor]) -> Tensor:
+        """A mask ``(N, *sizes, F)``; of ones in a call that masks nothing."""
+        if mask is not None:
+            return where.arranged(mask)
+        like = next(x for at, x in zip(self.values, values, strict=True) if at.plates == where.plates)
+        return torch.ones_like(like)
+
+    def _indices(self, structure: Structure, values: Sequence[Tensor]) -> list[Tensor]:
+        """Of every plate in long format, the index and a tensor with as many rows as there are groups."""
+        found = []
+        for name in self.groups:
+            group = structure.groups[name]
+            rows = structure.frames[group.parent].size
+            found += [group.index.to(values[0].device), values[0].new_empty(rows, 0)]
+        return found
 
 
 def input_levels(
@@ -124,6 +138,13 @@ def given_level(name: str, plate: str, x: Tensor, call: Call, known: Collection[
         ValueError: If no level has that plate, or the argument has other numbers of entries.
     """
     structure = call.structure
+    if plate in structure.groups:
+        if len(x) != structure.frames[plate].size:
+            raise ValueError(
+                f"Cannot show the encoder {name!r} of shape {tuple(x.shape)} as a value of plate {plate!r} because "
+                f"there must be a row for each of its {structure.frames[plate].size} entries; try one of as many rows."
+            )
+        return LevelInput((plate,), ())
     names = level_names({*known, ()}, structure.datapoints.name, structure.frames)
     plates = next((axes for axes, own in names.items() if own == plate), None)
     if plates is None:
@@ -161,13 +182,17 @@ def find_levels(guide: Any, call: Call, asked: bool) -> LevelInputs:
     every = {name: where.plates for name, where in input_levels(trace, frames, plate, frames).items()}
     candidates = {name for plates in every.values() for name in plates} | inner_plates(structure.layout)
     plates = {name for name in candidates if asked or are_exchangeable(model_call, frames[name])}
-    if not asked and not plates & inner_plates(structure.layout):
+    if not asked and not structure.groups and not plates & inner_plates(structure.layout):
         return LevelInputs((), {})
     levels = input_levels(trace, frames, plate, plates)
     seen = [name for name in structure.observed or {} if name not in guide._hidden]
-    masks = {name: levels[name] for name in structure.present if name not in guide._hidden}
+    for name, group in structure.groups.items():
+        levels.update(dict.fromkeys(group.observed, LevelInput((name,), ())))
+        seen += group.observed
+    masks = {name: levels[name] for name in guide._present(call)}
+    groups = {name: () if group.parent == plate else (group.parent,) for name, group in structure.groups.items()}
     if guide._encoder_input is None:
-        return LevelInputs(tuple(levels[name] for name in seen), masks)
+        return LevelInputs(tuple(levels[name] for name in seen), masks, groups)
     guide._condition(call)
     inputs = guide._plain_inputs(call)
     sites = () if structure.layout is None else structure.layout.sites
@@ -175,7 +200,7 @@ def find_levels(guide: Any, call: Call, asked: bool) -> LevelInputs:
     known |= {tuple(name for name in site.plates if name in plates) for site in sites}
     named = _named(guide, call)
     found = [_level_of(*name, x, call, levels, known) for name, x in zip(named, inputs, strict=True)]
-    return LevelInputs(tuple(found), masks)
+    return LevelInputs(tuple(found), masks, groups)
 
 
 def _named(guide: Any, call: Call) -> list[tuple[str, str | None]]:
@@ -195,7 +220,10 @@ def _level_of(
     known: Collection[tuple[str, ...]],
 ) -> LevelInput:
     """Where an argument, or a global latent, lies."""
-    where = level_of_argument(x, call.structure.observed or {}, levels)
+    observed = dict(call.structure.observed or {})
+    for group in call.structure.groups.values():
+        observed.update(group.observed)
+    where = level_of_argument(x, observed, levels)
     if where is not None:
         return where
     if plate is not None:
@@ -203,6 +231,7 @@ def _level_of(
     if name in call.structure.global_sites:
         return LevelInput((), ())
     plates = sorted(level_names({*known, ()}, call.structure.datapoints.name, call.structure.frames).values())
+    plates += call.structure.groups
     raise ValueError(
         f"Cannot tell which of the plates {plates} the encoder's input {name!r} belongs to because no "
         f"site observes it; try a dict, encoder_input={{{plates[0]!r}: [{name!r}]}}, from the name of a plate to what "
@@ -232,7 +261,8 @@ def build_levels(encoder: Any, levels: LevelInputs, inputs: Sequence[Tensor], ta
         widths=widths[:count],
         targets={level.name: level.axes for level in targets},
         masks=[where.plates for where in levels.masks.values()],
-        mask_widths=widths[count:],
+        mask_widths=widths[count : count + len(levels.masks)],
+        groups=levels.groups,
     )
 
 

@@ -6,7 +6,7 @@ does is found by numbers: the latents of the datapoint plate are changed, all el
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -99,6 +99,7 @@ def check_outside(call: ModelCall, z: Tensor) -> None:
     """
     _check_whole(call.structure)
     layout: Any = call.structure.layout
+    inside = {layout.plate, *call.structure.groups}
     drawn: dict[str, Any] = {}
 
     def run(z: Tensor | None) -> Trace:
@@ -108,17 +109,19 @@ def check_outside(call: ModelCall, z: Tensor) -> None:
             return call.run(values)
 
     first = run(z[0])
-    before = _log_probs(first, layout.plate)
+    before = _log_probs(first, inside)
+    if call.structure.groups:
+        _check_groups(call, first, run(torch.where(torch.arange(len(z[0])).unsqueeze(-1) % 2 == 0, z[0], z[1])))
     if not before:
         return
     nodes: Mapping[str, Any] = first.nodes
     drawn.update({name: site["value"] for name, site in nodes.items() if _is_drawn(site)})
     for point in _points(run, layout, z):
         with suppress(Exception):  # a model may fail in any way at latents far out
-            after = _log_probs(run(point), layout.plate)
+            after = _log_probs(run(point), inside)
             changed = [name for name in before if not _same(before[name], after.get(name))]
             if changed:
-                again = _log_probs(run(z[0]), layout.plate)
+                again = _log_probs(run(z[0]), inside)
                 changed = [name for name in changed if _beyond(before[name], after.get(name), again.get(name))]
             if changed:
                 break
@@ -142,12 +145,41 @@ def _is_drawn(site: Site) -> bool:
     return site["type"] == "sample" and site_is_subsample(site) and isinstance(site["value"], Tensor)  # type: ignore[arg-type]
 
 
-def _log_probs(trace: Trace, plate: str) -> dict[str, Tensor]:
-    """The log-probabilities of all sites outside of a plate, masked and scaled, by name."""
+def _check_groups(call: ModelCall, before: Trace, after: Trace) -> None:
+    """Raises a ValueError if entries in long format depend on the latents of other datapoints than their index says.
+
+    Args:
+        call: The call.
+        before: A run of the model.
+        after: One at which the latents of every other datapoint, from the second on, are others.
+    """
+    sites = sample_sites(after)
+    for name, site in sample_sites(before).items():
+        frame = next((f for f in site["cond_indep_stack"] if f.name in call.structure.groups), None)
+        if frame is None or name not in sites:
+            continue
+        first, second = (_rows(s["fn"].log_prob(s["value"]), frame) for s in (site, sites[name]))
+        kept = call.structure.groups[frame.name].datapoints % 2 == 0
+        if first.shape[0] == len(kept) and not close(second[kept], first[kept]):
+            raise ValueError(
+                f"Cannot evaluate the datapoints of plate {call.structure.plate!r} on their own because entries of "
+                f"site {name!r} in plate {frame.name!r} depend on the latents of other datapoints than those that "
+                "groups= names; try the index that the model uses."
+            )
+
+
+def _rows(log_prob: Tensor, frame: Any) -> Tensor:
+    """Sums over all but the entries of a plate."""
+    log_prob = log_prob.reshape((1,) * (-frame.dim - log_prob.dim()) + log_prob.shape)
+    return log_prob.movedim(frame.dim, 0).unsqueeze(-1).flatten(1).sum(-1)
+
+
+def _log_probs(trace: Trace, inside: Collection[str]) -> dict[str, Tensor]:
+    """The log-probabilities of all sites outside of some plates, masked and scaled, by name."""
     return {
         name: scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"])
         for name, site in sample_sites(trace).items()
-        if all(frame.name != plate for frame in site["cond_indep_stack"])
+        if all(frame.name not in inside for frame in site["cond_indep_stack"])
     }
 
 
@@ -186,6 +218,7 @@ def _refuse(site: Site, layout: SiteLayout) -> None:
         f"Cannot evaluate the datapoints of plate {layout.plate!r} on their own because {kind} {site['name']!r}, "
         f"{where} and outside of {layout.plate!r}, depends on local latents {[s.name for s in layout.sites][:4]}: its "
         f"part of the log-joint would be left out; try a model in which {site['name']!r} lies in plate "
-        f"{layout.plate!r}, such as responses (N, J) in a further plate inside of it, or an AmortizedGuide as it is, "
-        "trained by SVI, whose ELBO counts the site: without refinement, diagnostics and log weights."
+        f"{layout.plate!r}, such as responses (N, J) in a further plate inside of it, a guide with groups={{...}} if "
+        "an index names the datapoint of each entry, or an AmortizedGuide as it is, trained by SVI, whose ELBO counts "
+        "the site: without refinement, diagnostics and log weights."
     )

@@ -132,7 +132,10 @@ class Evaluation:
         total: Tensor | float = 0.0
         for name, site in sample_sites(trace).items():
             frame = self._frame(site)
-            if frame is None or name in done or self._is_left_out(name):
+            if frame is None:
+                total = total + self._of_groups(site)
+                continue
+            if name in done or self._is_left_out(name):
                 continue
             posterior = posteriors.get(name)
             if posterior is None:
@@ -146,6 +149,25 @@ class Evaluation:
                 )
             total = total + self._per_datapoint(term)
         return total
+
+    def _of_groups(self, site: Site) -> Tensor | float:
+        """What the entries of a plate in long format add to their datapoints, ``(K, N)``."""
+        groups = self.call.structure.groups
+        frame = next((frame for frame in site["cond_indep_stack"] if frame.name in groups), None)
+        if frame is None:
+            return 0.0
+        rank, datapoints = self.call.structure.depth + 1, self.call.structure.datapoints
+        scale = site["scale"] / (frame.full_size / frame.size if frame.full_size else 1.0)
+        subsampling = datapoints.full_size / datapoints.size
+        if not isinstance(scale, Tensor) and abs(scale - subsampling) < 1e-6 * subsampling:
+            scale = 1.0  # that of the datapoints, which entries of a minibatch of groups are given
+        term = scale_and_mask(_log_prob(site), scale, site["mask"])
+        term = term.reshape((1,) * (rank - term.dim()) + term.shape)
+        others = [axis for axis in range(1, rank) if axis != rank + frame.dim]
+        term = term.sum(others) if others else term
+        index = groups[frame.name].datapoints.to(term.device)
+        term = term.expand(self.num_draws, len(index))
+        return term.new_zeros(self.num_draws, datapoints.size).index_add(1, index, term)
 
     def _is_left_out(self, name: str) -> bool:
         return not self.with_priors and any(site.name == name for site in self._layout.sites)

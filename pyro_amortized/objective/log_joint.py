@@ -92,7 +92,8 @@ class LocalLogJoint:
         With :attr:`graphs`, draws and datapoints are evaluated in blocks of rows of a few fixed sizes, by graphs that
         are traced once for each size; the result can then be differentiated once, with respect to z.
         """
-        blocks = set(block_lengths(z.shape[0] * z.shape[1])) if self.graphs is not None else set()
+        of_one_size = self.graphs is not None and not self.structure.groups
+        blocks = set(block_lengths(z.shape[0] * z.shape[1])) if of_one_size else set()
         if blocks and all(self._serves(torch.arange(length) % self.num_datapoints) for length in blocks):
             return InBlocks.apply(z, self)
         return self.plain(z)
@@ -153,9 +154,7 @@ class LocalLogJoint:
             if self.copying is None:
                 self._copies = self.select(rows)
             else:
-                self._copies = self._part(
-                    Arguments(self.call.args, self.call.kwargs).take(self.copying.axes, rows), rows
-                )
+                self._copies = self._part(self._datapoint_axes.cut(self.copying.axes, rows), rows)
         return self._copies
 
     @torch.no_grad()
@@ -253,13 +252,18 @@ class LocalLogJoint:
             z = torch.randn(1, size, self.layout.latent_dim, generator=generator).to(self.like)
             arguments = Arguments(self.call.args, self.call.kwargs)
             self._axes = DatapointAxes(
-                arguments, size, lambda found, rows: self._part(found, rows).plain(z[:, rows])[0]
+                arguments, size, lambda found, rows: self._part(found, rows).plain(z[:, rows])[0], self.structure.groups
             )
         return self._axes
 
     @property
     def _is_selectable(self) -> bool:
-        fixed = self.num_datapoints < 2 or not self.structure.is_static or isinstance(self.layout.scale, Tensor)
+        chained = len(self.structure.groups) > 1 or any(
+            self.structure.frames[name].subsampled for name in self.structure.groups
+        )
+        fixed = (
+            chained or self.num_datapoints < 2 or not self.structure.is_static or isinstance(self.layout.scale, Tensor)
+        )
         return self.selectable and not fixed and self.structure.datapoints.kind != "random"
 
     def on_rows(self, rows: Tensor, *, plain: bool = False) -> Callable[[Tensor], Tensor]:

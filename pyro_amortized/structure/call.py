@@ -51,5 +51,9 @@ class ModelCall:
         part = replace(frame, size=size, full_size=frame.full_size if frame.subsampled else size)
         indices = {k: v[rows.to(v.device)] if k == frame.name else v for k, v in whole.indices.items()}
         frames = {**whole.frames, frame.name: part}
-        structure = replace(whole, frames=frames, indices=indices, observed=None)
+        groups = {}
+        for name, group in whole.groups.items():
+            entries, groups[name] = group.of_rows(rows, frame.size)
+            frames[name] = replace(frames[name], size=len(entries), full_size=len(entries))
+        structure = replace(whole, frames=frames, indices=indices, observed=None, groups=groups)
         return replace(self, args=tuple(arguments[0]), kwargs=arguments[1], structure=structure)

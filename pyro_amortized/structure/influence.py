@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyro_amortized.structure.arguments import Arguments, Axis, CallArguments
 from pyro_amortized.structure.call import ModelCall
+from pyro_amortized.structure.groups import Group
 from pyro_amortized.structure.plates import PlateFrame
 from pyro_amortized.structure.running import run_model
 from pyro_amortized.structure.sites import sample_sites
@@ -93,19 +94,36 @@ class DatapointAxes:
         arguments: The arguments of the call.
         size: N, the number of datapoints.
         evaluate: Log-joints.
+        groups: Plates in long format, whose entries are cut to those of the rows, and whose indices count anew.
     """
 
-    def __init__(self, arguments: Arguments, size: int, evaluate: Evaluate) -> None:
+    def __init__(
+        self, arguments: Arguments, size: int, evaluate: Evaluate, groups: Mapping[str, Group] | None = None
+    ) -> None:
         self.arguments = arguments
         self.size = size
         self.evaluate = evaluate
+        self.groups = {} if groups is None else groups
         self._reference: Tensor | None = None
         self._agrees: dict[int, bool] = {}
 
     def take(self, rows: Tensor) -> CallArguments:
         """The arguments cut to rows, which :meth:`serves` has been asked about."""
         axes = self._joint_axes if self._axes is None else self._axes
-        return self.arguments.take(axes or (), rows)
+        return self.cut(axes or (), rows)
+
+    def cut(self, axes: Sequence[Axis], rows: Tensor) -> CallArguments:
+        """The arguments cut to rows along axes, and those of entries in long format to the entries of these rows."""
+        arguments = Arguments(*self.arguments.take(axes, rows)) if self.groups else self.arguments
+        for group in self.groups.values():
+            entries, part = group.of_rows(rows, self.size)
+            index = [i for i, leaf in enumerate(self.arguments.leaves) if _is_index(leaf, group.index)]
+            along = {i: (i, axis) for i, axis in reversed(self.arguments.axes_of_size(len(group.index)))}
+            cut = {i for i, _ in axes} | {*index}
+            taken = Arguments(*arguments.take([at for i, at in along.items() if i not in cut], entries))
+            new = {i: part.index.to(self.arguments.leaves[i]) for i in index}
+            arguments = Arguments(*taken.with_leaves(new))
+        return arguments.call if self.groups else self.arguments.take(axes, rows)
 
     @torch.no_grad()
     def serves(self, rows: Tensor, *, once: bool = False) -> bool:
@@ -115,6 +133,8 @@ class DatapointAxes:
             rows: Positions in ``range(N)``.
             once: Whether to ask about this very selection, which may be right for datapoints that are not independent.
         """
+        if any(not len(group.of_rows(rows, self.size)[0]) for group in self.groups.values()):
+            return False  # no plate is empty
         if self._axes is None:
             return once and self._joint_axes is not None and self._are_right(self._joint_axes, rows)
         number = len(rows)
@@ -174,9 +194,14 @@ class DatapointAxes:
     def _are_right(self, axes: Sequence[Axis], rows: Tensor) -> bool:
         """Whether the log-joints of arguments that are cut to rows are those of the whole call at these rows."""
         try:
-            return close(self.evaluate(self.arguments.take(axes, rows), rows), self.reference[rows])
+            return close(self.evaluate(self.cut(axes, rows), rows), self.reference[rows])
         except Exception:  # a model may fail in any way on a part of its data; then it is run on all of it
             return False
+
+
+def _is_index(leaf: Any, index: Tensor) -> bool:
+    """Whether an argument is the index of a plate in long format."""
+    return isinstance(leaf, Tensor) and leaf.shape == index.shape and torch.equal(leaf.to(index), index)
 
 
 def _ways(axes: Sequence[Axis]) -> Iterator[Sequence[Axis]]:

@@ -28,7 +28,12 @@ __all__ = ["SiteLayout", "datapoint_plate"]
 
 
 def datapoint_plate(
-    trace: Trace, frames: Mapping[str, PlateFrame], requested: str | None, *, encodes: bool = False
+    trace: Trace,
+    frames: Mapping[str, PlateFrame],
+    requested: str | None,
+    *,
+    encodes: bool = False,
+    grouped: bool = False,
 ) -> str | None:
     """Decides which plate's indices are the datapoints.
 
@@ -39,6 +44,7 @@ def datapoint_plate(
         frames: The plates in it.
         requested: The user's choice, or None for the outermost plate that holds an observed site.
         encodes: Whether observed values are needed, so that terms of ``pyro.factor`` are none.
+        grouped: Whether data may lie in other plates, tied to the requested one by an index.
 
     Returns:
         The plate's name; None if no observed site lies in a plate.
@@ -66,7 +72,7 @@ def datapoint_plate(
     if requested not in frames:
         found = f"one of {sorted(holders)}" if holders else f"`with pyro.plate({requested!r}, ...):` in the model"
         raise ValueError(f"Cannot use plate {requested!r} because the model has no plate of that name; try {found}.")
-    if requested not in holders:
+    if requested not in holders and not grouped:
         raise ValueError(
             f"Cannot use plate {requested!r} as the datapoint plate because no observed site lies in it; try "
             + (f"one of {sorted(holders)}, or " if holders else "")

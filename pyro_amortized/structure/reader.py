@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pyro.poutine import Trace
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_amortized.structure.cache import call_key, versions
 from pyro_amortized.structure.discrete import DiscreteSite, discrete_sites
+from pyro_amortized.structure.groups import GroupSpec, group_indices, read_groups
 from pyro_amortized.structure.layout import SiteLayout, datapoint_plate
 from pyro_amortized.structure.masking import site_mask
 from pyro_amortized.structure.observed import observed_values
@@ -63,6 +64,7 @@ class StructureReader:
         discrete: Whether the guide draws discrete local latents itself.
         promised: Whether the structure depends on the shapes of the arguments, and values that are no tensors, alone.
         encodes: Whether observed values are needed: latents of plates that have none count as global.
+        groups: The indices of plates in long format.
         max_size: Number of structures kept.
     """
 
@@ -73,12 +75,14 @@ class StructureReader:
         discrete: bool = False,
         promised: bool = False,
         encodes: bool = False,
+        groups: GroupSpec | None = None,
         max_size: int = 128,
     ) -> None:
         self.requested_plate = plate
         self.discrete = discrete
         self.promised = promised
         self.encodes = encodes
+        self.groups = {} if groups is None else groups
         self.max_size = max_size
         self._known: OrderedDict[Any, _Known] = OrderedDict()
         self._drawn: OrderedDict[Any, Structure] = OrderedDict()
@@ -143,7 +147,7 @@ class StructureReader:
         known = None if key is None else self._known.get(key)
         if known is not None and not (known.is_due and model is not None):
             known.calls += 1
-            return known.structure
+            return self._with_indices(known.structure, model, args, kwargs)
         if model is None:
             raise ValueError(
                 "Cannot run a guide that was loaded without its model, but for one with an encoder_input=... on "
@@ -162,6 +166,18 @@ class StructureReader:
             if key is not None:
                 self._keep(self._drawn, key, structure.without_tensors())
         return structure
+
+    def _with_indices(self, structure: Structure, model: Any, args: Any, kwargs: Mapping[str, Any]) -> Structure:
+        """A structure that is known from another call with the indices of this one's plates in long format."""
+        if not self.groups:
+            return structure
+        if model is None:
+            raise ValueError(
+                "Cannot read the index of a plate in long format because this guide was loaded without its model; try "
+                "`guide.model = model`."
+            )
+        plate = structure.datapoints.name
+        return replace(structure, groups=group_indices(self.groups, model, args, kwargs, structure.frames, plate))
 
     def _keep(self, known: OrderedDict[Any, Any], key: Any, value: Any) -> None:
         known[key] = value
@@ -220,9 +236,14 @@ class StructureReader:
         missing = tuple(name for name, site in latent_sites(trace).items() if name in data)
         for name in missing:
             trace.nodes[name]["is_observed"] = True
-        plate = datapoint_plate(trace, frames, self.requested_plate, encodes=self.encodes)
+        grouped = bool(self.groups)
+        plate = datapoint_plate(trace, frames, self.requested_plate, encodes=self.encodes, grouped=grouped)
         discrete = discrete_sites(trace, frames, plate) if self.discrete and plate is not None else ()
-        return _read_structure(trace, frames, plate, discrete, missing)
+        structure = _read_structure(trace, frames, plate, discrete, missing)
+        if not grouped or plate is None:
+            return structure
+        found = group_indices(self.groups, model, args, kwargs, frames, plate)
+        return replace(structure, groups=read_groups(trace, frames, found, plate, missing))
 
 
 def _read_structure(

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_amortized.structure.discrete import DiscreteSite
+from pyro_amortized.structure.groups import Group
 from pyro_amortized.structure.layout import SiteLayout
 from pyro_amortized.structure.masking import SiteMask
 from pyro_amortized.structure.plates import PlateFrame
@@ -38,6 +39,7 @@ class Structure:
         depth: Number of batch dimensions of the model's sites, in plates or outside of all.
         data: Names of the sites that are observed.
         missing: Those of them that are latent in this call, which asks for predictions of them.
+        groups: The plates in long format, whose entries an index ties to the datapoints.
     """
 
     frames: Mapping[str, PlateFrame]
@@ -55,6 +57,7 @@ class Structure:
     depth: int = 0
     data: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    groups: Mapping[str, Group] = field(default_factory=dict)
 
     @property
     def datapoints(self) -> PlateFrame:
@@ -78,7 +81,7 @@ class Structure:
 
     def without_tensors(self) -> Structure:
         """The structure without indices and observed values, which may be kept without keeping data alive."""
-        return replace(self, indices={}, observed=None, present={})
+        return replace(self, indices={}, observed=None, present={}, groups={})
 
     def check_same(self, other: Structure, *, plates: Collection[str] = (), by_step: bool = False) -> None:
         """Raises a ValueError naming what changed if ``other``, found in a later call, has other latents.

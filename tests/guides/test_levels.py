@@ -29,7 +29,7 @@ PUPIL, TEST = 0.7, 0.5
 
 
 def schools(y: Tensor, present: Tensor | None = None) -> None:
-    """Latents for schools and pupils; tests that a mask ``(N, P, T)`` leaves out are absent, and so are pupils without."""
+    """Latents for schools and pupils; a mask ``(N, P, T)`` says which tests there are, and pupils."""
     some: Any = True if present is None else present.any(-1, keepdim=True)
     with pyro.plate("school", y.shape[0], dim=-3):
         s = pyro.sample("s", dist.Normal(0.0, 1.0))

@@ -1,0 +1,164 @@
+"""Long format: observations in a plate beside the datapoint plate, tied to the datapoints by an index."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_amortized.structure.observed import observed_values
+from pyro_amortized.structure.plates import PlateFrame
+from pyro_amortized.structure.signature import named_arguments
+from pyro_amortized.structure.sites import latent_sites
+
+__all__ = ["Group", "GroupSpec", "check_groups", "group_indices", "read_groups"]
+
+GroupSpec = Mapping[str, "str | Callable[..., Any]"]
+"""For each plate in long format, the name of the argument that is its index, or a function of the arguments."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """A plate in long format.
+
+    Attributes:
+        parent: Name of the plate that its index points into: the datapoint plate, or another one in long format.
+        index: Positions there of the entries, ``(R,)``.
+        datapoints: Their positions in the datapoint plate, ``(R,)``.
+        observed: Observed values by site, ``(R, ...)``.
+        present: Which of them are not masked, of the sites that have a mask.
+    """
+
+    parent: str
+    index: Tensor
+    datapoints: Tensor
+    observed: Mapping[str, Tensor] = field(default_factory=dict)
+    present: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def of_rows(self, rows: Tensor, size: int) -> tuple[Tensor, Group]:
+        """The entries of some of so many datapoints, given by position, and these entries as a group of their own."""
+        if len(rows) == size and torch.equal(rows.cpu(), torch.arange(size)):
+            return torch.arange(len(self.index), device=self.index.device), replace(self, observed={}, present={})
+        entries = [(self.datapoints == row).nonzero().squeeze(-1) for row in rows.tolist()]
+        datapoints = torch.cat([torch.full_like(part, number) for number, part in enumerate(entries)])
+        return torch.cat(entries), Group(self.parent, datapoints, datapoints)
+
+
+def check_groups(groups: Any, plate: str | None) -> None:
+    """Raises a ValueError unless ``groups`` says of plates in long format what their index is."""
+    if not isinstance(groups, Mapping) or not all(
+        isinstance(name, str) and (isinstance(spec, str) or callable(spec)) for name, spec in groups.items()
+    ):
+        raise ValueError(
+            f"Cannot use groups={groups!r} because a dict is wanted from the name of a plate in long format to that of "
+            'the argument with the position of each entry; try groups={"obs": "county_index"}.'
+        )
+    if groups and plate is None:
+        raise ValueError(
+            f"Cannot tell what the entries of plates {sorted(groups)} belong to because the datapoint plate is not "
+            'named; try plate=... with the name of the plate that holds the latents, plate="county".'
+        )
+
+
+def group_indices(
+    spec: GroupSpec, model: Callable[..., Any], args: Any, kwargs: Any, frames: Mapping[str, PlateFrame], plate: str
+) -> dict[str, Group]:
+    """The groups of a call, by the name of the plate, from its arguments alone; a parent comes before its child.
+
+    Args:
+        spec: What the user says of them.
+        model: The model, for the names of its arguments.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        frames: The plates of the call.
+        plate: Name of the datapoint plate.
+
+    Raises:
+        ValueError: If an index is none: of another length, with positions that there are not, or of a chain that does
+            not end at the datapoint plate.
+    """
+    given = named_arguments(model, args, kwargs)
+    parents = {name: _parent(name, of, spec, frames, plate) for name, of in spec.items()}
+    groups: dict[str, Group] = {}
+    while len(groups) < len(spec):
+        ready = [name for name in spec if name not in groups and parents[name] in (plate, *groups)]
+        if not ready:
+            raise ValueError(
+                f"Cannot tell which datapoints the entries of plates {sorted(set(spec) - set(groups))} belong to "
+                f"because their indices do not lead to plate {plate!r}; try an index into {plate!r}."
+            )
+        for name in ready:
+            index = _index(name, spec[name], given, args, kwargs, frames, parents[name])
+            parent = groups.get(parents[name])
+            groups[name] = Group(parents[name], index, index if parent is None else parent.datapoints[index])
+    return groups
+
+
+def _parent(name: str, of: Any, spec: GroupSpec, frames: Mapping[str, PlateFrame], plate: str) -> str:
+    """The plate that an index points into: one in long format if it has its name, else the datapoint plate."""
+    if name not in frames:
+        raise ValueError(
+            f"Cannot group the entries of plate {name!r} because the model has no plate of that name; try one of "
+            f"{sorted(frames)}."
+        )
+    return of if isinstance(of, str) and of in spec and of != name else plate
+
+
+def _index(
+    name: str, of: Any, given: Mapping[str, Any], args: Any, kwargs: Any, frames: Mapping[str, PlateFrame], parent: str
+) -> Tensor:
+    """The index of a plate's entries."""
+    if isinstance(of, str) and of not in given:
+        raise ValueError(
+            f"Cannot group the entries of plate {name!r} by {of!r} because the model has no argument of that name; "
+            f"try one of {sorted(given)}, or a function of the model's arguments."
+        )
+    index, frame, size = given[of] if isinstance(of, str) else of(*args, **kwargs), frames[name], frames[parent].size
+    index = index if isinstance(index, Tensor) else torch.as_tensor(index)
+    if index.dim() != 1 or index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise ValueError(
+            f"Cannot group the entries of plate {name!r} by an index of shape {tuple(index.shape)} and type "
+            f"{index.dtype} because positions (R,) are wanted, whole numbers; try index.long()."
+        )
+    if len(index) != frame.size:
+        raise ValueError(
+            f"Cannot group the {frame.size} entries of plate {name!r} by an index of {len(index)} positions because "
+            "there must be one for each; try index[rows] for the rows at hand."
+        )
+    if len(index) and not (int(index.min()) >= 0 and int(index.max()) < size):
+        raise ValueError(
+            f"Cannot group the entries of plate {name!r} by positions {int(index.min())} to {int(index.max())} "
+            f"because plate {parent!r} has {size} entries in this call, 0 to {size - 1}; try positions among those, "
+            "index = torch.unique(index, return_inverse=True)[1]."
+        )
+    return index.long()
+
+
+def read_groups(
+    trace: Trace,
+    frames: Mapping[str, PlateFrame],
+    groups: Mapping[str, Group],
+    plate: str,
+    missing: Collection[str] = (),
+) -> dict[str, Group]:
+    """The groups with what is observed of their entries in a run, but for sites that are ``missing``.
+
+    Raises:
+        ValueError: If a latent lies in a plate in long format, or a plate in long format inside the datapoint plate.
+    """
+    for name, site in latent_sites(trace).items():
+        within = [frame.name for frame in site["cond_indep_stack"] if frame.name in groups]
+        if within:
+            raise ValueError(
+                f"Cannot guide latent {name!r} because it lies in plate {within[0]!r}, which is grouped by an index; "
+                f"try a plate inside of {plate!r} for latents of single entries, with a mask for groups of other sizes."
+            )
+    found = {}
+    for name, group in groups.items():
+        values, masks = observed_values(trace, frames[name], missing)
+        found[name] = replace(group, observed=values, present=masks)
+    return found
