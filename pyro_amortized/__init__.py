@@ -23,7 +23,7 @@ from pyro_amortized.diagnostics import (
     psis,
     simulate,
 )
-from pyro_amortized.encoders import Codebook, DeepSetEncoder, MLPEncoder, PlateEncoder, UnseenSizeWarning
+from pyro_amortized.encoders import Codebook, DeepSetEncoder, MLPEncoder, PlateEncoder, SetEncoder, UnseenSizeWarning
 from pyro_amortized.export import posterior_summary, to_arviz
 from pyro_amortized.families import (
     Flow,
@@ -41,6 +41,7 @@ from pyro_amortized.guides import (
     PerDatapointGuide,
     SemiAmortizedGuide,
     VectorQuantizedGuide,
+    over_datasets,
 )
 from pyro_amortized.updates import Adam, GradientAscent, LearnedUpdate, NaturalGradient, Newton, UpdateRule
 
@@ -71,6 +72,7 @@ __all__ = [
     "PerDatapointGuide",
     "PlateEncoder",
     "SemiAmortizedGuide",
+    "SetEncoder",
     "Simulation",
     "Structured",
     "UnseenSizeWarning",
@@ -84,6 +86,7 @@ __all__ = [
     "evidence_bounds",
     "log_evidence",
     "optimize_local",
+    "over_datasets",
     "posterior_summary",
     "psis",
     "simulate",

@@ -9,6 +9,7 @@ from pyro_amortized.encoders.layers import Head, hidden_layers
 from pyro_amortized.encoders.mlp import MLPEncoder
 from pyro_amortized.encoders.plate import PlateEncoder, UnseenSizeWarning
 from pyro_amortized.encoders.quantized import Quantized, perplexity
+from pyro_amortized.encoders.set import SetEncoder
 from pyro_amortized.encoders.standardize import Standardize, StandardizedEncoder
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "MLPEncoder",
     "PlateEncoder",
     "Quantized",
+    "SetEncoder",
     "Standardize",
     "StandardizedEncoder",
     "UnseenSizeWarning",

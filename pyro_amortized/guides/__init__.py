@@ -12,6 +12,7 @@ from pyro_amortized.guides.iterative import IterativeAmortizedGuide
 from pyro_amortized.guides.per_datapoint import PerDatapointGuide
 from pyro_amortized.guides.semi_amortized import SemiAmortizedGuide
 from pyro_amortized.guides.vector_quantized import VectorQuantizedGuide
+from pyro_amortized.structure.datasets import over_datasets
 
 __all__ = [
     "AmortizedGuide",
@@ -21,4 +22,5 @@ __all__ = [
     "PerDatapointGuide",
     "SemiAmortizedGuide",
     "VectorQuantizedGuide",
+    "over_datasets",
 ]

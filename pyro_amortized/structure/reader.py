@@ -147,7 +147,7 @@ class StructureReader:
         known = None if key is None else self._known.get(key)
         if known is not None and not (known.is_due and model is not None):
             known.calls += 1
-            return self._with_indices(known.structure, model, args, kwargs)
+            return replace(known.structure, groups=self._groups(model, args, kwargs, known.structure.frames))
         if model is None:
             raise ValueError(
                 "Cannot run a guide that was loaded without its model, but for one with an encoder_input=... on "
@@ -167,17 +167,16 @@ class StructureReader:
                 self._keep(self._drawn, key, structure.without_tensors())
         return structure
 
-    def _with_indices(self, structure: Structure, model: Any, args: Any, kwargs: Mapping[str, Any]) -> Structure:
-        """A structure that is known from another call with the indices of this one's plates in long format."""
+    def _groups(self, model: Any, args: Any, kwargs: Mapping[str, Any], frames: Mapping[str, PlateFrame]) -> Any:
+        """The indices of a call's plates in long format."""
         if not self.groups:
-            return structure
+            return {}
         if model is None:
             raise ValueError(
                 "Cannot read the index of a plate in long format because this guide was loaded without its model; try "
                 "`guide.model = model`."
             )
-        plate = structure.datapoints.name
-        return replace(structure, groups=group_indices(self.groups, model, args, kwargs, structure.frames, plate))
+        return group_indices(self.groups, model, args, kwargs, frames, str(self.requested_plate))
 
     def _keep(self, known: OrderedDict[Any, Any], key: Any, value: Any) -> None:
         known[key] = value
@@ -240,10 +239,8 @@ class StructureReader:
         plate = datapoint_plate(trace, frames, self.requested_plate, encodes=self.encodes, grouped=grouped)
         discrete = discrete_sites(trace, frames, plate) if self.discrete and plate is not None else ()
         structure = _read_structure(trace, frames, plate, discrete, missing)
-        if not grouped or plate is None:
-            return structure
-        found = group_indices(self.groups, model, args, kwargs, frames, plate)
-        return replace(structure, groups=read_groups(trace, frames, found, plate, missing))
+        found = self._groups(model, args, kwargs, frames)
+        return replace(structure, groups=read_groups(trace, frames, found, str(plate), missing)) if found else structure
 
 
 def _read_structure(
