@@ -60,6 +60,7 @@ def bind(
     compile: bool = False,
     *,
     graphs: GraphCache | None = None,
+    plate: str | None = None,
 ) -> LocalProblem:
     """Binds a call, and checks that its numbers can be trusted.
 
@@ -71,6 +72,8 @@ def bind(
         seed: Seed of the draws that the checks use.
         compile: Whether to compile the log-joint.
         graphs: Its traced forms, to share them between calls; new ones by default.
+        plate: The datapoint plate of the guide, by default, or of a global guide that amortizes the other side of
+            crossed plates; the latents of all other sides are held at their medians.
 
     Raises:
         ValueError: If the guide is none of this package, the model has no local latents, its log-joint is not finite at
@@ -88,8 +91,16 @@ def bind(
         check_same_model(guide, call)
         check_unscaled(structure)
         check_repeatable(guide, call, phi)
-        global_values = guide.global_median(*args, **kwargs)
-    log_joint = LocalLogJoint(replace(call, global_values=global_values))
+        held = guide.global_median(*args, **kwargs)
+        if plate is not None and plate != guide.plate:
+            side = _side(guide, plate)
+            inferred = side.infer(*args, **kwargs)
+            structure, (phi, family) = inferred.structure, inferred.local
+            call = ModelCall(model, args, kwargs, structure)
+            check_unscaled(structure)
+            own = {site.name for site in structure.layout.sites}  # type: ignore[union-attr]
+            held = {name: value for name, value in guide.median(*args, **kwargs).items() if name not in own}
+    log_joint = LocalLogJoint(replace(call, global_values=held))
     z = draw(family, phi, 2, generator(seed, 0))
     check_log_joint(log_joint, z)
     if _takes_double(log_joint, z):
@@ -97,9 +108,21 @@ def bind(
     log_joint.graphs = GraphCache(compile) if graphs is None else graphs
     frame = structure.datapoints
     index = torch.arange(frame.size) if structure.positions is None else structure.positions
-    return LocalProblem(
-        LocalObjective(log_joint, family), phi.detach(), frame.name, index.cpu(), structure.global_sites
-    )
+    return LocalProblem(LocalObjective(log_joint, family), phi.detach(), frame.name, index.cpu(), tuple(held))
+
+
+def _side(guide: LocalGuide, plate: str) -> LocalGuide:
+    """The guide, among a guide and its global guides, whose datapoints lie in a plate."""
+    sides: Any = [guide]
+    while isinstance(side := getattr(sides[-1], "global_guide", None), LocalGuide):
+        sides.append(side)
+    found = {side.plate: side for side in sides}
+    if plate not in found:
+        raise ValueError(
+            f"Cannot diagnose the latents of plate {plate!r} because this guide amortizes those of {sorted(found)}; "
+            "try one of these, or global_guide=lambda model: AmortizedGuide(model, plate=...)."
+        )
+    return found[plate]
 
 
 @torch.no_grad()

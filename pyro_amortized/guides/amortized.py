@@ -104,7 +104,11 @@ class AmortizedGuide(LocalGuide):
         encoder = self._encoder_spec[0]
         asked = isinstance(encoder, PlateEncoder)
         plates, grouped = inner_plates(call.structure.layout), bool(call.structure.groups)
-        default = encoder is None and self._shares_heads and (grouped or (self.family.shares_heads and plates))
+        default = (
+            encoder is None
+            and self._shares_heads
+            and (grouped or self._encoder_plates or (self.family.shares_heads and plates))
+        )
         if (asked or (grouped and encoder is None)) and not self._shares_heads:
             raise ValueError(
                 f"Cannot use PlateEncoder in {type(self).__name__} because that needs features (N, H) of whole "
@@ -116,13 +120,13 @@ class AmortizedGuide(LocalGuide):
         flat = callable(spec) and any(plate is None for plate, _ in by_plate(spec, call))
         if flat or not (asked or default):
             return
-        found = find_levels(self, call, asked)
+        found = find_levels(self, call, asked or bool(self._encoder_plates))
         shared = (
             plates
             & {name for where in found.values for name in where.plates}
             & (plates if self.family.shares_heads else set())
         )
-        if asked or grouped or shared:
+        if asked or grouped or shared or self._encoder_plates:
             self._levels = found
             self._sharing = Sharing(frozenset(shared), by_step=False) if shared else None
             if found.masks:

@@ -29,6 +29,7 @@ from pyro_amortized.guides.global_guide import (
     build_global_guide,
     check_parameter_store,
     global_of,
+    is_amortized,
     stored,
 )
 from pyro_amortized.guides.inputs import EncoderInput
@@ -188,9 +189,10 @@ class LocalGuide(PosteriorGuide):
             if structure.layout.is_apart:
                 phi = init_loc.new_zeros(1, self.family.num_params)
                 log_conditionals(structure.layout, self.family, phi, init_loc[:1])
-            self._choose_levels(call)
         if structure.global_sites:
             build_global_guide(self, self._global_guide_factory, self.init_loc_fn, call)
+        if structure.layout is not None:
+            self._choose_levels(call)
         if structure.layout is not None or structure.discrete:
             self.inference = self._build_strategy(self._inputs(call), init_loc, structure)
             self._first_parameter = next((name for name, _ in self.inference.named_parameters()), "")
@@ -260,8 +262,9 @@ class LocalGuide(PosteriorGuide):
         if call.structure.is_weighted:
             check_scaled_once(call.structure)
         if self.global_sites:
-            with KeepLogDensity(call.structure.global_weights):
-                result.update(global_of(self)(*call.args, **call.kwargs))
+            guide = global_of(self)
+            with KeepLogDensity({} if is_amortized(guide) else call.structure.global_weights):
+                result.update(guide(*call.args, **call.kwargs))
             call.global_values = dict(result)
         if not self._sees_nothing(call):
             result.update(self._sample_local(call))

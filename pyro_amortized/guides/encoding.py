@@ -104,11 +104,12 @@ class EncodingGuide(ReadingGuide):
         spec = self._encoder_input
         names = [] if spec is None or callable(spec) else _listed(spec)
         seen = [name for name in names if name in call.structure.global_sites]
+        whole = [name for name in seen if name not in self._encoder_plates]  # of one size in every call
         if not seen:
             return
         if call.global_values is None:
             call.global_values = self._global_values(call)
-        shapes = {name: call.global_values[name].shape for name in seen}
+        shapes = {name: call.global_values[name].shape for name in whole}
         if not self._ready or self._global_shapes is None:
             self._global_shapes = shapes
         check_global_shapes(shapes, self._global_shapes)

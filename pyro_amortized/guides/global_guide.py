@@ -14,6 +14,7 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor, nn
 
 from pyro_amortized.guides.call import Call
+from pyro_amortized.guides.saving import SavedGuide
 from pyro_amortized.structure.local_site import check_continuous
 from pyro_amortized.structure.running import Feasible, isolated, run_model
 from pyro_amortized.structure.state import untouched
@@ -25,6 +26,7 @@ __all__ = [
     "global_median",
     "global_of",
     "global_quantiles",
+    "is_amortized",
     "stored",
 ]
 
@@ -42,7 +44,14 @@ def build_global_guide(
     """
     expose = list(call.structure.global_sites)
     part = InitMessenger(init_loc_fn)(poutine.block(Feasible()(owner.model), expose=expose))
-    owner.global_guide = factory(part)
+    owner.global_guide = guide = factory(part)
+    if isinstance(guide, SavedGuide):
+        if guide.refines:
+            raise ValueError(
+                f"Cannot guide the latents that datapoints share by {type(guide).__name__} because refinement would "
+                "need the local latents, which are drawn later; try AmortizedGuide here, and a refining guide outside."
+            )
+        guide.model = _view(owner)  # type: ignore[misc]
     with isolated(), torch.no_grad(), untouched():
         try:
             owner.global_guide(*call.args, **call.kwargs)  # makes its parameters
@@ -54,9 +63,24 @@ def build_global_guide(
             raise
 
 
+def _view(owner: Any) -> Callable[..., Any]:
+    """The model of a guide with all that it observes, but without the latents that are not global."""
+    structure = owner._built_structure
+    local = [] if structure.layout is None else [site.name for site in structure.layout.sites]
+    hidden = [*local, *(site.name for site in structure.discrete), *structure.enumerated]
+    return poutine.block(owner.model, hide=hidden)
+
+
+def is_amortized(guide: Any) -> bool:
+    """Whether a global guide is one of this package, which gives latents the masks and scales of the model itself."""
+    return isinstance(guide, SavedGuide)
+
+
 def global_of(owner: Any) -> AutoGuide:
     """The global guide of a guide, knowing its owner: saving cuts it off, a refined guide shares it."""
     guide: AutoGuide = owner.global_guide
+    if isinstance(guide, SavedGuide) and guide.model_at_hand is None and owner.model_at_hand is not None:
+        guide.model = _view(owner)  # type: ignore[misc]
     if guide.master is None or guide.master() is not owner:
         guide._update_master(weakref.ref(owner))
     return guide

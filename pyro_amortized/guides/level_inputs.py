@@ -32,14 +32,18 @@ class LevelInput:
         plates: Names of its inner plates.
         axes: Its axes along them, once the datapoints come first.
         datapoints: The axis of the datapoints.
+        is_flat: Whether it comes as ``(N, F)`` with all entries in a row, as global latents do.
     """
 
     plates: tuple[str, ...]
     axes: tuple[int, ...]
     datapoints: int = 0
+    is_flat: bool = False
 
-    def arranged(self, x: Tensor) -> Tensor:
+    def arranged(self, x: Tensor, structure: Structure) -> Tensor:
         """The input as ``(N, *sizes, F)``."""
+        if self.is_flat:
+            return x.reshape(len(x), *(structure.frames[name].size for name in self.plates), -1)
         x = x if self.datapoints == 0 else x.movedim(self.datapoints, 0)
         lacking = max((-axis for axis in self.axes), default=0) - (x.dim() - 1)
         if lacking > 0:
@@ -79,15 +83,19 @@ class LevelInputs:
                 f"Cannot encode this call because observed sites {unknown} are masked in it and were not when the "
                 "guide was set up; try guide.setup(...) with data that the model masks, if only by a mask of ones."
             )
-        values = [where.arranged(x) for where, x in zip(self.values, inputs, strict=True)]
+        values = [where.arranged(x, structure) for where, x in zip(self.values, inputs, strict=True)]
         dtype = next((x.dtype for x in values if x.is_floating_point()), torch.get_default_dtype())
-        masks = [self._mask(where, present.get(name), values).to(dtype) for name, where in self.masks.items()]
+        masks = [
+            self._mask(where, None if name not in present else where.arranged(present[name], structure), values)
+            for name, where in self.masks.items()
+        ]
+        masks = [mask.to(dtype) for mask in masks]
         return (*values, *masks, *self._indices(structure, values))
 
     def _mask(self, where: LevelInput, mask: Tensor | None, values: Sequence[Tensor]) -> Tensor:
         """A mask ``(N, *sizes, F)``; of ones in a call that masks nothing."""
         if mask is not None:
-            return where.arranged(mask)
+            return mask
         like = next(x for at, x in zip(self.values, values, strict=True) if at.plates == where.plates)
         return torch.ones_like(like)
 
@@ -226,6 +234,9 @@ def _level_of(
     where = level_of_argument(x, observed, levels)
     if where is not None:
         return where
+    if plate is not None and name in call.structure.global_sites:
+        sizes = [*(axes for axes in known if axes and max(axes, key=[*call.structure.frames].index) == plate), (plate,)]
+        return LevelInput(sizes[0], (), is_flat=True)
     if plate is not None:
         return given_level(name, plate, x, call, known)
     if name in call.structure.global_sites:

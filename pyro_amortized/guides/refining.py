@@ -52,6 +52,8 @@ def check_update(update: Any) -> None:
 class RefiningGuide(AmortizedGuide):
     """An amortized guide whose phi is refined by a few steps on each datapoint's own ELBO."""
 
+    refines = True
+
     def __init__(
         self,
         model: Callable[..., Any],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ __all__ = ["SavedGuide"]
 
 class SavedGuide(AutoGuide):
     """An autoguide that is saved without its model, and takes a state before it has been built."""
+
+    refines: ClassVar[bool] = False
+    """Whether answers are refined by gradients of the model, given all latents but its own."""
 
     def __init__(self, model: Callable[..., Any], **options: Any) -> None:
         super().__init__(model, **options)

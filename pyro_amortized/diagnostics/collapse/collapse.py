@@ -39,6 +39,7 @@ def collapse_report(
     epsilon: float = 0.1,
     delta: float = 0.01,
     max_pairs: int = 1000,
+    plate: str | None = None,
     to_args: ToArgs | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -72,6 +73,8 @@ def collapse_report(
         epsilon: KL divergence below which a datapoint counts as collapsed, nats.
         delta: Share of datapoints that may exceed it in a collapsed dimension.
         max_pairs: Most datapoints, drawn at random, for the mutual information: its cost is quadratic in their number.
+        plate: The datapoint plate of the guide, by default; of guides that amortize both sides of crossed plates, the
+            side, with the other side's latents held at their medians.
         to_args: Where batches of a loader hold something else than the model's arguments: a function from a batch to
             the positional arguments, a tuple, or to a pair of these and keyword arguments, ``(args, kwargs)``.
         seed: Seed of all noise; torch's global seed is not touched.
@@ -107,7 +110,7 @@ def collapse_report(
     found = _Found(max_pairs)
     with progress_bar(num_calls(model_args) or 0, "posterior collapse", progress) as bar:
         for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs, to_args, model)):
-            problem = bind(model, guide, args, kwargs, seed)
+            problem = bind(model, guide, args, kwargs, seed, plate=plate)
             found.add(problem, local_divergence(problem, num_samples, generator(seed, 11, number)), seed, number)
             bar.update()
     _check_enough(len(found.join("kl")))

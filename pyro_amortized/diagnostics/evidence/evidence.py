@@ -60,6 +60,7 @@ def log_evidence(
     tolerance: float = 0.02,
     max_samples: int = 20000,
     optimum: LocalOptimum | None = None,
+    plate: str | None = None,
     to_args: ToArgs | None = None,
     seed: int = 0,
     compile: bool = False,
@@ -78,6 +79,8 @@ def log_evidence(
         tolerance: Twice the standard error at which a datapoint is done, in nats.
         max_samples: Most draws from one proposal per datapoint.
         optimum: The result of :func:`optimize_local` on the same call, if it is at hand.
+        plate: The datapoint plate of the guide, by default; of guides that amortize both sides of crossed plates, the
+            side, with the other side's latents held at their medians.
         to_args: Where batches of a loader hold something else than the model's arguments: a function from a batch to
             the positional arguments, a tuple, or to a pair of these and keyword arguments, ``(args, kwargs)``.
         seed: Seed of the draws; torch's global seed is not touched.
@@ -111,7 +114,7 @@ def log_evidence(
     graphs, parts, num_annealed = GraphCache(compile), [], 0
     for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs, to_args, model)):
         own_seed = batch_seed(seed, number)
-        problem = bind(model, guide, args, kwargs, own_seed, graphs=graphs)
+        problem = bind(model, guide, args, kwargs, own_seed, graphs=graphs, plate=plate)
         if optimum is None:
             phi = solve(problem, tolerance, own_seed, progress).phi
         else:

@@ -205,6 +205,7 @@ def estimate_gaps(
     *,
     tolerance: float = 0.02,
     max_samples: int = 20000,
+    plate: str | None = None,
     to_args: ToArgs | None = None,
     seed: int = 0,
     compile: bool = False,
@@ -225,6 +226,8 @@ def estimate_gaps(
         tolerance: Error wanted per datapoint, in nats: standard errors aim at half of it, and a datapoint counts as
             unreliable if one exceeds it.
         max_samples: Most importance samples per datapoint and proposal.
+        plate: The datapoint plate of the guide, by default; of guides that amortize both sides of crossed plates, the
+            side, with the other side's latents held at their medians.
         to_args: Where batches of a loader hold something else than the model's arguments: a function from a batch to
             the positional arguments, a tuple, or to a pair of these and keyword arguments, ``(args, kwargs)``.
         seed: Seed of all noise; torch's global seed is not touched.
@@ -252,7 +255,7 @@ def estimate_gaps(
     with progress_bar(num_calls(model_args), "batches", progress and not single) as bar:
         for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs, to_args, model)):
             own_seed = batch_seed(seed, number)
-            problem = bind(model, guide, args, kwargs, own_seed, graphs=graphs)
+            problem = bind(model, guide, args, kwargs, own_seed, graphs=graphs, plate=plate)
             part = decompose(problem, tolerance, max_samples, own_seed, progress and single)[0]
             part.dataset.attrs["seed"] = seed
             estimates.append(part)

@@ -82,6 +82,7 @@ def optimize_local(
     model_kwargs: Mapping[str, Any] | None = None,
     *,
     tolerance: float = 0.02,
+    plate: str | None = None,
     seed: int = 0,
     compile: bool = False,
     progress: bool = False,
@@ -100,6 +101,8 @@ def optimize_local(
         model_args: The model's positional arguments.
         model_kwargs: The model's keyword arguments.
         tolerance: Three times the standard error wanted for the reported ELBOs, in nats.
+        plate: The datapoint plate of the guide, by default; of guides that amortize both sides of crossed plates, the
+            side, with the other side's latents held at their medians.
         seed: Seed of the noise; torch's global seed is not touched.
         compile: Whether to compile the log-joint, which pays for many datapoints or a costly model.
         progress: Whether to show a progress bar.
@@ -115,7 +118,7 @@ def optimize_local(
         https://arxiv.org/abs/1801.03558
     """
     tolerance, _, seed = check_effort(tolerance, 1, seed)
-    return solve(bind(model, guide, model_args, model_kwargs, seed, compile), tolerance, seed, progress)
+    return solve(bind(model, guide, model_args, model_kwargs, seed, compile, plate=plate), tolerance, seed, progress)
 
 
 def solve(problem: LocalProblem, tolerance: float, seed: int, progress: bool) -> LocalOptimum:
