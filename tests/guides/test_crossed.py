@@ -84,7 +84,7 @@ def test_the_elbo_is_that_by_hand_with_subsamples_and_scales(scale: float) -> No
     log_p_v = dist.Normal(0.0, 1.0).log_prob(v) - q_v.log_prob(v.reshape(-1, 1))
     likelihood = dist.Normal(u * v, 0.5).log_prob(x[rows][:, columns]).sum()
     expected = 2.0 * log_p_u.sum() + scale * 2.0 * log_p_v.sum() + 4.0 * likelihood
-    assert -loss == pytest.approx(float(expected), abs=1e-9)
+    assert -loss == pytest.approx(expected.item(), abs=1e-9)
 
 
 def test_sizes_may_change_where_encoders_serve_any() -> None:
