@@ -35,15 +35,19 @@ class AmortizedGuide(LocalGuide):
     .. math:: q(z_{1:N}, \theta) = q(\theta) \prod_n q(z_n;\, \phi_n = f(x_n))
 
     Works on any Pyro model with a plate over datapoints, any batch size in any call. Latents inside that plate are
-    amortized, with any inner plates folded into the datapoint; the others go to ``global_guide``.
+    amortized; the others go to ``global_guide``. Entries of plates inside it that are exchangeable, as is found by
+    numbers, share the head of their level and may be of any number in any call; others are folded into the datapoint.
 
     Args:
         model: A Pyro model.
         encoder: A module from inputs to features ``(N, H)``, to which the guide adds the linear head; or one that
             returns ``(loc, scale)``, each of shape ``(N, D)``, for the normal family; or, for sites that are numbered
             by time (``z_1``, ``z_2``, ...), one that returns features ``(N, T, H)``: the steps share one head, and
-            every call may have another number T of them. By default an :class:`~pyro_amortized.MLPEncoder` of
-            standardised inputs.
+            every call may have another number T of them; or, for latents in inner plates, a dict from the name of each
+            plate with latents to features, ``{"school": (N, H), "pupil": (N, P, H)}``, datapoints first, then inner
+            plates by dim, most negative first, then steps. By default an :class:`~pyro_amortized.MLPEncoder` of
+            standardised inputs, or, where entries of inner plates share heads, data are in long format or
+            ``encoder_input`` is by plate, a :class:`~pyro_amortized.PlateEncoder`.
         family: The shape of q: ``"normal"``, ``"multivariate_normal"``, ``"low_rank_multivariate_normal"``,
             ``"structured"`` (a normal with the couplings of the model), ``"mixture"``, ``"flow"``, a
             :class:`~pyro_amortized.VariationalFamily`, or a function from ``latent_dim`` to one.
@@ -58,11 +62,20 @@ class AmortizedGuide(LocalGuide):
             with the median in the diagnostics and in refinement. Several inputs are passed as positional arguments.
             To say what is encoded is also a promise, that the structure of the model depends on the shapes of the
             arguments, and on values that are no tensors, alone: the run that shows it is then spared in most calls.
-        global_guide: A function from a model to an autoguide, for the latents outside the plate.
+            With inner plates or ``groups`` also a dict from the name of a plate to names,
+            ``{"pupil": ["y", "age"], "school": ["size"]}``, for arrays with datapoints first, then inner plates.
+        global_guide: A function from a model to an autoguide, for the latents outside the plate; also to an
+            :class:`AmortizedGuide` of another plate, ``lambda model: AmortizedGuide(model, plate="genes")``, where
+            plates cross: it is given the model with all that it observes, and without the latents of this plate.
         create_plates: A function of the model's arguments that returns the plates to use, as in Pyro's autoguides.
         init_loc_fn: Where q starts, one of Pyro's initialisation functions.
         init_scale: Standard deviation of q at the start, in unconstrained space.
         name: Name under which parameters go to Pyro's parameter store; by default that of the class.
+        groups: For observations in long format, in a plate beside the datapoint plate: a dict from the name of that
+            plate to the argument, or a function of the arguments, that holds for each of its entries the position of its
+            datapoint among those of the call, ``{"obs": "county_index"}``. The entries count as part of their
+            datapoints, also in refinement and every diagnostic. Where an index has the name of another such plate, it
+            points into that one.
 
     Example:
         >>> import pyro, pyro.distributions as dist
