@@ -136,7 +136,8 @@ def against_nuts() -> None:
             error, ratio = torch.cat(errors), torch.cat(ratios)
             print(
                 f"{model.__name__:10} {name:10} means off by {error.mean():.3f} sd on average, "
-                f"{error.quantile(0.95):.3f} at the 95th percentile; sds {ratio.quantile(0.05):.2f} to {ratio.quantile(0.95):.2f} of NUTS's"
+                f"{error.quantile(0.95):.3f} at the 95th percentile; sds {ratio.quantile(0.05):.2f} to "
+                f"{ratio.quantile(0.95):.2f} of NUTS's"
             )
 
 

@@ -224,7 +224,7 @@ each(
 case("create_plates, other size", lambda: made(create_plates=lambda x: pyro.plate("data", 5, dim=-1)), "in the model 6")
 each(
     "encoder_input",
-    {"int": 3, "ints": [1], "tensor": X, "dict": {"data": "x"}},
+    {"int": 3, "ints": [1], "tensor": X, "dict": {"data": [3]}},
     lambda v: made(encoder_input=v),
     "names are wanted",
 )
@@ -266,7 +266,8 @@ WRONG: dict[str, Callable[[Tensor], Any]] = {
     "text": lambda x: "a",
     "distribution": lambda x: dist.Normal(x, 1.0),
 }
-each("encoder returns", WRONG, lambda v: made(AmortizedGuide, Returns(v)), "floating tensors are wanted")
+LEVELS = {"dict": lambda x: {"data": x.long()}, "list of levels": lambda x: {"data": [x]}}
+each("encoder returns", {**WRONG, **LEVELS}, lambda v: made(AmortizedGuide, Returns(v)), "floating tensors are wanted")
 each("encoder turns to", {**WRONG, "pair": lambda x: (x, x)}, goes_wrong, "floating tensors are wanted")
 for _class in (SemiAmortizedGuide, IterativeAmortizedGuide, DiscreteAmortizedGuide):
     some = {name: WRONG[name] for name in ("none", "integers", "dict")}

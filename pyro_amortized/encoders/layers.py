@@ -44,20 +44,22 @@ class Head(nn.Linear):
     Args:
         features: The features of the first call, ``(..., H)``.
         num_outputs: Number of outputs.
+        room: A factor of that limit, for features that are not normalised and grow with the data.
     """
 
     size: Tensor
 
-    def __init__(self, features: Tensor, num_outputs: int) -> None:
+    def __init__(self, features: Tensor, num_outputs: int, room: float = 1.0) -> None:
         num_features = features.shape[-1]
         super().__init__(num_features, num_outputs, dtype=features.dtype, device=features.device)
+        self.room = room
         size = features.detach().square().mean().sqrt() * num_features**0.5
         self.register_buffer("size", torch.where(size > 0, size, num_features**0.5))
 
     def forward(self, features: Tensor) -> Tensor:
         """Outputs ``(..., P)`` of features ``(..., H)``."""
-        traced = torch.compiler.is_compiling() or torch._C._get_tracing_state()
-        if traced or (torch.linalg.vector_norm(features.detach(), dim=-1) > FAR * self.size).any():
-            features = features * log_shrinkage(torch.linalg.vector_norm(features, dim=-1, keepdim=True) / self.size)
+        traced, size = torch.compiler.is_compiling() or torch._C._get_tracing_state(), self.room * self.size
+        if traced or (torch.linalg.vector_norm(features.detach(), dim=-1) > FAR * size).any():
+            features = features * log_shrinkage(torch.linalg.vector_norm(features, dim=-1, keepdim=True) / size)
         output = F.linear(features, self.weight / self.size, self.bias)
         return output.to(self.weight.dtype)  # under autocast, where it has fewer digits than scales need

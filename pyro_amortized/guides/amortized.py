@@ -72,8 +72,8 @@ class AmortizedGuide(LocalGuide):
         init_scale: Standard deviation of q at the start, in unconstrained space.
         name: Name under which parameters go to Pyro's parameter store; by default that of the class.
         groups: For observations in long format, in a plate beside the datapoint plate: a dict from the name of that
-            plate to the argument, or a function of the arguments, that holds for each of its entries the position of its
-            datapoint among those of the call, ``{"obs": "county_index"}``. The entries count as part of their
+            plate to the argument, or a function of the arguments, that holds for each of its entries the position of
+            its datapoint among those of the call, ``{"obs": "county_index"}``. The entries count as part of their
             datapoints, also in refinement and every diagnostic. Where an index has the name of another such plate, it
             points into that one.
 
@@ -166,7 +166,7 @@ class AmortizedGuide(LocalGuide):
         if isinstance(features, dict) or features.dim() == 3:
             return Encoded(encoder, self._shared_heads(features, init_loc, structure))
         self._check_features(features, inputs, structure)
-        head = Head(features, self.family.num_params)
+        head = Head(features, self.family.num_params, room=4.0 if isinstance(encoder, PlateEncoder) else 1.0)
         with torch.no_grad():
             head.bias.copy_(self.family.initial(init_loc.mean(0), self.init_scale))
         return Encoded(encoder, head)
@@ -188,7 +188,7 @@ class AmortizedGuide(LocalGuide):
         heads = []
         for level, width in zip(arrangement.levels, arrangement.widths, strict=True):
             check_level_features(found.get(level.name), level)
-            head = Head(found[level.name], width)
+            head = Head(found[level.name], width, room=1.0 if isinstance(features, Tensor) else 4.0)
             with torch.no_grad():
                 head.bias.zero_()
                 head.bias[: level.size].copy_(init_loc[:, level.positions].reshape(-1, level.size).mean(0))
@@ -203,7 +203,7 @@ class AmortizedGuide(LocalGuide):
         if isinstance(encoder, StandardizedEncoder):
             encoder.fit(*inputs)
         features = _first_output(encoder, inputs)
-        check_output(features)
+        check_output(features, by_level=self._shares_heads)
         if not all(part.isfinite().all() for part in output_parts(features)):
             raise ValueError(
                 "Cannot build a guide on this encoder because what it returned at first holds NaN or infinite values; "

@@ -50,7 +50,10 @@ class LevelInput:
             x = x.reshape(len(x), *[1] * lacking, *x.shape[1:])
         count = len(self.axes)
         x = x.movedim(self.axes, tuple(range(1, 1 + count)))
-        return x.flatten(1 + count) if x.dim() > 1 + count else x.unsqueeze(-1)
+        x = x.flatten(1 + count) if x.dim() > 1 + count else x.unsqueeze(-1)
+        sizes = [structure.frames[name].size for name in self.plates] if count else []
+        shape = [size if length == 1 else length for length, size in zip(x.shape[1:], sizes, strict=False)]
+        return x.expand(len(x), *shape, x.shape[-1])
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_amortized.inference.base import InferenceStrategy, Objective
+from pyro_amortized.inference.sharing import SharedHeads
 
 __all__ = ["Encoded", "PerDatapoint", "Prior", "check_output", "output_parts"]
 
 
-def check_output(output: Any, *, pair: bool | None = None) -> None:
-    """Raises a ValueError unless an encoder's output is floating: features, also by level, or a tuple.
+def check_output(output: Any, *, pair: bool | None = None, by_level: bool = False) -> None:
+    """Raises a ValueError unless an encoder's output is floating: features, or a tuple.
 
     Args:
         output: The output.
         pair: Whether a pair is wanted, or features; None for either.
+        by_level: Whether features may be a dict, by level.
     """
-    parts = output_parts(output)
+    parts = output_parts(output) if by_level or not isinstance(output, dict) else (output,)
     floating = all(isinstance(part, Tensor) and part.is_floating_point() for part in parts)
     if floating and (pair is None or (isinstance(output, tuple) and len(output) == 2) == pair):
         return
@@ -60,7 +62,7 @@ class Encoded(InferenceStrategy):
     def forward(self, inputs: tuple[Tensor, ...], index: Tensor | None, objective: Objective | None = None) -> Tensor:
         """phi of shape ``(N, P)``; ``index`` and ``objective`` are not needed."""
         features = self.encoder(*inputs)
-        check_output(features, pair=self.head is None)
+        check_output(features, pair=self.head is None, by_level=isinstance(self.head, SharedHeads))
         if self.head is not None:
             self._check_width(features)
             return self.head(features)

@@ -19,7 +19,7 @@ from pyro_amortized.objective.draws import Copying, Mode, agrees
 from pyro_amortized.objective.evaluation import Evaluation
 from pyro_amortized.structure.arguments import Arguments, CallArguments
 from pyro_amortized.structure.call import ModelCall
-from pyro_amortized.structure.influence import DatapointAxes, close
+from pyro_amortized.structure.influence import DatapointAxes, close, cut_to_rows
 from pyro_amortized.structure.layout import SiteLayout
 from pyro_amortized.structure.structure import Structure
 
@@ -154,7 +154,9 @@ class LocalLogJoint:
             if self.copying is None:
                 self._copies = self.select(rows)
             else:
-                self._copies = self._part(self._datapoint_axes.cut(self.copying.axes, rows), rows)
+                arguments = Arguments(self.call.args, self.call.kwargs)
+                part = cut_to_rows(arguments, self.copying.axes, rows, size, self.structure.groups)
+                self._copies = self._part(part, rows)
         return self._copies
 
     @torch.no_grad()

@@ -53,6 +53,7 @@ def over_datasets(model: Callable[..., Any], plate: str = "datasets") -> Callabl
             has depends on the data, it subsamples, or it enumerates.
 
     Example:
+        >>> import pyro.distributions as dist
         >>> def regression(x, y):
         ...     slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
         ...     with pyro.plate("obs", len(y)):

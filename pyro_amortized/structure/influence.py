@@ -26,7 +26,7 @@ from pyro_amortized.structure.running import run_model
 from pyro_amortized.structure.sites import sample_sites
 from pyro_amortized.structure.state import untouched
 
-__all__ = ["DatapointAxes", "PlateLogProbs", "close", "matters"]
+__all__ = ["DatapointAxes", "PlateLogProbs", "close", "cut_to_rows", "matters"]
 
 _MAX_TRIES = 64
 """How many ways to cut the arguments to try where several axes may be those of the datapoints."""
@@ -113,17 +113,8 @@ class DatapointAxes:
         return self.cut(axes or (), rows)
 
     def cut(self, axes: Sequence[Axis], rows: Tensor) -> CallArguments:
-        """The arguments cut to rows along axes, and those of entries in long format to the entries of these rows."""
-        arguments = Arguments(*self.arguments.take(axes, rows)) if self.groups else self.arguments
-        for group in self.groups.values():
-            entries, part = group.of_rows(rows, self.size)
-            index = [i for i, leaf in enumerate(self.arguments.leaves) if _is_index(leaf, group.index)]
-            along = {i: (i, axis) for i, axis in reversed(self.arguments.axes_of_size(len(group.index)))}
-            cut = {i for i, _ in axes} | {*index}
-            taken = Arguments(*arguments.take([at for i, at in along.items() if i not in cut], entries))
-            new = {i: part.index.to(self.arguments.leaves[i]) for i in index}
-            arguments = Arguments(*taken.with_leaves(new))
-        return arguments.call if self.groups else self.arguments.take(axes, rows)
+        """The arguments cut to rows along axes."""
+        return cut_to_rows(self.arguments, axes, rows, self.size, self.groups)
 
     @torch.no_grad()
     def serves(self, rows: Tensor, *, once: bool = False) -> bool:
@@ -197,6 +188,21 @@ class DatapointAxes:
             return close(self.evaluate(self.cut(axes, rows), rows), self.reference[rows])
         except Exception:  # a model may fail in any way on a part of its data; then it is run on all of it
             return False
+
+
+def cut_to_rows(
+    arguments: Arguments, axes: Sequence[Axis], rows: Tensor, size: int, groups: Mapping[str, Group]
+) -> CallArguments:
+    """Arguments cut to rows of so many along axes, and those of entries in long format to the entries of these rows."""
+    call = arguments.take(axes, rows)
+    for group in groups.values():
+        entries, part = group.of_rows(rows, size)
+        index = [i for i, leaf in enumerate(arguments.leaves) if _is_index(leaf, group.index)]
+        along = {i: (i, axis) for i, axis in reversed(arguments.axes_of_size(len(group.index)))}
+        cut = {i for i, _ in axes} | {*index}
+        taken = Arguments(*Arguments(*call).take([at for i, at in along.items() if i not in cut], entries))
+        call = taken.with_leaves({i: part.index.to(arguments.leaves[i]) for i in index})
+    return call
 
 
 def _is_index(leaf: Any, index: Tensor) -> bool:
