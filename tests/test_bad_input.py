@@ -270,7 +270,8 @@ LEVELS = {"dict": lambda x: {"data": x.long()}, "list of levels": lambda x: {"da
 each("encoder returns", {**WRONG, **LEVELS}, lambda v: made(AmortizedGuide, Returns(v)), "floating tensors are wanted")
 each("encoder turns to", {**WRONG, "pair": lambda x: (x, x)}, goes_wrong, "floating tensors are wanted")
 for _class in (SemiAmortizedGuide, IterativeAmortizedGuide, DiscreteAmortizedGuide):
-    some = {name: WRONG[name] for name in ("none", "integers", "dict")}
+    no_levels = () if _class is SemiAmortizedGuide else ("dict",)
+    some = {name: WRONG[name] for name in ("none", "integers", *no_levels)}
     each(
         f"encoder of {_class.__name__} returns",
         some,

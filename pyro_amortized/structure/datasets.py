@@ -25,7 +25,8 @@ from pyro_amortized.structure.state import untouched
 
 __all__ = ["over_datasets"]
 
-_MAX_KNOWN = 128
+_MAX_KNOWN, _FEW = 128, 4
+"""For how many shapes to know how calls are run, and on how many of a call's data sets to find it out."""
 
 
 def over_datasets(model: Callable[..., Any], plate: str = "datasets") -> Callable[..., None]:
@@ -168,7 +169,7 @@ class _OverDatasets:
         if key is None or key not in self.known:
             if len(self.known) > _MAX_KNOWN:
                 self.known.clear()
-            self.known[key] = stack.find_way()
+            self.known[key] = stack.first(_FEW).find_way()
         return self.known[key]
 
     def _sample(self, site: StackedSite, plates: dict[str, pyro.plate]) -> Tensor:
@@ -233,6 +234,12 @@ class _Stack:
     def _call(self, number: int) -> tuple[Any, Any]:
         """The arguments of one data set."""
         return tree_unflatten([x[number] if i in self.batched else x for i, x in enumerate(self.leaves)], self.spec)
+
+    def first(self, number: int) -> _Stack:
+        """Some of the data sets."""
+        leaves = [x[:number] if i in self.batched else x for i, x in enumerate(self.leaves)]
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return _Stack(self.model, args, kwargs, self.parameters)
 
     def make_parameters(self) -> None:
         """Runs the model on one data set if its parameters are not there yet, which cannot be made under vmap."""
@@ -312,7 +319,10 @@ class _Stack:
                 value = draws[site.name] if site.name in draws else site.fn.sample()
                 draws[site.name] = value
                 values[site.name] = site.by_dataset(value, self.size)
-            total = total + site.fn.log_prob(value).reshape(self.size, -1).sum(-1).double()
+            log_prob = site.fn.log_prob(value)
+            total = (total.double() + log_prob.reshape(self.size, -1).sum(-1)).to(
+                log_prob
+            )  # in which it can be compared
         return total
 
     def _alone(self, draws: Mapping[str, Tensor]) -> Tensor:
@@ -321,8 +331,9 @@ class _Stack:
         for b in range(self.size):
             given = _Given({name: value[b] for name, value in draws.items()})
             samples = _samples(run_model(self.model, *self._call(b), None, (given,)))
-            totals.append(sum(site["fn"].log_prob(site["value"]).sum().double() for site in samples))
-        return torch.stack([torch.as_tensor(total) for total in totals]).double()
+            log_probs = [site["fn"].log_prob(site["value"]).sum() for site in samples]
+            totals.append(torch.stack([log_prob.double() for log_prob in log_probs]).sum().to(log_probs[0]))
+        return torch.stack(totals)
 
 
 def _samples(trace: Any) -> list[Any]:

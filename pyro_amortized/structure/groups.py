@@ -43,9 +43,14 @@ class Group:
         """The entries of some of so many datapoints, given by position, and these entries as a group of their own."""
         if len(rows) == size and torch.equal(rows.cpu(), torch.arange(size)):
             return torch.arange(len(self.index), device=self.index.device), replace(self, observed={}, present={})
-        entries = [(self.datapoints == row).nonzero().squeeze(-1) for row in rows.tolist()]
-        datapoints = torch.cat([torch.full_like(part, number) for number, part in enumerate(entries)])
-        return torch.cat(entries), Group(self.parent, datapoints, datapoints)
+        order = torch.argsort(self.datapoints, stable=True)
+        counts = self.datapoints.bincount(minlength=size)
+        rows = rows.to(counts.device)
+        lengths = counts[rows]
+        number = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), lengths)
+        within = torch.arange(len(number), device=rows.device) - (lengths.cumsum(0) - lengths)[number]
+        entries = order[(counts.cumsum(0) - counts)[rows][number] + within]
+        return entries, Group(self.parent, number, number)
 
 
 def check_groups(groups: Any, plate: str | None) -> None:
