@@ -1,5 +1,6 @@
 import warnings
 from collections.abc import Iterator
+from zlib import crc32
 
 import pyro
 import pytest
@@ -114,12 +115,22 @@ SLOW = (
 """Cases, by how their names begin, that take seconds, of tests of which another case runs by default."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--part 0/3`` runs the first third of the tests that are chosen, the cases of a test together."""
+    parser.addoption("--part", default="0/1", help="number of a part and number of parts, such as 0/3")
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks them as slow."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks them as slow, and leaves out tests of other parts than the one asked for."""
     for item in items:
         if item.nodeid.rpartition("/")[2].startswith(SLOW):
             item.add_marker(pytest.mark.slow)
+    part, parts = map(int, config.getoption("--part").split("/"))
+    if parts > 1:
+        left = [item for item in items if crc32(item.nodeid.partition("[")[0].encode()) % parts != part]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
 
 
 @pytest.fixture(autouse=True)

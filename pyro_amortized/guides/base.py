@@ -174,6 +174,7 @@ class LocalGuide(PosteriorGuide):
         except Exception:
             self._structures.clear()  # nothing has been built for what it has seen
             self._ready, self._built_structure = False, None
+            self._levels = self._sharing = None
             for name in set(stored(self._pyro_name)) - set(before):
                 del pyro.get_param_store()[name]
             raise
