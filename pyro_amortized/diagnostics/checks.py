@@ -58,7 +58,7 @@ def check_same_model(guide: LocalGuide, call: ModelCall) -> None:
     if call.model == guide.model_at_hand:
         return
     structure = call.structure
-    reader = StructureReader(structure.plate, discrete=bool(structure.discrete))
+    reader = StructureReader(structure.plate, discrete=bool(structure.discrete), groups=guide.groups)
     try:
         other = reader.look(call.model, call.args, call.kwargs, structure.indices)
     except ValueError as error:

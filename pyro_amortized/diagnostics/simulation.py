@@ -160,7 +160,8 @@ class Simulator:
             return False
         try:
             with untouched():
-                reader = StructureReader(self.guide.plate, discrete=bool(part.structure.discrete))
+                discrete = bool(part.structure.discrete)
+                reader = StructureReader(self.guide.plate, discrete=discrete, groups=self.guide.groups)
                 structure = reader.look(part.call.model, part.call.args, part.call.kwargs, part.structure.indices)
             self.log_joint.structure.check_same(structure)
             return self._sees_rows((part.call.args, dict(part.call.kwargs)), rows)
@@ -204,7 +205,7 @@ class Simulator:
         like = self.log_joint.call.args, dict(self.log_joint.call.kwargs)
         arguments = OwnArguments(part.call.args, part.call.kwargs, like)
         args, kwargs = arguments.call
-        sampler = SampleDatapoints(part.layout.plate)
+        sampler = SampleDatapoints(part.layout.plate, *part.structure.groups)
         with torch.no_grad(), pyro.validation_enabled(False), seeded(rng):
             trace = replace(part.call, args=args, kwargs=kwargs).run(handlers=(sampler,))
         _check_scales(part, trace)

@@ -14,15 +14,19 @@ __all__ = ["SampleDatapoints"]
 
 
 class SampleDatapoints(Messenger):
-    """Draws all sites in the datapoint plate, the observed ones too, and keeps what was observed."""
+    """Draws all sites in the datapoint plate, and those in long format, the observed ones too; keeps what was observed.
 
-    def __init__(self, plate: str) -> None:
+    Args:
+        plates: Names of the datapoint plate and of plates in long format.
+    """
+
+    def __init__(self, *plates: str) -> None:
         super().__init__()
-        self.plate = plate
+        self.plates = plates
         self.observed: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Site) -> None:
-        if msg["infer"].get("_deterministic") or all(f.name != self.plate for f in msg["cond_indep_stack"]):
+        if msg["infer"].get("_deterministic") or all(f.name not in self.plates for f in msg["cond_indep_stack"]):
             return
         name, fn = msg["name"], msg["fn"]
         if isinstance(fn, dist.Unit):

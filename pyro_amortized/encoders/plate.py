@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -115,6 +115,8 @@ class PlateEncoder(StandardizedEncoder):
         self.standardizes = standardize
         self.targets: dict[str, int] = {}
         self.levels: list[_Level] = []
+        self.masked: tuple[int | None, ...] = ()
+        self.covariates: frozenset[int] = frozenset()
 
     # Building
 
@@ -130,6 +132,8 @@ class PlateEncoder(StandardizedEncoder):
         targets: Mapping[str, Axes],
         masks: Sequence[Axes] = (),
         mask_widths: Sequence[int] = (),
+        masked: Sequence[int | None] = (),
+        covariates: Collection[int] = (),
         groups: Mapping[str, Axes] | None = None,
     ) -> None:
         """Makes the networks.
@@ -140,11 +144,14 @@ class PlateEncoder(StandardizedEncoder):
             targets: The levels whose features are wanted, by name: their plates.
             masks: Of each mask, which come after the inputs, its plates.
             mask_widths: Their numbers of values for each entry.
+            masked: The number of the input that each mask belongs to; None for data that are no input.
+            covariates: Numbers of the inputs that are no data: an entry is there if any of its data are.
             groups: Plates beside the datapoint plate whose entries, ``(R, F)``, lie in those of another level by an
                 index, with the plates of that level. After the masks come, for each of them, the index ``(R,)`` and a
                 tensor with as many rows as that level has entries.
         """
         groups = {} if groups is None else groups
+        self.masked, self.covariates = tuple(masked), frozenset(covariates)
         every = sorted({*inputs, *targets.values(), *masks, *((g,) for g in groups), ()}, key=lambda a: (len(a), a))
         every = sorted(every, key=lambda axes: _depth(axes, groups))
         self.levels = [_level(axes, every, inputs, masks, groups) for axes in every]
@@ -183,9 +190,15 @@ class PlateEncoder(StandardizedEncoder):
         for level in self.levels:
             for i in level.inputs if self.standardizes else ():
                 rows = values[i].reshape(-1, values[i].shape[-1])
-                mask = _mask_of(values[i], [masks[k] for k in level.masks])
-                kept = rows if mask is None else rows[mask.reshape(rows.shape).bool().all(-1)]
+                mask = self._mask_of(i, masks)
+                if mask is None and i in self.covariates and level.masks:
+                    mask = torch.stack([masks[k].bool().any(-1, keepdim=True) for k in level.masks]).any(0)
+                kept = rows if mask is None else rows[mask.bool().expand_as(values[i]).reshape(rows.shape).all(-1)]
                 self.standardize[i].fit(kept if len(kept) else rows)  # type: ignore[operator]
+
+    def _mask_of(self, number: int, masks: Sequence[Tensor]) -> Tensor | None:
+        """The mask of an input."""
+        return masks[self.masked.index(number)] if number in self.masked else None
 
     # Features
 
@@ -244,17 +257,16 @@ class PlateEncoder(StandardizedEncoder):
         for i in level.inputs:
             x = values[i].to(self.seen.dtype)
             x = self.standardize[i](x) if self.standardizes else x
-            mask = _mask_of(x, [masks[k] for k in level.masks])
+            mask = self._mask_of(i, masks)
             own.append(x if mask is None else x * mask.to(x.dtype))
         return own
 
-    @staticmethod
     def _present(
-        level: _Level, masks: Sequence[Tensor], inside: Sequence[tuple[Tensor | None, Grouping]]
+        self, level: _Level, masks: Sequence[Tensor], inside: Sequence[tuple[Tensor | None, Grouping]]
     ) -> Tensor | None:
-        """Which entries of a level anything is known of, ``(N, *sizes, 1)``; None for all."""
+        """Which entries of a level any data are there of, ``(N, *sizes, 1)``; None for all."""
         known = [masks[i].bool().any(-1, keepdim=True) for i in level.masks]
-        if len(level.inputs) > len(known):
+        if any(i not in self.covariates and i not in self.masked for i in level.inputs):
             return None
         if any(part is None for part, _ in inside) or not (known or inside):
             return None
@@ -329,12 +341,6 @@ def _level(
         tuple(map(every.index, coarser)),
         [*groups].index(axes[0]) if axes in grouped else None,
     )
-
-
-def _mask_of(x: Tensor, masks: Sequence[Tensor]) -> Tensor | None:
-    """The mask of an input: the one of its shape, or that of its entries."""
-    found = [mask for mask in masks if mask.shape == x.shape or mask.shape == (*x.shape[:-1], 1)]
-    return found[0].expand_as(x) if found else None
 
 
 def _shown(features: Tensor, coarser: _Level, finer: _Level) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, TypedDict
 
@@ -45,6 +46,7 @@ from pyro_amortized.guides.sampling import (
 )
 from pyro_amortized.inference.base import InferenceStrategy
 from pyro_amortized.inference.refined import Refined
+from pyro_amortized.objective.log_joint import takes_draws
 from pyro_amortized.structure.dependence import posterior_parents
 from pyro_amortized.structure.groups import GroupSpec, check_groups
 from pyro_amortized.structure.observed import check_observed
@@ -113,6 +115,7 @@ class LocalGuide(PosteriorGuide):
         self._family_spec = family
         self._global_guide_factory = global_guide
         self._sharing: Sharing | None = None
+        self._takes_draws: bool | None = None
         self._first_parameter = ""
         self._taken: list[str] = []
         self.register_buffer("_like", torch.empty(0), persistent=False)  # knows precision and device, after moves too
@@ -279,6 +282,8 @@ class LocalGuide(PosteriorGuide):
         phi = layout.batch(self._phi(call))
         with call.plates[layout.plate]:
             result = sample_local(layout, self._sampling_family, phi, call.plates, f"{self._pyro_name}_latent")
+            if call.structure.groups and not is_predicting():
+                self._check_draws(call, result)
             if call.signal is not None:
                 term = layout.spread(layout.batch(-call.signal.unsqueeze(-1)).squeeze(-1))
                 with ExitStack() as stack:
@@ -286,6 +291,24 @@ class LocalGuide(PosteriorGuide):
                         stack.enter_context(call.plates[frame.name] if frame.name else nullcontext())
                     add_gradient(f"{self._pyro_name}_signal", term)
         return result
+
+    def _check_draws(self, call: Call, values: Mapping[str, Tensor]) -> None:
+        """Refuses several draws at once where the model, as by ``a[county]``, would take draws for groups."""
+        layout: Any = call.structure.layout
+        model = self.model_at_hand if call.model is None else call.model
+        if model is None or not any(site.has_draws(values[site.name], layout.dim) for site in layout.sites):
+            return
+        if self._takes_draws is None:
+            with isolated(), torch.no_grad():
+                given = replace(call.of_model(model), global_values=self._global_values(call))
+                self._takes_draws = takes_draws(given, self._like)
+        if not self._takes_draws:
+            raise ValueError(
+                f"Cannot sample several draws of {[site.name for site in layout.sites]} at once because the model "
+                "gives other log-probabilities for them together than one by one; try indexing from the right, "
+                "a[..., index], or "
+                "vectorize_particles=False, Predictive(parallel=False)."
+            )
 
     @property
     def _sampling_family(self) -> VariationalFamily:

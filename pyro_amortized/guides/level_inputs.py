@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,17 +33,22 @@ class LevelInput:
         axes: Its axes along them, once the datapoints come first.
         datapoints: The axis of the datapoints.
         is_flat: Whether it comes as ``(N, F)`` with all entries in a row, as global latents do.
+        site: Name of the observed site whose values it holds, or None.
     """
 
     plates: tuple[str, ...]
     axes: tuple[int, ...]
     datapoints: int = 0
     is_flat: bool = False
+    site: str | None = None
 
     def arranged(self, x: Tensor, structure: Structure) -> Tensor:
         """The input as ``(N, *sizes, F)``."""
+        sizes = [structure.frames[name].size for name in self.plates]
         if self.is_flat:
-            return x.reshape(len(x), *(structure.frames[name].size for name in self.plates), -1)
+            return x.reshape(len(x), *sizes, -1)
+        if self.plates and not self.axes and self.plates[0] not in structure.groups:  # the same for all entries
+            return x.reshape(len(x), *[1] * len(sizes), -1).expand(-1, *sizes, -1)
         x = x if self.datapoints == 0 else x.movedim(self.datapoints, 0)
         lacking = max((-axis for axis in self.axes), default=0) - (x.dim() - 1)
         if lacking > 0:
@@ -51,9 +56,8 @@ class LevelInput:
         count = len(self.axes)
         x = x.movedim(self.axes, tuple(range(1, 1 + count)))
         x = x.flatten(1 + count) if x.dim() > 1 + count else x.unsqueeze(-1)
-        sizes = [structure.frames[name].size for name in self.plates] if count else []
         shape = [size if length == 1 else length for length, size in zip(x.shape[1:], sizes, strict=False)]
-        return x.expand(len(x), *shape, x.shape[-1])
+        return x.expand(len(x), *shape[:count], x.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -128,21 +132,28 @@ def input_levels(
         if is_data(site) and any(f.name == plate for f in site["cond_indep_stack"]):
             inner = [frame for frame in inner_dimensions(site, frames, plate) if frame.name in plates]
             axes = tuple(frame.dim + (frame.dim < here) - site["fn"].event_dim for frame in inner)
-            found[name] = LevelInput(tuple(frame.name for frame in inner), axes)
+            found[name] = LevelInput(tuple(frame.name for frame in inner), axes, site=name)
     return found
 
 
 def level_of_argument(x: Tensor, observed: Mapping[str, Tensor], levels: Mapping[str, LevelInput]) -> LevelInput | None:
-    """Where an argument lies that holds the observed values of a site; None if it is that of none."""
+    """Where an argument lies that holds the observed values of a site; None if it is that of none, or of several.
+
+    It is the one that is in the same memory, or else the only one with the same values.
+    """
+    found, same = [], []
     for site, value in observed.items():
         for axis in range(x.dim()):
             moved = x.movedim(axis, 0)
             if moved.shape == value.shape and torch.equal(moved.to(value), value):
-                return LevelInput(levels[site].plates, levels[site].axes, axis)
-    return None
+                found.append(replace(levels[site], datapoints=axis))
+                if moved.data_ptr() == value.data_ptr() and moved.stride() == value.stride():
+                    same.append(found[-1])
+    unique = same if len(same) == 1 else found
+    return unique[0] if len(unique) == 1 else None
 
 
-def given_level(name: str, plate: str, x: Tensor, call: Call, known: Collection[tuple[str, ...]]) -> LevelInput:
+def given_level(name: str, plate: str, x: Tensor, call: Call, names: Mapping[tuple[str, ...], str]) -> LevelInput:
     """Where an argument lies that the user has said to be one of a plate: datapoints first, then inner plates by dim.
 
     Raises:
@@ -156,7 +167,6 @@ def given_level(name: str, plate: str, x: Tensor, call: Call, known: Collection[
                 f"there must be a row for each of its {structure.frames[plate].size} entries; try one of as many rows."
             )
         return LevelInput((plate,), ())
-    names = level_names({*known, ()}, structure.datapoints.name, structure.frames)
     plates = next((axes for axes, own in names.items() if own == plate), None)
     if plates is None:
         plates = min((axes for axes in names if plate in axes), key=len, default=None)
@@ -198,7 +208,7 @@ def find_levels(guide: Any, call: Call, asked: bool) -> LevelInputs:
     levels = input_levels(trace, frames, plate, plates)
     seen = [name for name in structure.observed or {} if name not in guide._hidden]
     for name, group in structure.groups.items():
-        levels.update(dict.fromkeys(group.observed, LevelInput((name,), ())))
+        levels.update({site: LevelInput((name,), (), site=site) for site in group.observed})
         seen += group.observed
     masks = {name: levels[name] for name in guide._present(call)}
     groups = {name: () if group.parent == plate else (group.parent,) for name, group in structure.groups.items()}
@@ -207,10 +217,12 @@ def find_levels(guide: Any, call: Call, asked: bool) -> LevelInputs:
     guide._condition(call)
     inputs = guide._plain_inputs(call)
     sites = () if structure.layout is None else structure.layout.sites
-    known = {where.plates for where in levels.values()}
-    known |= {tuple(name for name in site.plates if name in plates) for site in sites}
-    named = _named(guide, call)
-    found = [_level_of(*name, x, call, levels, known) for name, x in zip(named, inputs, strict=True)]
+    axes = {where.plates for where in levels.values() if where.plates[:1] not in [(name,) for name in groups]}
+    axes |= {(), *(tuple(name for name in site.plates if name in plates) for site in sites)}
+    known = level_names(axes, plate, frames)
+    global_plates = {name: [f.name for f in trace.nodes[name]["cond_indep_stack"]] for name in structure.global_sites}
+    named = zip(_named(guide, call), inputs, strict=True)
+    found = [_level_of(*name, x, call, levels, known, global_plates) for name, x in named]
     return LevelInputs(tuple(found), masks, groups)
 
 
@@ -228,28 +240,39 @@ def _level_of(
     x: Tensor,
     call: Call,
     levels: Mapping[str, LevelInput],
-    known: Collection[tuple[str, ...]],
+    known: Mapping[tuple[str, ...], str],
+    global_plates: Mapping[str, Collection[str]],
 ) -> LevelInput:
-    """Where an argument, or a global latent, lies."""
+    """Where an argument, or a global latent, lies; what the user says of it goes before what its values show."""
+    groups = call.structure.groups
+    if plate is not None and name in global_plates:
+        axes = next(
+            (axes for axes, own in known.items() if own == plate), None if plate in known.values() else (plate,)
+        )
+        within = axes and set(global_plates[name]) & set(axes)
+        return LevelInput(axes or (), (), is_flat=bool(within))
     observed = dict(call.structure.observed or {})
-    for group in call.structure.groups.values():
+    for group in groups.values():
         observed.update(group.observed)
+    if plate is not None:
+        observed = {
+            site: value
+            for site, value in observed.items()
+            if plate
+            == (levels[site].plates[0] if levels[site].plates[:1] == (plate,) else known.get(levels[site].plates))
+        }
     where = level_of_argument(x, observed, levels)
     if where is not None:
         return where
-    if plate is not None and name in call.structure.global_sites:
-        sizes = [*(axes for axes in known if axes and max(axes, key=[*call.structure.frames].index) == plate), (plate,)]
-        return LevelInput(sizes[0], (), is_flat=True)
     if plate is not None:
         return given_level(name, plate, x, call, known)
-    if name in call.structure.global_sites:
+    if name in global_plates:
         return LevelInput((), ())
-    plates = sorted(level_names({*known, ()}, call.structure.datapoints.name, call.structure.frames).values())
-    plates += call.structure.groups
+    plates = [*sorted(known.values()), *groups]
     raise ValueError(
-        f"Cannot tell which of the plates {plates} the encoder's input {name!r} belongs to because no "
-        f"site observes it; try a dict, encoder_input={{{plates[0]!r}: [{name!r}]}}, from the name of a plate to what "
-        "is known of its entries."
+        f"Cannot tell which of the plates {plates} the encoder's input {name!r} belongs to because no site alone "
+        f"observes it; try a dict, encoder_input={{{plates[0]!r}: [{name!r}]}}, from the name of a plate to what is "
+        "known of its entries."
     )
 
 
@@ -270,12 +293,15 @@ def build_levels(encoder: Any, levels: LevelInputs, inputs: Sequence[Tensor], ta
             "encoder_input=... with the name of an argument, or a dict from plate to names."
         )
     widths, count = [x.shape[-1] for x in inputs], len(levels.values)
+    sites = [where.site for where in levels.values]
     encoder.build(
         inputs=[where.plates for where in levels.values],
         widths=widths[:count],
         targets={level.name: level.axes for level in targets},
         masks=[where.plates for where in levels.masks.values()],
         mask_widths=widths[count : count + len(levels.masks)],
+        masked=[sites.index(name) if name in sites else None for name in levels.masks],
+        covariates=[i for i, name in enumerate(sites) if name is None] if any(sites) or levels.masks else [],
         groups=levels.groups,
     )
 

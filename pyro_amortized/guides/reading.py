@@ -13,6 +13,7 @@ from pyro_amortized.guides.call import Call
 from pyro_amortized.guides.checks import check_created, created_plates
 from pyro_amortized.guides.saving import SavedGuide
 from pyro_amortized.guides.simulated import simulated_call, takes_observations
+from pyro_amortized.structure.groups import GroupSpec
 from pyro_amortized.structure.layout import SiteLayout
 from pyro_amortized.structure.reader import StructureReader
 from pyro_amortized.structure.running import isolated
@@ -46,6 +47,11 @@ class ReadingGuide(SavedGuide):
         """Name of the datapoint plate: as asked for, or as found by a guide that has been set up; else None."""
         found = None if self._built_structure is None else self._built_structure.plate
         return found if self._structures.requested_plate is None else self._structures.requested_plate
+
+    @property
+    def groups(self) -> GroupSpec:
+        """The indices of plates in long format, as they were given."""
+        return self._structures.groups
 
     @property
     def global_sites(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ scale N/B of a subsampled plate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ from pyro_amortized.structure.influence import DatapointAxes, close, cut_to_rows
 from pyro_amortized.structure.layout import SiteLayout
 from pyro_amortized.structure.structure import Structure
 
-__all__ = ["LocalLogJoint"]
+__all__ = ["LocalLogJoint", "takes_draws"]
 
 
 class LocalLogJoint:
@@ -283,3 +284,16 @@ class LocalLogJoint:
         if part is not None:
             return part.plain if plain else part
         return lambda z: self.plain(z.new_zeros(len(z), size, z.shape[-1]).index_copy(1, rows.to(z.device), z))[:, rows]
+
+
+def takes_draws(call: ModelCall, like: Tensor) -> bool:
+    """Whether a model gives for several draws of its local latents, in an outermost plate, what it gives for each.
+
+    Args:
+        call: A call of the model, at given global latents.
+        like: A tensor of the latents' precision and device.
+    """
+    log_joint = LocalLogJoint(call)
+    shape = (2, log_joint.num_datapoints, log_joint.layout.latent_dim)
+    z = torch.linspace(-0.5, 0.5, math.prod(shape), dtype=like.dtype, device=like.device).reshape(shape)
+    return log_joint.choose_mode(z)[0]

@@ -100,6 +100,11 @@ class LocalSite:
             x = x.transpose(rank + dim, rank + i)
         return x.reshape(x.shape[:rank] + self.shape)
 
+    def has_draws(self, value: Tensor, dim: int) -> bool:
+        """Whether a value of the site, in its support, has batch dimensions of more than its plates, those of draws."""
+        plates = max([-dim, *(-inner for inner, _ in self.inner)])
+        return value.shape[: max(0, value.dim() - self.event_dim - plates)].numel() > 1
+
     @cached_property
     def is_static(self) -> bool:
         """Whether the support has no bounds of its own, such as those of a uniform, that may change between calls."""

@@ -16,9 +16,11 @@ from pyro_amortized import (
     IterativeAmortizedGuide,
     PerDatapointGuide,
     SemiAmortizedGuide,
+    calibrate,
     collapse_report,
     estimate_gaps,
     log_evidence,
+    simulate,
     to_arviz,
 )
 from pyro_amortized.objective.log_joint import LocalLogJoint
@@ -287,3 +289,42 @@ def test_a_spared_look_still_reads_the_index() -> None:
         mean = (0.5 * other[3] * COUNTY**-2 + total * HOUSE**-2) / precision
         assert ((fresh - mean) * precision.sqrt()).abs().mean() < 0.1
         assert math.isfinite(Trace_ELBO().loss(radon, guide, *other))
+
+
+def right(y: Tensor, floor: Tensor, county_index: Tensor, uranium: Tensor) -> None:
+    """Indexed from the right, so that several draws can be evaluated at once."""
+    with pyro.plate("county", len(uranium)):
+        a = pyro.sample("a", dist.Normal(0.5 * uranium, COUNTY))
+    with pyro.plate("obs", len(county_index)):
+        pyro.sample("y", dist.Normal(a[..., county_index] + SLOPE * floor, HOUSE), obs=y)
+
+
+def test_several_draws_at_once_are_right_or_refused() -> None:
+    """With more draws than counties, `a[county_index]` would take draws for counties."""
+    args, elbo = data(), Trace_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
+    with pytest.raises(ValueError, match=r"other log-probabilities .* try indexing from the right, a\[..., index\]"):
+        elbo.loss(radon, AmortizedGuide(radon, name="left", **GROUPS), *args)
+    guide = AmortizedGuide(right, name="right", **GROUPS)
+    guide.setup(*args)
+    many = Trace_ELBO(num_particles=2000, vectorize_particles=True, max_plate_nesting=1).loss(right, guide, *args)
+    one_by_one = Trace_ELBO(num_particles=2000).loss(right, guide, *args)
+    assert many == pytest.approx(one_by_one, rel=0.05)
+
+
+def test_data_sets_are_simulated_with_their_rows() -> None:
+    args = data()
+    for options in (GROUPS, NAMED):
+        guide = AmortizedGuide(radon, name=f"q{len(options)}", **options)
+        guide.setup(*args)
+        simulation = simulate(radon, guide, args)
+        assert (simulation.args[0] != args[0]).all()
+        assert torch.equal(simulation.args[2], args[2])
+        assert calibrate(radon, guide, args, num_simulations=30, num_samples=19).dataset is not None
+
+
+def test_a_covariate_is_of_the_plate_that_it_is_named_for() -> None:
+    """Whatever its values in the first call, here those of the data."""
+    first = (torch.zeros(4), torch.zeros(4), torch.arange(4), torch.zeros(4))
+    guide = AmortizedGuide(radon, **NAMED)
+    guide.setup(*first)
+    assert guide.median(*data())["a"].shape == (6,)

@@ -178,6 +178,46 @@ def test_masked_entries_count_for_nothing() -> None:
     assert math.isfinite(TraceMeanField_ELBO().loss(schools, guide, y, present))
 
 
+def two_tests(y: Tensor, w: Tensor, took_y: Tensor, took_w: Tensor) -> None:
+    """Every pupil takes one of two tests."""
+    with pyro.plate("school", len(y), dim=-2):
+        s = pyro.sample("s", dist.Normal(0.0, 1.0))
+        with pyro.plate("pupil", y.shape[1], dim=-1):
+            p = pyro.sample("p", dist.Normal(s, PUPIL))
+            pyro.sample("y", dist.Normal(p, TEST).mask(took_y), obs=y)
+            pyro.sample("w", dist.Normal(p, TEST).mask(took_w), obs=w)
+
+
+def test_every_site_has_its_own_mask() -> None:
+    y, w, took_y = torch.randn(4, 5), torch.randn(4, 5), torch.arange(20).reshape(4, 5) % 2 == 0
+    guide = AmortizedGuide(two_tests, plate="school")
+    guide.setup(y, w, took_y, ~took_y)
+    found = guide.median(y, w, took_y, ~took_y)["p"]
+    other = guide.median(y, torch.where(took_y, w, w + 1.0), took_y, ~took_y)["p"]
+    assert ((found != other) == ~took_y)[~took_y].all()
+    placeholders = guide.median(y, torch.where(took_y, w + 1.0, w), took_y, ~took_y)["p"]
+    assert torch.equal(found, placeholders)
+
+
+def absent(y: Tensor, age: Tensor, present: Tensor) -> None:
+    with pyro.plate("school", len(y), dim=-2):
+        s = pyro.sample("s", dist.Normal(0.0, 1.0))
+        with pyro.plate("pupil", y.shape[1], dim=-1), pyro.poutine.mask(mask=present):
+            p = pyro.sample("p", dist.Normal(s + age, PUPIL))
+            pyro.sample("y", dist.Normal(p, TEST), obs=y)
+
+
+@pytest.mark.parametrize("spec", [None, {"pupil": ["y"]}, {"pupil": ["y", "age"]}])
+def test_absent_entries_with_covariates_count_for_nothing(spec: Any) -> None:
+    y, age, present = torch.randn(4, 5), torch.randn(4, 5), torch.ones(4, 5, dtype=torch.bool)
+    present[1, 3:] = False
+    guide = AmortizedGuide(absent, plate="school", encoder_input=spec)
+    guide.setup(y, age, present)
+    whole, cut = guide.median(y, age, present), guide.median(y[1:2, :3], age[1:2, :3], present[1:2, :3])
+    assert (whole["s"][1] - cut["s"][0]).abs().max() < 1e-9
+    assert (whole["p"][1, :3] - cut["p"][0]).abs().max() < 1e-9
+
+
 def test_training_closes_the_gap_on_new_schools() -> None:
     pyro.set_rng_seed(0)
     torch.set_default_dtype(torch.float32)
@@ -229,7 +269,7 @@ def test_an_argument_of_an_unknown_level_is_refused_and_the_remedy_works() -> No
     args = covariates(6, 4)
     with pytest.raises(ValueError, match=r"which of the plates .* 'age' belongs to.*try a dict, encoder_input="):
         AmortizedGuide(with_covariates, plate="school", encoder_input=["y", "age"])(*args)
-    with pytest.raises(ValueError, match=r"'age' as a value of plate 'teacher'.*try one of \['pupil', 'school'\]"):
+    with pytest.raises(ValueError, match=r"'y' as a value of plate 'teacher'.*try one of \['pupil', 'school'\]"):
         AmortizedGuide(with_covariates, plate="school", encoder_input={"teacher": ["y", "age"]}, name="b")(*args)
     AmortizedGuide(with_covariates, plate="school", encoder_input={"pupil": ["y", "age"]}, name="c")(*args)
     AmortizedGuide(with_covariates, plate="school", encoder_input="y", name="d")(*args)  # which is what a site observes
@@ -424,3 +464,36 @@ def test_a_state_fits_any_number_of_entries() -> None:
     for shape in ((2, 7, 2), (3, 4, 3)):
         y = simulate(*shape)
         assert torch.equal(guide.variational_parameters(y), other.variational_parameters(y))
+
+
+def on_the_right(y: Tensor) -> None:
+    with pyro.plate("school", y.shape[1], dim=-1):
+        s = pyro.sample("s", dist.Normal(0.0, 1.0))
+        with pyro.plate("pupil", y.shape[0], dim=-2):
+            p = pyro.sample("p", dist.Normal(s, PUPIL))
+            pyro.sample("y", dist.Normal(p, TEST), obs=y)
+
+
+def test_a_first_call_of_zeros_does_not_turn_the_axes() -> None:
+    guide = AmortizedGuide(on_the_right, plate="school", encoder_input="y")
+    guide.setup(torch.zeros(4, 4))
+    y = torch.randn(4, 4)
+    changed = guide.median(y)["s"] != guide.median(y.index_fill(1, torch.tensor([1]), 9.0))["s"]
+    assert changed.squeeze().tolist() == [False, True, False, False]
+    assert guide(torch.randn(6, 3))["p"].shape == (6, 3)
+
+
+def with_a_global(y: Tensor) -> None:
+    g = pyro.sample("g", dist.Normal(0.0, 1.0))
+    with pyro.plate("school", len(y), dim=-2):
+        s = pyro.sample("s", dist.Normal(g, 1.0))
+        with pyro.plate("pupil", y.shape[1], dim=-1):
+            p = pyro.sample("p", dist.Normal(s, PUPIL))
+            pyro.sample("y", dist.Normal(p, TEST), obs=y)
+
+
+@pytest.mark.parametrize("spec", [["y", "g"], {"pupil": ["y", "g"]}, {"pupil": ["y"], "school": ["g"]}])
+def test_a_global_latent_is_shown_to_any_level(spec: Any) -> None:
+    guide = AmortizedGuide(with_a_global, plate="school", encoder_input=spec)
+    for shape in ((5, 4), (3, 6)):
+        assert guide(torch.randn(shape))["p"].shape == shape
