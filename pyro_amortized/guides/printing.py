@@ -22,12 +22,14 @@ def describe(guide: Any) -> str:
         lines += [f"  plate: {plate}", f"  family: {family}"]
         return "\n".join([*lines, "  not set up yet: the first call, or guide.setup(...), looks at the model"])
     modules, family = guide._modules, guide._modules.get("family")
-    local = [] if structure.layout is None else [f"{s.name} ({s.stop - s.start})" for s in structure.layout.sites]
+    sites = () if structure.layout is None else structure.layout.sites
+    local = [f"{s.name} ({' '.join([str(s.stop - s.start), *(f'in {p}' for p in s.inner_plates)])})" for s in sites]
     local += [f"{site.name} (discrete)" for site in structure.discrete]
     lines += [f"  plate: {structure.plate}"] if structure.plate is not None else []
     lines += [f"  local latents: {', '.join(local) or 'none'}"]
     lines += [f"  global latents: {', '.join(structure.global_sites) or 'none'}"]
     lines += [f"  data: {', '.join(structure.data) or 'none'}"]
+    lines += [f"  in long format: plates {', '.join(guide.groups)}"] if guide.groups else []
     lines += [f"  family: {type(family).__name__} of {family.latent_dim} dimensions"] if family is not None else []
     encoder = getattr(start_of(modules.get("inference")), "encoder", None)
     parts = {"encoder": encoder, "inference": modules.get("inference"), "global guide": modules.get("global_guide")}
