@@ -135,8 +135,8 @@ def test_diagnostics_of_either_side() -> None:
         assert other in found.attrs["global_latents"]
         assert np.abs(found["log_evidence"].values - expected.numpy()).max() < 0.01
         assert optimize_local(factors, guide, (x,), plate=plate).elbo.shape == (size,)
-        assert estimate_gaps(factors, guide, (x,), plate=plate).dataset.sizes[plate] == size
-        assert collapse_report(factors, guide, (x,), plate=plate).dataset is not None
+    assert estimate_gaps(factors, guide, (x,), plate="genes").dataset.sizes["genes"] == 4
+    assert collapse_report(factors, guide, (x,), plate="genes").dataset is not None
     with pytest.raises(ValueError, match=r"amortizes those of \['cells', 'genes'\]"):
         log_evidence(factors, guide, (x,), plate="batches")
 
@@ -165,7 +165,8 @@ def test_an_inner_guide_that_refines_is_refused() -> None:
     assert outer(data())["v"].shape == (4,)
 
 
-def test_better_than_draws_of_a_table() -> None:
+@pytest.mark.slow
+def test_as_good_as_a_table() -> None:
     """As good as AutoNormal, which knows every row and column, within a few percent."""
     pyro.set_rng_seed(0)
     x = data(30, 20)

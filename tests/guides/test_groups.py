@@ -206,12 +206,12 @@ def test_groups_may_chain() -> None:
     args = (torch.randn(7), county, torch.randn(5), state, 3)
     guide = AmortizedGuide(chained, plate="state", groups={"obs": "county", "county": "state"})
     guide.setup(*args)
-    evidence = log_evidence(chained, guide, args)["log_evidence"].values
+    evidence = log_evidence(chained, guide, args, max_samples=1000)["log_evidence"].values
     for number in range(3):
         own = torch.cat([args[0][state[county] == number], args[2][state == number]])
         covariance = torch.ones(len(own), len(own)) + torch.eye(len(own))
         expected = dist.MultivariateNormal(torch.zeros(len(own)), covariance).log_prob(own) if len(own) else 0.0
-        assert abs(evidence[number] - float(expected)) < 1e-3
+        assert abs(evidence[number] - float(expected)) < 5e-3
     order = torch.tensor([3, 2, 1, 0, 4])  # counties in another order
     turned = (args[0], torch.argsort(order)[county], args[2][order], state[order], 3)
     assert (guide.median(*turned)["s"] - guide.median(*args)["s"]).abs().max() < 1e-10
@@ -307,7 +307,7 @@ def test_several_draws_at_once_are_right_or_refused() -> None:
     guide = AmortizedGuide(right, name="right", **GROUPS)
     guide.setup(*args)
     many = Trace_ELBO(num_particles=2000, vectorize_particles=True, max_plate_nesting=1).loss(right, guide, *args)
-    one_by_one = Trace_ELBO(num_particles=2000).loss(right, guide, *args)
+    one_by_one = Trace_ELBO(num_particles=200).loss(right, guide, *args)
     assert many == pytest.approx(one_by_one, rel=0.05)
 
 
