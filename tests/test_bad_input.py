@@ -228,6 +228,7 @@ each(
     lambda v: made(encoder_input=v),
     "names are wanted",
 )
+case("encoder_input, twice", lambda: made(encoder_input={"data": ["x"], "inner": ["x"]}), "a name lies in it twice")
 case("encoder_input, unknown", lambda: made(encoder_input="y"), r"no argument of that name; try one of \['x'\]")
 case("encoder_input, none", lambda: made(encoder_input=[]), "the encoder then sees nothing")
 each(

@@ -55,17 +55,8 @@ class DeepSetEncoder(ElementsEncoder):
         self.element_layers = hidden_layers(input_dim, hidden_dims, activation)
         self.set_layers = hidden_layers(hidden_dims[-1] + 1, output_dims, activation)
 
-    def forward(self, x: Tensor, *inputs: Tensor | None) -> Tensor:
-        """Features of sets.
-
-        Args:
-            x: Elements of shape ``(N, M, F)``, or ``(N, M)`` for scalar ones.
-            *inputs: A mask: which elements belong to the set, shape ``(N, M)``, boolean or 1 and 0; by default all.
-
-        Returns:
-            Features of shape ``(N, H)``; they do not depend on the order of the elements nor on those masked out.
-        """
-        x, member = self._standardized(x, *inputs)
+    def features(self, x: Tensor, member: Tensor) -> Tensor:
+        """Features ``(N, H)`` of standardised elements ``(N, M, F)``; ``member`` ``(N, M)`` says which count."""
         hidden = self.element_layers(x)
         count = member.sum(1, keepdim=True)
         mean = (hidden * member.unsqueeze(-1)).sum(1) / count.clamp(min=1.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -53,10 +55,22 @@ class ElementsEncoder(StandardizedEncoder):
         if self.standardize is not None:
             self.standardize.fit(x if mask is None else x[mask.bool()])
 
-    def _standardized(self, x: Tensor, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The elements, zeros before standardising where they are masked, and which there are, ``(N, M)``."""
+    def forward(self, x: Tensor, *inputs: Tensor | None) -> Tensor:
+        """Features of sets.
+
+        Args:
+            x: Elements of shape ``(N, M, F)``, or ``(N, M)`` for scalar ones.
+            *inputs: A mask: which elements belong to the set, shape ``(N, M)``, boolean or 1 and 0; by default all.
+
+        Returns:
+            Features of shape ``(N, H)``; they do not depend on the order of the elements nor on those masked out.
+        """
         mask = self._mask(x, *inputs)
         x = self._elements(x)
         member = x.new_ones(x.shape[:2]) if mask is None else mask.to(x.dtype)
         x = x if mask is None else x.masked_fill(member.unsqueeze(-1) == 0, 0.0)
-        return x if self.standardize is None else self.standardize(x), member
+        return self.features(x if self.standardize is None else self.standardize(x), member)
+
+    @abstractmethod
+    def features(self, x: Tensor, member: Tensor) -> Tensor:
+        """Features ``(N, H)`` of standardised elements ``(N, M, F)``; ``member`` ``(N, M)`` says which count."""

@@ -96,17 +96,8 @@ class SetEncoder(ElementsEncoder):
         pooled = 2 * width + 2 * input_dim + 1 + (width if attention else 0)
         self.set_layers = hidden_layers(pooled, (width,), activation)
 
-    def forward(self, x: Tensor, *inputs: Tensor | None) -> Tensor:
-        """Features of sets.
-
-        Args:
-            x: Elements of shape ``(N, M, F)``, or ``(N, M)`` for scalar ones.
-            *inputs: A mask: which elements belong to the set, shape ``(N, M)``, boolean or 1 and 0; by default all.
-
-        Returns:
-            Features of shape ``(N, H)``; they do not depend on the order of the elements nor on those masked out.
-        """
-        x, member = self._standardized(x, *inputs)
+    def features(self, x: Tensor, member: Tensor) -> Tensor:
+        """Features ``(N, H)`` of standardised elements ``(N, M, F)``; ``member`` ``(N, M)`` says which count."""
         hidden, present, groups = self.element_layers(x), member.unsqueeze(-1), Along((1,))
         parts = [self.pool(hidden, present, groups), statistics(x, present, groups)]
         if self.query is not None and self.nobody is not None:

@@ -282,7 +282,7 @@ class LocalGuide(PosteriorGuide):
         phi = layout.batch(self._phi(call))
         with call.plates[layout.plate]:
             result = sample_local(layout, self._sampling_family, phi, call.plates, f"{self._pyro_name}_latent")
-            if call.structure.groups and not is_predicting():
+            if call.structure.groups and not call.structure.missing:
                 self._check_draws(call, result)
             if call.signal is not None:
                 term = layout.spread(layout.batch(-call.signal.unsqueeze(-1)).squeeze(-1))

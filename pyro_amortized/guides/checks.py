@@ -46,7 +46,13 @@ def check_options(
         names = [encoder_input] if isinstance(encoder_input, str) else encoder_input
         if isinstance(names, Mapping):  # by plate
             parts = [[part] if isinstance(part, str) else part for part in names.values()]
-            names = [*names, *(name for part in parts for name in (part if isinstance(part, Sequence) else [part]))]
+            named = [name for part in parts for name in (part if isinstance(part, Sequence) else [part])]
+            if len(named) != len(set(map(str, named))):
+                raise ValueError(
+                    f"Cannot use encoder_input={dict(encoder_input)} because a name lies in it twice; try each name at "
+                    "the level that it belongs to, of which those below and above learn."
+                )
+            names = [*names, *named]
         if isinstance(names, Tensor) or not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
             raise ValueError(
                 f"Cannot use encoder_input of type {type(encoder_input).__name__} because names are wanted, or a "

@@ -125,7 +125,7 @@ class DiscreteAmortizedGuide(AmortizedGuide):
         if temperature is not None:  # by which gradients are divided
             check_positive("temperature", temperature, 0.5)
         self.temperature = temperature
-        self._structures = StructureReader(options.get("plate"), discrete=True)
+        self._structures = StructureReader(options.get("plate"), discrete=True, groups=options.get("groups"))
         self._discrete: tuple[DiscreteSite, ...] = ()
 
     # Building

@@ -122,7 +122,7 @@ class VectorQuantizedGuide(AmortizedGuide):
                 "Cannot use a family with vector-quantised codes because q has one possible value; try leaving it out."
             )
         super().__init__(model, encoder, **options)
-        self._structures = StructureReader(options.get("plate"), discrete=True)
+        self._structures = StructureReader(options.get("plate"), discrete=True, groups=options.get("groups"))
         self._site: DiscreteSite | None = None
         self._step_parameters: list[Tensor] = []
         self.commitment = commitment

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyro_amortized import (
     AmortizedGuide,
+    DiscreteAmortizedGuide,
     IterativeAmortizedGuide,
     PerDatapointGuide,
     SemiAmortizedGuide,
@@ -264,8 +265,9 @@ def test_what_is_no_long_format_is_refused() -> None:
         AmortizedGuide(inside, **GROUPS)(y, index, uranium)
     with pytest.raises(ValueError, match="other datapoints than those that groups= names"):
         log_evidence(wrong, AmortizedGuide(wrong, name="wrong", **GROUPS), (y, floor, index, uranium))
-    with pytest.raises(ValueError, match="PlateEncoder in IterativeAmortizedGuide"):
-        IterativeAmortizedGuide(radon, name="iterative", **GROUPS)(y, floor, index, uranium)
+    for Guide in (IterativeAmortizedGuide, DiscreteAmortizedGuide):
+        with pytest.raises(ValueError, match=f"PlateEncoder in {Guide.__name__}"):
+            Guide(radon, name=Guide.__name__, **GROUPS)(y, floor, index, uranium)
     guide = AmortizedGuide(radon, name="right", plate="county")
     with pytest.raises(ValueError, match="no observed site lies in it"):
         guide(y, floor, index, uranium)
