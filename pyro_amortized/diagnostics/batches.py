@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, Wei
 
 from pyro_amortized.structure.signature import named_function
 
-__all__ = ["ModelArgs", "ToArgs", "calls", "num_calls"]
+__all__ = ["ModelArgs", "ToArgs", "call_of", "calls", "num_calls"]
 
 ModelArgs = Sequence[Any] | Iterable[Any]
 """The positional arguments of one call, as a tuple or list; or a ``DataLoader`` (any iterable but these) of batches."""
@@ -92,11 +92,26 @@ def calls(
     empty = True
     for batch in model_args:
         empty = False
-        args, named = _arguments(batch, to_args)
-        _check_taken(model, batch, args, {**kwargs, **named}, to_args)
-        yield args, {**kwargs, **named}
+        yield call_of(batch, kwargs, to_args, model)
     if empty:
         raise ValueError("Cannot go through the data because the loader has no batches; try one that has some.")
+
+
+def call_of(
+    batch: Any,
+    model_kwargs: Mapping[str, Any] | None = None,
+    to_args: ToArgs | None = None,
+    model: Callable[..., Any] | None = None,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and keyword arguments that a batch makes, as :func:`calls` explains.
+
+    Raises:
+        ValueError: If the model does not take them.
+    """
+    args, named = _arguments(batch, to_args)
+    kwargs = {**(model_kwargs or {}), **named}
+    _check_taken(model, batch, args, kwargs, to_args)
+    return args, kwargs
 
 
 def _arguments(batch: Any, to_args: ToArgs | None) -> tuple[tuple[Any, ...], dict[str, Any]]:

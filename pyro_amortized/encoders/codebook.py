@@ -44,14 +44,16 @@ class _Collected:
     """What the codebook's next update is made from.
 
     Attributes:
-        sums: Number and sum of the features of every code in all batches, ``(K, 1 + D)``.
+        sums: Number and sum of the features of every code in all batches, ``(K, 1 + D)``, of all processes.
         num_batches: Number of batches.
-        rows: The features of the last batch, ``(M, D)``.
+        rows: The features of the last batch, ``(M, D)``, those of this process.
+        num_rows: Number of features of the last batch in all processes.
     """
 
     sums: Tensor
     num_batches: int
     rows: Tensor
+    num_rows: int
 
 
 class Codebook(nn.Module):
@@ -76,7 +78,7 @@ class Codebook(nn.Module):
 
     A guide collects the features of a step of training, and the averages move when the next step begins: all draws of
     one step, and all parts of a batch, meet the same vectors. They move as well before the codebook is saved, copied or
-    set to ``eval()``.
+    set to ``eval()``. Where several processes train together (``torch.distributed``), they move by the features of all.
 
     Args:
         num_codes: Number of codes K.
@@ -265,12 +267,15 @@ class Codebook(nn.Module):
         """
         self._check(features)
         rows = features.detach().reshape(-1, self.dim)
-        if not len(rows):
+        sums, num_batches, num_rows = torch.cat(self._count(rows, codes.flatten()), -1), 1, len(rows)
+        if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+            num_rows = int(sums[:, 0].sum())
+        if not num_rows:
             return
-        sums, num_batches = torch.cat(self._count(rows, codes.flatten()), -1), 1
         if self._collected is not None:
             sums, num_batches = sums + self._collected.sums.to(sums), 1 + self._collected.num_batches
-        self._collected = _Collected(sums, num_batches, rows)
+        self._collected = _Collected(sums, num_batches, rows, num_rows)
 
     @property
     def is_settled(self) -> bool:
@@ -288,10 +293,10 @@ class Codebook(nn.Module):
         self.sums.lerp_(mean[:, 1:], 1 - self.decay)
         counted = self.counts > torch.finfo(self.counts.dtype).tiny
         self.embeddings.copy_(torch.where(counted[:, None], self.sums / self.counts[:, None], self.embeddings))
-        dead = self.counts < self.revive_below * len(rows) / self.num_codes
+        dead = self.counts < self.revive_below * collected.num_rows / self.num_codes
         if dead.any():
             self.embeddings[dead] = self._draw(rows)[dead]
-            self._weigh(dead, len(rows))
+            self._weigh(dead, collected.num_rows)
 
     def train(self, mode: bool = True) -> Codebook:
         """As of any module; ``eval()`` settles the averages."""

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 from torch.utils.checkpoint import checkpoint
 
-from pyro_amortized.checks import check_count
 from pyro_amortized.encoders.modes import evaluating
 from pyro_amortized.inference.base import InferenceStrategy, Objective
 from pyro_amortized.inference.strategies import Prior
@@ -93,7 +92,7 @@ class Refined(InferenceStrategy):
         self.update = update
         self.num_steps = num_steps
         self.encoder_gradient = encoder_gradient
-        self.num_particles = check_count("num_particles", num_particles, 1, 8)
+        self.num_particles = num_particles
         self.fixed_noise = fixed_noise
         self.keep_best = keep_best
         self.checkpoint = checkpoint
@@ -113,15 +112,6 @@ class Refined(InferenceStrategy):
     def num_known(self) -> int | None:  # type: ignore[override]
         """Number of datapoints that the start knows."""
         return self.initial.num_known
-
-    @property
-    def num_steps(self) -> int:
-        """Number of steps T."""
-        return self._num_steps
-
-    @num_steps.setter
-    def num_steps(self, value: int) -> None:
-        self._num_steps = check_count("num_steps", value, 0, 5)
 
     def forward(self, inputs: tuple[Tensor, ...], index: Tensor | None, objective: Objective | None = None) -> Tensor:
         """The refined phi ``(N, P)``."""

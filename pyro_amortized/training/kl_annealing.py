@@ -111,6 +111,7 @@ class KLAnnealing:
 
     Attributes:
         num_steps: Number of steps done.
+        bare: The model and the guide themselves, not annealed.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -150,7 +151,7 @@ class KLAnnealing:
             )
         self.schedule = schedule
         self.num_steps = 0
-        self._model, self._guide = model, guide
+        self.bare = (model, guide)
         self._requested = guide.plate if plate is None and isinstance(guide, LocalGuide) else plate
         self._plate: str | None = None
         self._in_guide: set[str] = set()
@@ -167,7 +168,7 @@ class KLAnnealing:
     def guide(self, *args: Any, **kwargs: Any) -> Any:
         """The guide with its local latents scaled."""
         with _Scaled(self.beta, self._find_plate(args, kwargs)) as scaled:
-            result = self._guide(*args, **kwargs)
+            result = self.bare[1](*args, **kwargs)
         scaled.check_guide()
         self._in_guide = scaled.latents
         return result
@@ -176,7 +177,7 @@ class KLAnnealing:
         """The model with its local latents scaled."""
         plate = self._find_plate(args, kwargs)
         with _Scaled(self.beta, plate, is_model=True) as scaled:
-            result = self._model(*args, **kwargs)
+            result = self.bare[0](*args, **kwargs)
         missing = scaled.latents - self._in_guide
         if missing and self._in_guide:
             raise ValueError(
@@ -187,7 +188,7 @@ class KLAnnealing:
 
     def _find_plate(self, args: Any, kwargs: Any) -> str:
         if self._plate is None:
-            structure = StructureReader(self._requested).look(self._model, args, kwargs)
+            structure = StructureReader(self._requested).look(self.bare[0], args, kwargs)
             if structure.layout is None:
                 raise ValueError(
                     "Cannot anneal the KL divergence of local latents because the model has none: no latent site lies "

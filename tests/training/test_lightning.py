@@ -1,5 +1,9 @@
-"""Training by others: Lightning's trainer, and the processes of DistributedDataParallel."""
+"""Training by Lightning's Trainer, in one process and in several."""
 
+import copy
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -9,52 +13,59 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import Trace_ELBO
+from pyro import infer
+from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_amortized import (
     AmortizedGuide,
+    Codebook,
     DiscreteAmortizedGuide,
     IterativeAmortizedGuide,
     PerDatapointGuide,
     SemiAmortizedGuide,
+    VectorQuantizedGuide,
 )
+from pyro_amortized.training import FreeBitsELBO, KLAnnealing, linear_schedule
 
-SIZE = 8
-OPTIONS: dict[Any, dict[str, Any]] = {
-    AmortizedGuide: {},
-    PerDatapointGuide: {},
-    DiscreteAmortizedGuide: {},
-    SemiAmortizedGuide: {"num_steps": 2, "keep_best": False, "fixed_noise": True},
-    IterativeAmortizedGuide: {"num_steps": 2, "num_particles": 2, "keep_best": False, "fixed_noise": True},
+lightning = pytest.importorskip("lightning")
+from pyro_amortized.lightning import SVIModule  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # advice of Lightning's on loaders, loggers and checkpoints
+
+SIZE = 10
+STEPS: dict[str, Any] = {"num_steps": 2, "keep_best": False, "fixed_noise": True}
+GUIDES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "amortized": (AmortizedGuide, {}),
+    "per datapoint": (PerDatapointGuide, {}),
+    "sparse table": (PerDatapointGuide, {"sparse": True}),
+    "discrete": (DiscreteAmortizedGuide, {}),
+    **{
+        gradient: (SemiAmortizedGuide, {**STEPS, "encoder_gradient": gradient})
+        for gradient in ("anchored", "unrolled", "first_order", "initial", "distill")
+    },
+    "iterative": (IterativeAmortizedGuide, {**STEPS, "num_particles": 2}),
 }
 
-every_guide = pytest.mark.parametrize("Guide", list(OPTIONS))
 
-
-@pytest.fixture(autouse=True)
-def _module_local() -> Iterator[None]:
-    """Parameters are those of the modules, as torch's own tools expect; no parameter store."""
-    with pyro.settings.context(module_local_params=True):
-        yield
-
-
-def data() -> tuple[Tensor, Tensor]:
-    return torch.randn(SIZE, 3, generator=torch.Generator().manual_seed(1)), torch.arange(SIZE)
+def data(size: int = SIZE) -> tuple[Tensor, Tensor]:
+    return torch.randn(size, 3, generator=torch.Generator().manual_seed(1)), torch.arange(size)
 
 
 class Factors(PyroModule):
-    """A global latent, a local one and a parameter. The plate knows how many datapoints there are in all."""
+    """A global latent, a local one and a parameter; the plate knows how many datapoints there are in all, or not."""
 
-    def __init__(self) -> None:
+    def __init__(self, sized: bool = True) -> None:
         super().__init__()
         self.weights = nn.Parameter(torch.tensor([[1.0, -0.5, 0.2], [0.3, 0.4, -1.0]]))
+        self.sized = sized
 
     def forward(self, x: Tensor, index: Tensor) -> None:
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", SIZE, subsample=index):
+        with pyro.plate("data", SIZE, subsample=index) if self.sized else pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
             pyro.sample("x", dist.Normal(z @ self.weights + loc, 1.0).to_event(1), obs=x)
 
@@ -78,145 +89,135 @@ class Repeatable(nn.Module):
     def __init__(self, guide: Any) -> None:
         super().__init__()
         self.guide = guide
+        self.plate = "data"
 
     def forward(self, x: Tensor, index: Tensor) -> None:
         with NoiseByDatapoint(index):
             self.guide(x, index)
 
 
-def loss_module(Guide: Any) -> Any:
-    """The ELBO of model and guide as a module, with the same parameters in every process."""
-    pyro.set_rng_seed(0)
-    model = Factors()
-    guide = Guide(model, **OPTIONS[Guide])
-    guide.setup(*data())
-    return Trace_ELBO()(model, Repeatable(guide))
+class KeepGradients(lightning.Callback):
+    """What optimizers are given."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        found = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+        self.gradients.append({name: g.to_dense().clone() if g.is_sparse else g.clone() for name, g in found.items()})
 
 
-def train(loss: Any, batch: tuple[Tensor, Tensor], steps: int = 3) -> list[dict[str, Tensor]]:
-    """Gradients of a few steps of gradient descent, by parameter."""
-    parameters = dict(loss.named_parameters())
-    optimizer = torch.optim.SGD(parameters.values(), lr=1e-3)
-    gradients = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss(*batch).backward()
-        optimizer.step()
-        gradients.append({name.removeprefix("module."): p.grad.clone() for name, p in parameters.items()})
-    return gradients
+def quiet(path: Path | str, **options: Any) -> Any:
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    options = {**off, "accelerator": "cpu", "default_root_dir": path, "max_epochs": 2, **options}
+    return lightning.Trainer(**options)
 
 
-def train_in_process(rank: int, size: int, path: str) -> None:
-    """Every process trains on its part of the data, averaging gradients with the others."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{path}/store", rank=rank, world_size=size, timeout=timedelta(seconds=100)
-    )
-    try:
-        with pyro.settings.context(module_local_params=True):
-            for Guide in OPTIONS:
-                batch = tuple(part.reshape(size, -1, *part.shape[1:])[rank] for part in data())
-                gradients = train(nn.parallel.DistributedDataParallel(loss_module(Guide)), batch)
-                torch.save(gradients, f"{path}/{Guide.__name__}-{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+def loader(size: int = 4, **options: Any) -> DataLoader:
+    return DataLoader(TensorDataset(*data()), batch_size=size, **options)
 
 
-def saved(path: Path, Guide: Any, rank: int) -> Any:
-    return torch.load(path / f"{Guide.__name__}-{rank}.pt", weights_only=True)
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=1e-3)
 
 
-def test_two_processes_have_the_gradients_of_one_with_all_data(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(train_in_process, (2, str(tmp_path)), nprocs=2)
-    for Guide in OPTIONS:
-        expected = train(loss_module(Guide), data())
-        assert all(gradient.abs().sum() > 0 for gradient in expected[-1].values())
-        for rank in range(2):
-            torch.testing.assert_close(saved(tmp_path, Guide, rank), expected, rtol=1e-4, atol=1e-5)
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    pyro.clear_param_store()
+    torch.manual_seed(0)
 
 
-def test_a_part_of_the_data_has_other_gradients() -> None:
-    """So that the test above would fail if processes went their own ways."""
-    part = tuple(values[: SIZE // 2] for values in data())
-    expected, found = train(loss_module(AmortizedGuide), data()), train(loss_module(AmortizedGuide), part)
-    with pytest.raises(AssertionError):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+# One process
 
 
-# Lightning
+@pytest.mark.parametrize("kind", list(GUIDES))
+def test_trains_as_svi_does(kind: str, tmp_path: Path) -> None:
+    """The same losses as SVI's with the same optimizer."""
+    Guide, options = GUIDES[kind]
+    found, expected = [], []
+    for losses in (found, expected):
+        pyro.clear_param_store()
+        lightning.seed_everything(1)
+        model = Factors()
+        guide = Guide(model, **options)
+        module = SVIModule(model, guide, optimizer=sgd)
+        module.initialize(data())
+        lightning.seed_everything(2)
+        if losses is found:
+            quiet(tmp_path).fit(module, loader())
+            losses += module.history.dataset["train_loss"].values.tolist()
+        else:
+            svi = infer.SVI(model, guide, pyro.optim.SGD({"lr": 1e-3}), infer.Trace_ELBO())
+            losses += [svi.step(*batch) for _ in range(2) for batch in loader()]
+    assert len(expected) == 6
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
-def loader() -> Any:
-    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data()), batch_size=3)  # the last one has two
+def functions() -> tuple[Any, Any, nn.Module]:
+    """A model and a guide that are functions, with parameters of every kind."""
+    decoder = nn.Linear(2, 3)
+
+    def model(x: Tensor, index: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        scale = pyro.param("scale", torch.tensor(0.5), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), scale).to_event(1), obs=x)
+
+    def guide(x: Tensor, index: Tensor) -> None:
+        weight = pyro.param("encoder.weight", lambda: torch.randn(3, 2))
+        spread = pyro.param("spread", torch.ones(2), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x @ weight, spread).to_event(1))
+
+    return model, guide, decoder
 
 
-def training_module(loss: Any) -> Any:
-    lightning = pytest.importorskip("lightning")
-
-    class Training(lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.loss = loss
-            self.losses: list[float] = []
-
-        def training_step(self, batch: list[Tensor]) -> Tensor:
-            value = self.loss(*batch)
-            self.losses.append(value.item())
-            return value
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.Adam(self.loss.parameters(), lr=0.001)
-
-    return Training()
-
-
-def trainer(path: Path, **options: Any) -> Any:
-    lightning = pytest.importorskip("lightning")
-    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    options = {**dict.fromkeys(quiet, False), "accelerator": "cpu", "default_root_dir": path, **options}
-    return lightning.Trainer(max_epochs=2, **options)
+def test_parameters_of_functions_are_trained_and_stay_in_the_store(tmp_path: Path) -> None:
+    model, guide, decoder = functions()
+    module = SVIModule(model, guide, optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.01))
+    module.initialize(data())
+    assert {name for name, _ in module.named_parameters()} == {
+        "store.decoder$$$weight",
+        "store.decoder$$$bias",
+        "store.scale",
+        "store.encoder/weight",
+        "store.spread",
+    }
+    before = {name: value.clone() for name, value in pyro.get_param_store().items()}
+    quiet(tmp_path).fit(module, loader())
+    for name, value in pyro.get_param_store().items():
+        assert not torch.equal(value, before[name])
+    assert dict(module.named_parameters())["store.decoder$$$weight"] is decoder.weight
+    assert pyro.param("scale") is not None
+    assert pyro.param("scale").item() == pytest.approx(module.state_dict()["store.scale"].exp().item())
 
 
-lightning_warnings = pytest.mark.filterwarnings("ignore")  # advice on loaders, loggers and checkpoints
+@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.parametrize("kind", ["functions", "AutoNormal", "AmortizedGuide", "method"])
+def test_checkpoints_hold_everything(kind: str, built: bool, tmp_path: Path) -> None:
+    def make() -> tuple[Any, Any]:
+        pyro.clear_param_store()
+        model, guide, _ = functions()
+        if kind == "method":
+            holder = Factors()
+            return holder.forward, AmortizedGuide(holder.forward)
+        made = {"functions": lambda _: guide, "AutoNormal": AutoNormal, "AmortizedGuide": AmortizedGuide}
+        return model, made[kind](model)
 
-
-@lightning_warnings
-@every_guide
-def test_lightning_trains_as_a_loop_by_hand(Guide: Any, tmp_path: Path) -> None:
-    training = training_module(loss_module(Guide))
-    trainer(tmp_path).fit(training, loader())
-    loss = loss_module(Guide)
-    optimizer = torch.optim.Adam(loss.parameters(), lr=0.001)
-    losses = []
-    for _ in range(2):
-        for batch in loader():
-            optimizer.zero_grad()
-            value = loss(*batch)
-            value.backward()
-            optimizer.step()
-            losses.append(value.item())
-    assert len(losses) == 6
-    assert training.losses == pytest.approx(losses, rel=1e-5)
-    torch.testing.assert_close(training.loss.state_dict(), loss.state_dict(), rtol=1e-4, atol=1e-6)
-
-
-@lightning_warnings
-@pytest.mark.parametrize("Guide", [AmortizedGuide, PerDatapointGuide, IterativeAmortizedGuide])
-def test_lightning_checkpoint(Guide: Any, tmp_path: Path) -> None:
-    """A checkpoint of Lightning's goes into a guide of its own, set up or not."""
-    training = training_module(loss_module(Guide))
-    fit = trainer(tmp_path)
-    fit.fit(training, loader())
-    fit.save_checkpoint(tmp_path / "training.ckpt")
-    state = torch.load(tmp_path / "training.ckpt", weights_only=False)["state_dict"]
-    prefix = "loss.guide.guide."
-    state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    model = Factors()
-    model.load_state_dict(training.loss.model.state_dict())
-    expected = training.loss.guide.guide.eval().median(*data())
-    for setup in (False, True):
-        guide = Guide(model, **OPTIONS[Guide])
-        if setup:
-            guide.setup(*data())
-        guide.load_state_dict(state)
-        torch.testing.assert_close(guide.eval().median(*data()), expected)
+    batches = DataLoader(TensorDataset(*data()), batch_size=SIZE)
+    trainer, module = quiet(tmp_path), SVIModule(*make())
+    trainer.fit(module, batches, batches)
+    trainer.save_checkpoint(tmp_path / "training.ckpt")
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    model, guide = make()
+    if built:
+        infer.Trace_ELBO().loss(model, guide, *data())
+    loaded = SVIModule.load_from_checkpoint(tmp_path / "training.ckpt", model=model, guide=guide, weights_only=True)
+    assert loaded.history.dataset.equals(module.history.dataset)
+    loaded.initialize(data())
+    torch.testing.assert_close(dict(loaded.state_dict()), state)
+    values = [quiet(tmp_path).validate(loaded, batches, verbose=False)[0]["val_loss"] for _ in range(200)]
+    exact = torch.tensor([infer.Trace_ELBO().loss(model, guide, *data()) for _ in range(200)])
+    error = exact.std().item() * (2 / 200) ** 0.5
+    assert sum(values) / 200 == pytest.approx(exact.mean().item(), abs=5 * error)

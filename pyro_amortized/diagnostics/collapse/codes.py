@@ -15,7 +15,6 @@ from torch import Tensor
 from pyro_amortized.diagnostics.batches import ModelArgs, ToArgs, calls, num_calls
 from pyro_amortized.diagnostics.collapse.report import report_dataset
 from pyro_amortized.diagnostics.problem import progress_bar
-from pyro_amortized.encoders.quantized import perplexity
 from pyro_amortized.guides import VectorQuantizedGuide
 from pyro_amortized.guides.vector_quantized import code_value
 from pyro_amortized.structure.layout import SiteLayout
@@ -115,16 +114,16 @@ def codes_dataset(found: Codes, settings: Mapping[str, Any]) -> xarray.Dataset:
     names = SiteLayout(found.plate, -1, (found.place,), positions).names
     per_latent = {
         "kl_se": zero,
-        "perplexity": perplexity(usage).numpy(),
+        "perplexity": _entropy(usage).exp().numpy(),
         "posterior_mean_variance": variance,
         "posterior_mean_variance_se": zero,
         "relative_variance": variance,
-        "information": perplexity(usage).log().numpy(),
+        "information": _entropy(usage).numpy(),
         "active": active,
     }
     codebook = {
         "active_units": int(active.sum()),
-        "perplexity": float(perplexity(usage.mean(0))),
+        "perplexity": float(_entropy(usage.mean(0)).exp()),
         "num_codes": found.num_codes,
         "codes_used": int((usage.sum(0) > 0).sum()),
     }
@@ -139,7 +138,7 @@ def _totals(found: Codes) -> dict[str, Any]:
     count, positions = found.codes.shape
     total = float(found.kl.sum(-1).mean())
     distinct = torch.unique(found.codes, dim=0, return_counts=True)[1]
-    information = float(perplexity(distinct.double()).log())
+    information = float(_entropy(distinct.double()))
     held = ", ".join(found.global_sites)
     return {
         "mutual_information": information,
@@ -156,3 +155,8 @@ def _totals(found: Codes) -> dict[str, Any]:
         "family": "nearest code",
         "global_latents": f"held at the guide's median: {held}" if held else "none",
     }
+
+
+def _entropy(counts: Tensor) -> Tensor:
+    """Entropy of how often each of K codes is used, ``(*, K)``, in nats; its exponential is the perplexity."""
+    return torch.special.entr(counts / counts.sum(-1, keepdim=True)).sum(-1)

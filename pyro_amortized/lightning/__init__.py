@@ -1,0 +1,6 @@
+"""Training by Lightning's Trainer; needs the extra ``lightning``, as in ``pip install pyro-amortized[lightning]``."""
+
+from pyro_amortized.lightning.history import History
+from pyro_amortized.lightning.module import SVIModule
+
+__all__ = ["History", "SVIModule"]

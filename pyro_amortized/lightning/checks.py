@@ -1,0 +1,64 @@
+"""Checks of what users hand to Lightning's module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pyro.optim import PyroOptim
+from torch import nn
+from torch.optim import Optimizer
+
+__all__ = ["check_built", "check_module_options", "check_optimizer"]
+
+
+def check_module_options(model: Any, guide: Any, elbo: Any, optimizer: Any, scheduler: Any, to_args: Any) -> None:
+    """Raises a ValueError unless every argument of ``SVIModule`` is what it is to be."""
+    for name, value in (("model", model), ("guide", guide)):
+        if not callable(value):
+            raise ValueError(
+                f"Cannot train with {name}={value!r} because it is not callable; try the Pyro {name} itself."
+            )
+    if isinstance(elbo, type) or not (hasattr(elbo, "loss") and hasattr(elbo, "loss_and_grads")):
+        raise ValueError(
+            f"Cannot train with elbo={elbo!r} because it is no ELBO of Pyro's; try elbo=pyro.infer.Trace_ELBO()."
+        )
+    if isinstance(optimizer, PyroOptim | Optimizer) or not callable(optimizer):
+        raise ValueError(
+            f"Cannot train with optimizer={optimizer!r} because a function from parameters to a torch optimizer is "
+            "wanted; try optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3)."
+        )
+    for name, function in (("scheduler", scheduler), ("to_args", to_args)):
+        if function is not None and not callable(function):
+            example = {
+                "scheduler": "lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 10)",
+                "to_args": "lambda batch: (batch[0],)",
+            }[name]
+            raise ValueError(f"Cannot train with {name}={function!r} because it is no function; try {name}={example}.")
+
+
+def check_optimizer(optimizer: Any) -> Optimizer:
+    """What the user's function made of the parameters, if that is a torch optimizer.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(
+            f"Cannot train with the {type(optimizer).__name__} that optimizer returned because it is no torch "
+            "optimizer; try optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3)."
+        )
+    return optimizer
+
+
+def check_built(ready: bool, parameters: Sequence[nn.Parameter]) -> None:
+    """Raises a ValueError unless the parameters have been found, and there are some."""
+    if not ready:
+        raise ValueError(
+            "Cannot tell the optimizer which parameters to train because the model has not run yet; try "
+            "module.initialize(batch) before."
+        )
+    if not parameters:
+        raise ValueError(
+            "Cannot train because neither the model nor the guide has parameters; try a guide that has, AmortizedGuide."
+        )

@@ -1,0 +1,113 @@
+"""What a training run has seen: the loss of every step, and the ELBO of every validation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pyro_amortized.diagnostics.report import Report, new_axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from torch import Tensor
+
+__all__ = ["History", "Record"]
+
+
+class History(Report):
+    """The course of a training run, in nats.
+
+    Attributes:
+        dataset: ``train_loss`` over ``step``, as ``svi.step`` would return it; ``val_loss`` and ``val_elbo``, its
+            negative, over ``validation``, with the ``epoch`` and the number of steps done (``val_step``).
+    """
+
+    def __str__(self) -> str:
+        """The last losses in words."""
+        train, val = self.dataset["train_loss"].values, self.dataset["val_elbo"].values
+        lines = [f"{len(train)} steps of training" + (f", last loss {train[-1]:.2f} nats" if len(train) else "")]
+        if len(val):
+            best = int(val.argmax())
+            lines.append(
+                f"{len(val)} validations: last ELBO {val[-1]:.2f} nats, best {val[best]:.2f} in epoch "
+                f"{int(self.dataset['epoch'][best])}"
+            )
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draws the losses over the steps of training; those of training as they come, and smoothed.
+
+        Args:
+            ax: Matplotlib axes; new ones by default.
+
+        Returns:
+            The axes.
+        """
+        ax = new_axes(ax)
+        train = self.dataset["train_loss"]
+        window = max(1, len(train) // 50)
+        ax.plot(train["step"], train, color="C0", alpha=0.3, lw=0.8)
+        ax.plot(train["step"], train.rolling(step=window, min_periods=1).mean(), color="C0", label="training")
+        if self.dataset.sizes["validation"]:
+            ax.plot(self.dataset["val_step"], self.dataset["val_loss"], "o-", color="C1", ms=3, label="validation")
+        ax.set(xlabel="steps", ylabel="loss (negative ELBO, nats)", title="Training")
+        ax.legend()
+        return ax
+
+
+class Record:
+    """What becomes a :class:`History`; no value is read off its device before it is asked for."""
+
+    def __init__(self) -> None:
+        self._train: list[float] = []
+        self._new: list[Tensor] = []
+        self._validations: list[tuple[int, int, float]] = []
+
+    def step(self, loss: Tensor) -> None:
+        """Keeps the loss of a step."""
+        self._new.append(loss.detach())
+        if len(self._new) >= 1000:
+            self._read()
+
+    def validation(self, epoch: int, step: int, loss: float) -> None:
+        """Keeps the loss of a validation."""
+        self._validations.append((epoch, step, loss))
+
+    def _read(self) -> list[float]:
+        if self._new:
+            self._train += torch.stack(self._new).double().tolist()
+            self._new = []
+        return self._train
+
+    def state(self) -> dict[str, Any]:
+        """All of it as numbers."""
+        return {"train": list(self._read()), "validations": list(self._validations)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes over what :meth:`state` returned."""
+        self._train, self._new = list(state["train"]), []
+        self._validations = [(int(epoch), int(step), loss) for epoch, step, loss in state["validations"]]
+
+    def history(self) -> History:
+        """The report."""
+        import xarray
+
+        epoch, step, loss = zip(*self._validations, strict=True) if self._validations else ((), (), ())
+        val = torch.tensor(loss, dtype=torch.float64).numpy()
+        train = torch.tensor(self._read(), dtype=torch.float64).numpy()
+        dataset = xarray.Dataset(
+            {
+                "train_loss": ("step", train, {"units": "nats"}),
+                "val_loss": ("validation", val, {"units": "nats"}),
+                "val_elbo": ("validation", -val, {"units": "nats"}),
+            },
+            {
+                "step": range(1, len(train) + 1),
+                "epoch": ("validation", torch.tensor(epoch, dtype=torch.int64).numpy()),
+                "val_step": ("validation", torch.tensor(step, dtype=torch.int64).numpy()),
+            },
+        )
+        return History(dataset)

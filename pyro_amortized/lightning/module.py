@@ -1,0 +1,266 @@
+"""SVI as a module of Lightning, whose Trainer does epochs, validation, early stopping, checkpoints and processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from lightning import LightningModule
+from pyro.infer import ELBO, Trace_ELBO
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from pyro_amortized.diagnostics.batches import ToArgs, call_of
+from pyro_amortized.diagnostics.processes import num_processes, of_all_processes, share_of_rows, weighted_sum
+from pyro_amortized.lightning.checks import check_built, check_module_options, check_optimizer
+from pyro_amortized.lightning.history import History, Record
+from pyro_amortized.lightning.loaders import first_batch, first_loader, plain_tensors
+from pyro_amortized.training.generators import generator_state, restore_generators
+from pyro_amortized.training.gradients import differentiable_loss
+from pyro_amortized.training.kl_annealing import KLAnnealing
+from pyro_amortized.training.parameters import StoreParameters, find_parameters, owners
+from pyro_amortized.training.plates import DataPlate, RowsOfPlate, find_plate
+
+__all__ = ["SVIModule"]
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+_ADAM = partial(Adam, lr=1e-3)
+
+
+class SVIModule(LightningModule):
+    r"""Stochastic variational inference for ``lightning.Trainer``.
+
+    Any model and guide, of this package or of Pyro, functions or modules, with any ELBO. Parameters are found by one
+    evaluation of the loss on the first batch, before the optimizer asks for them; a guide that is built in its first
+    call is built by it. Those in Pyro's parameter store are registered here, so that ``state_dict`` holds all of them,
+    and stay in the store.
+
+    Logged are ``train_loss`` after every step, what ``svi.step`` would return, and after a validation ``val_loss``, the
+    loss of the model and the guide in evaluation mode, with ``val_elbo``, its negative: for early stopping and
+    checkpoints. Where the model's plate has a size of its own, both stand for that many datapoints, and are averaged
+    over batches, weighted by their rows; where the plate is as large as a batch, ``val_loss`` is the sum over batches.
+
+    Several processes (``Trainer(strategy="ddp")``) have the gradient of one process on all their rows together, whether
+    batches are equally large or not, global latents included.
+
+    A run that is resumed from a checkpoint (``trainer.fit(..., ckpt_path=...)``) goes on with the same numbers, since
+    the states of the random number generators are saved along. In the middle of an epoch this needs a loader that knows
+    where it was: ``torchdata.stateful_dataloader.StatefulDataLoader``.
+
+    Args:
+        model: A Pyro model. With :class:`~pyro_amortized.training.KLAnnealing` pass ``annealing.model``: it is annealed
+            in training, one step of the schedule after every step of the optimizer, and not in validation.
+        guide: Its guide; ``annealing.guide`` likewise.
+        elbo: Any ELBO of Pyro's or of this package; ``Trace_ELBO()`` by default.
+        to_args: Where batches hold something else than the model's arguments: a function from a batch to positional
+            arguments, a tuple, or to a pair ``(args, kwargs)``.
+        optimizer: A function from parameters to a torch optimizer; Adam with lr 1e-3 by default.
+        scheduler: A function from the optimizer to a scheduler, which steps after every epoch, or to a dictionary as
+            Lightning's ``configure_optimizers`` describes.
+
+    Attributes:
+        history: The course of training, a :class:`History`.
+
+    Raises:
+        ValueError: If an argument is of another kind, if a loader goes over another number of datapoints than the
+            model's plate has, or if the parameter store holds other parameters under the same names.
+
+    Example:
+        >>> import lightning, torch, pyro, pyro.distributions as dist
+        >>> from pyro_amortized import AmortizedGuide
+        >>> from pyro_amortized.lightning import SVIModule
+        >>> pyro.clear_param_store()
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> loader = torch.utils.data.DataLoader(torch.randn(64), batch_size=16)
+        >>> module = SVIModule(model, AmortizedGuide(model))
+        >>> quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar"], False)
+        >>> trainer = lightning.Trainer(max_epochs=2, accelerator="cpu", enable_model_summary=False, **quiet)
+        >>> trainer.fit(module, loader)
+        >>> module.history.dataset.sizes["step"]
+        8
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        elbo: ELBO | None = None,
+        *,
+        to_args: ToArgs | None = None,
+        optimizer: MakeOptimizer = _ADAM,
+        scheduler: Callable[[Optimizer], Any] | None = None,
+    ) -> None:
+        check_module_options(model, guide, Trace_ELBO() if elbo is None else elbo, optimizer, scheduler, to_args)
+        super().__init__()
+        annealing = getattr(model, "__self__", None)
+        self.annealing = annealing if isinstance(annealing, KLAnnealing) else None
+        self._trained = (model, guide)
+        self.model, self.guide = self.annealing.bare if self.annealing is not None else (model, guide)
+        self.methods_of = nn.ModuleList(owners((self.model, self.guide)))
+        self.store = StoreParameters()
+        self.elbo: Any = Trace_ELBO() if elbo is None else elbo
+        self.to_args = to_args
+        self._optimizer, self._scheduler = optimizer, scheduler
+        self._plate: DataPlate | None = None
+        self._ready = False
+        self._pending: Mapping[str, Any] = {}
+        self._record = Record()
+        self._resumed: dict[str, Any] | None = None
+        self._evaluated: list[tuple[float, int]] = []
+
+    @property
+    def history(self) -> History:
+        """The course of training so far."""
+        return self._record.history()
+
+    # Parameters
+
+    def initialize(self, batch: Any) -> None:
+        """Finds all parameters by one evaluation of the loss on a batch; the trainer does so with its first one.
+
+        Args:
+            batch: A batch, as the loader yields it.
+        """
+        if self._ready:
+            return
+        args, kwargs = call_of(batch, None, self.to_args, self.model)
+        names = find_parameters(self, lambda: self.elbo.loss(self.model, self.guide, *args, **kwargs))
+        self._plate = find_plate(self.model, getattr(self.guide, "plate", None), args, kwargs)
+        self.store.adopt(names, {id(parameter) for parameter in self.parameters()})
+        self._ready = True
+        if self._pending:
+            self.load_state_dict(self._pending)
+            self._pending = {}
+
+    def setup(self, stage: str) -> None:
+        """Finds the parameters, and checks the size of the data against the model's."""
+        loader = first_loader(self.trainer, stage)
+        if not self._ready:
+            self.initialize(self.trainer.strategy.broadcast(first_batch(loader)))
+        if stage == "fit" and self._plate is not None:
+            self._plate.check_loader(loader)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads parameters and buffers; those that are not known yet, as soon as they are."""
+        if not self._ready:
+            self._pending, strict = dict(state_dict), False
+            state_dict = {name: value for name, value in state_dict.items() if not name.startswith("store.")}
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, and the scheduler where there is one."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        check_built(self._ready, parameters)
+        optimizer = check_optimizer(self._optimizer(parameters))
+        if self._scheduler is None:
+            return optimizer
+        scheduler = self._scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler = {"scheduler": scheduler, "monitor": "val_loss"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """A step of the optimizer, and of the annealing."""
+        super().optimizer_step(*args, **kwargs)
+        if self.annealing is not None:
+            self.annealing.step()
+
+    # Steps
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss of a batch, with its gradient."""
+        args, kwargs = call_of(batch, None, self.to_args, self.model)
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        evaluate = partial(differentiable_loss, self.elbo, self._trained, args, kwargs, parameters)
+        loss = evaluate() if num_processes() == 1 else self._share(evaluate)
+        self._record.step(loss)
+        self.log("train_loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def _share(self, evaluate: Callable[[], Tensor]) -> Tensor:
+        """This process's part of the loss: the mean of all parts is the loss of their rows together."""
+        if self._plate is None:
+            raise ValueError(
+                "Cannot train in several processes because the model has no one plate of datapoints, whose rows they "
+                "share; try putting the data into a pyro.plate."
+            )
+        of_batch = self._plate.size is None
+        with RowsOfPlate(self._plate.name, num_processes() if of_batch else 1) as plate:
+            loss = evaluate()
+        return loss if of_batch else loss * share_of_rows(plate.rows, self.device)
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Evaluates the loss of a batch."""
+        with plain_tensors(batch) as plain, RowsOfPlate(self._plate.name if self._plate else "") as plate:
+            args, kwargs = call_of(plain, None, self.to_args, self.model)
+            self._evaluated.append((self.elbo.loss(self.model, self.guide, *args, **kwargs), plate.rows))
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Evaluates the loss of a batch."""
+        self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """The guide's medians of a batch, by site."""
+        with plain_tensors(batch) as plain:
+            args, kwargs = call_of(plain, None, self.to_args, self.model)
+            guide: Any = self.guide
+            return guide.median(*args, **kwargs)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the loss of all batches."""
+        loss = self._log_evaluated("val")
+        if not self.trainer.sanity_checking and self.trainer.training is False and self.trainer.state.fn == "fit":
+            self._record.validation(self.current_epoch, self.global_step, loss)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the loss of all batches."""
+        self._log_evaluated("test")
+
+    def _log_evaluated(self, stage: str) -> float:
+        evaluated, self._evaluated = self._evaluated, []
+        of_batch = self._plate is None or self._plate.size is None
+        loss, rows = weighted_sum([(x, 1.0 if of_batch else n) for x, n in evaluated], self.device)
+        loss = loss if of_batch else loss / rows
+        self.log(f"{stage}_loss", loss, prog_bar=True)
+        self.log(f"{stage}_elbo", -loss, prog_bar=True)
+        return loss
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Saves what a resumed run needs to go on with the same numbers."""
+        checkpoint["svi"] = {
+            "generators": of_all_processes(generator_state()),
+            "in_epoch": not self.trainer.is_last_batch,
+            "history": self._record.state(),
+            "annealing_steps": 0 if self.annealing is None else self.annealing.num_steps,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps what was saved for the moment when training goes on."""
+        self._resumed = checkpoint["svi"]
+        self._record.restore(self._resumed["history"])
+        if self.annealing is not None:
+            self.annealing.num_steps = self._resumed["annealing_steps"]
+
+    def on_fit_start(self) -> None:
+        """Puts the generators into the state at the checkpoint, from which loaders draw the order of the data."""
+        if self.trainer.ckpt_path is None:
+            self._resumed = None
+        self._restore_generators()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Does so again in an epoch that goes on, after the loader has drawn that order anew."""
+        if self._resumed is not None:
+            if self._resumed["in_epoch"]:
+                self._restore_generators()
+            self._resumed = None
+
+    def _restore_generators(self) -> None:
+        if self._resumed is not None and len(self._resumed["generators"]) == num_processes():
+            restore_generators(self._resumed["generators"][self.global_rank])
