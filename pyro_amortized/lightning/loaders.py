@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,21 +10,33 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader
 
-__all__ = ["first_batch", "first_loader", "plain_tensors"]
+__all__ = [
+    "all_loaders",
+    "first_batch",
+    "generators_of",
+    "give_generators",
+    "loaders_of",
+    "plain_tensors",
+    "restart_loaders",
+]
 
 _LOOPS = {"fit": "fit_loop", "validate": "validate_loop", "test": "test_loop", "predict": "predict_loop"}
 
 
-def first_loader(trainer: Trainer, stage: str) -> Any:
-    """The loader that a trainer will go over, the first one if there are several.
+def loaders_of(trainer: Trainer, stage: str) -> Any:
+    """What a trainer will go over, which it shows only after it has asked for the optimizer, and so for parameters."""
+    return getattr(trainer, _LOOPS[stage])._data_source.dataloader()
 
-    The trainer shows its loaders only after it has asked for the optimizer, and so for the parameters.
-    """
-    loader = getattr(trainer, _LOOPS[stage])._data_source.dataloader()
-    while isinstance(loader, list | tuple):
-        loader = loader[0]
-    return loader
+
+def all_loaders(loaders: Any) -> Iterator[Any]:
+    """Loaders one by one, of which a trainer takes one, a sequence or a mapping; none for None."""
+    if isinstance(loaders, Mapping | list | tuple):
+        for part in loaders.values() if isinstance(loaders, Mapping) else loaders:
+            yield from all_loaders(part)
+    elif loaders is not None:
+        yield loaders
 
 
 def first_batch(loader: Any) -> Any:
@@ -36,6 +48,30 @@ def first_batch(loader: Any) -> Any:
     for batch in loader:
         return batch
     raise ValueError("Cannot train because the loader has no batches; try one that has some, drop_last=False.")
+
+
+def generators_of(loaders: Any) -> list[torch.Generator]:
+    """The generators that loaders and their samplers were given, each once."""
+    found: dict[int, torch.Generator] = {}
+    for loader in all_loaders(loaders):
+        samplers = (getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
+        for part in (loader, *samplers):
+            generator = getattr(part, "generator", None)
+            if isinstance(generator, torch.Generator):
+                found[id(generator)] = generator
+    return list(found.values())
+
+
+def give_generators(loaders: Any) -> None:
+    """Gives loaders without a generator one of their own, for the number that each draws when it starts."""
+    for loader in all_loaders(loaders):
+        if isinstance(loader, DataLoader) and loader.generator is None:
+            loader.generator = torch.Generator()
+
+
+def restart_loaders(trainer: Trainer) -> None:
+    """Starts the loaders for training anew: those resumed at the end of an epoch would give no batch in the next."""
+    iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
 
 
 @contextmanager

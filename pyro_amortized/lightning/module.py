@@ -16,7 +16,15 @@ from pyro_amortized.diagnostics.batches import ToArgs, call_of
 from pyro_amortized.diagnostics.processes import num_processes, of_all_processes, share_of_rows, weighted_sum
 from pyro_amortized.lightning.checks import check_built, check_module_options, check_optimizer
 from pyro_amortized.lightning.history import History, Record
-from pyro_amortized.lightning.loaders import first_batch, first_loader, plain_tensors
+from pyro_amortized.lightning.loaders import (
+    all_loaders,
+    first_batch,
+    generators_of,
+    give_generators,
+    loaders_of,
+    plain_tensors,
+    restart_loaders,
+)
 from pyro_amortized.training.generators import generator_state, restore_generators
 from pyro_amortized.training.gradients import differentiable_loss
 from pyro_amortized.training.kl_annealing import KLAnnealing
@@ -112,6 +120,7 @@ class SVIModule(LightningModule):
         self._record = Record()
         self._resumed: dict[str, Any] | None = None
         self._evaluated: list[tuple[float, int]] = []
+        self._before_validation: dict[str, Any] | None = None
 
     @property
     def history(self) -> History:
@@ -139,7 +148,7 @@ class SVIModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Finds the parameters, and checks the size of the data against the model's."""
-        loader = first_loader(self.trainer, stage)
+        loader = next(all_loaders(loaders_of(self.trainer, stage)))
         if not self._ready:
             self.initialize(self.trainer.strategy.broadcast(first_batch(loader)))
         if stage == "fit" and self._plate is not None:
@@ -211,6 +220,17 @@ class SVIModule(LightningModule):
             guide: Any = self.guide
             return guide.median(*args, **kwargs)
 
+    def on_validation_model_zero_grad(self) -> None:
+        """Keeps the generators' states: training draws the same numbers, whether it is interrupted by validations."""
+        super().on_validation_model_zero_grad()
+        self._before_validation = generator_state()
+
+    def on_validation_end(self) -> None:
+        """Puts them back."""
+        if self._before_validation is not None:
+            restore_generators(self._before_validation)
+            self._before_validation = None
+
     def on_validation_epoch_end(self) -> None:
         """Logs the loss of all batches."""
         loss = self._log_evaluated("val")
@@ -234,8 +254,10 @@ class SVIModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Saves what a resumed run needs to go on with the same numbers."""
+        generators = generators_of(self.trainer.train_dataloader)
         checkpoint["svi"] = {
-            "generators": of_all_processes(generator_state()),
+            "generators": of_all_processes(self._before_validation or generator_state()),
+            "of_loaders": of_all_processes([generator.get_state() for generator in generators]),
             "in_epoch": not self.trainer.is_last_batch,
             "history": self._record.state(),
             "annealing_steps": 0 if self.annealing is None else self.annealing.num_steps,
@@ -254,8 +276,19 @@ class SVIModule(LightningModule):
             self._resumed = None
         self._restore_generators()
 
+    def on_train_start(self) -> None:
+        """Puts loaders where they were; those for validation get generators of their own, not to disturb them."""
+        if self._resumed is not None and len(self._resumed["of_loaders"]) == num_processes():
+            states = self._resumed["of_loaders"][self.global_rank]
+            for generator, state in zip(generators_of(self.trainer.train_dataloader), states, strict=False):
+                generator.set_state(state.cpu())
+            if not self._resumed["in_epoch"]:
+                self._restore_generators()
+                restart_loaders(self.trainer)
+        give_generators(self.trainer.val_dataloaders)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Does so again in an epoch that goes on, after the loader has drawn that order anew."""
+        """Does so again in an epoch that goes on, where the loader has drawn the order from its own state."""
         if self._resumed is not None:
             if self._resumed["in_epoch"]:
                 self._restore_generators()

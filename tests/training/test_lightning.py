@@ -1,11 +1,9 @@
 """Training by Lightning's Trainer, in one process and in several."""
 
-import copy
 import os
-import subprocess
-import sys
+import socket
+import time
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +65,7 @@ class Factors(PyroModule):
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
         with pyro.plate("data", SIZE, subsample=index) if self.sized else pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z @ self.weights + loc, 1.0).to_event(1), obs=x)
+            pyro.sample("x", dist.Normal(z @ self.weights + loc.unsqueeze(-1), 1.0).to_event(1), obs=x)
 
 
 class NoiseByDatapoint(Messenger):
@@ -210,6 +208,7 @@ def test_checkpoints_hold_everything(kind: str, built: bool, tmp_path: Path) -> 
     trainer.fit(module, batches, batches)
     trainer.save_checkpoint(tmp_path / "training.ckpt")
     state = {name: value.clone() for name, value in module.state_dict().items()}
+    expected = seeded_loss(module)
     model, guide = make()
     if built:
         infer.Trace_ELBO().loss(model, guide, *data())
@@ -217,7 +216,210 @@ def test_checkpoints_hold_everything(kind: str, built: bool, tmp_path: Path) -> 
     assert loaded.history.dataset.equals(module.history.dataset)
     loaded.initialize(data())
     torch.testing.assert_close(dict(loaded.state_dict()), state)
-    values = [quiet(tmp_path).validate(loaded, batches, verbose=False)[0]["val_loss"] for _ in range(200)]
-    exact = torch.tensor([infer.Trace_ELBO().loss(model, guide, *data()) for _ in range(200)])
-    error = exact.std().item() * (2 / 200) ** 0.5
-    assert sum(values) / 200 == pytest.approx(exact.mean().item(), abs=5 * error)
+    assert seeded_loss(loaded) == pytest.approx(expected, rel=1e-6)
+
+
+def seeded_loss(module: Any) -> float:
+    torch.manual_seed(3)
+    return module.elbo.loss(module.model, module.guide, *data())
+
+
+@pytest.mark.parametrize(
+    "elbo",
+    [
+        infer.TraceMeanField_ELBO(),
+        infer.TraceGraph_ELBO(),
+        infer.TraceEnum_ELBO(max_plate_nesting=1),
+        infer.RenyiELBO(alpha=0.5, num_particles=3),
+        infer.Trace_ELBO(num_particles=3, vectorize_particles=True),
+        FreeBitsELBO(0.5),
+    ],
+    ids=lambda elbo: type(elbo).__name__,
+)
+def test_every_elbo_has_the_gradients_of_its_own(elbo: Any, tmp_path: Path) -> None:
+    """Also those that give gradients instead of a loss that can be differentiated, while gradients accumulate."""
+    model = Factors()
+    module = SVIModule(model, AmortizedGuide(model), elbo, optimizer=sgd)
+    module.initialize(data())
+    parameters = dict(module.named_parameters())
+    expected: dict[str, Tensor] = {}
+    lightning.seed_everything(2)
+    for batch in loader(5):
+        elbo.loss_and_grads(model, module.guide, *batch)
+    for name, parameter in parameters.items():
+        expected[name], parameter.grad = parameter.grad.clone() / 2, None
+    lightning.seed_everything(2)
+    kept = KeepGradients()
+    quiet(tmp_path, max_epochs=1, accumulate_grad_batches=2, callbacks=[kept]).fit(module, loader(5))
+    torch.testing.assert_close(kept.gradients, [expected], rtol=1e-4, atol=1e-5)
+
+
+def test_annealing_steps_in_training_and_is_absent_in_validation(tmp_path: Path) -> None:
+    model = Factors()
+    guide = AmortizedGuide(model)
+    annealing = KLAnnealing(model, guide, linear_schedule(10))
+    module = SVIModule(annealing.model, annealing.guide, infer.TraceMeanField_ELBO())
+    trainer = quiet(tmp_path, max_epochs=1)
+    trainer.fit(module, loader(5), loader(SIZE))
+    trainer.save_checkpoint(tmp_path / "training.ckpt")
+    assert annealing.beta == pytest.approx(0.2)
+    first = module.history.dataset["train_loss"].values[0]
+    guide.eval()
+    bare = [infer.TraceMeanField_ELBO().loss(model, guide, *data()) for _ in range(100)]
+    assert module.history.dataset["val_loss"].item() == pytest.approx(sum(bare) / 100, rel=0.3)
+    assert first < 0.8 * sum(bare) / 100  # without the KL divergence
+    again = KLAnnealing(model, guide, linear_schedule(10))
+    SVIModule.load_from_checkpoint(tmp_path / "training.ckpt", model=again.model, guide=again.guide)
+    assert again.beta == pytest.approx(0.2)
+
+
+# Killed and resumed
+
+
+class Varied(torch.utils.data.Sampler[list[int]]):
+    """Batches of changing sizes, shuffled by torch's own generator."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(SIZE).tolist()
+        yield from (order[:3], order[3:4], order[4:])
+
+    def __len__(self) -> int:
+        return 3
+
+
+def train(path: Path, epochs: int, kind: str = "amortized", ckpt: Path | None = None, mid: bool = False) -> list[float]:
+    """The losses of a run that saves a checkpoint after every epoch, or after every step."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    pyro.clear_param_store()
+    lightning.seed_everything(0 if ckpt is None else 1)
+    model = Factors()
+    Guide, options = GUIDES[kind]
+    module = SVIModule(model, Guide(model, **options))
+    every = {"every_n_train_steps": 1} if mid else {}
+    saving = ModelCheckpoint(path, save_top_k=-1, filename="{step}", save_last=True, **every)
+    if mid:
+        stateful = pytest.importorskip("torchdata.stateful_dataloader")
+        batches = stateful.StatefulDataLoader(TensorDataset(*data()), batch_size=4, shuffle=True)
+    else:
+        batches = DataLoader(TensorDataset(*data()), batch_sampler=Varied())
+    trainer = quiet(path, max_epochs=epochs, callbacks=[saving], enable_checkpointing=True)
+    trainer.fit(module, batches, DataLoader(TensorDataset(*data()), batch_size=4), ckpt_path=ckpt)
+    return module.history.dataset["train_loss"].values.tolist()
+
+
+@pytest.mark.parametrize("kind", ["amortized", "per datapoint", pytest.param("anchored", marks=pytest.mark.slow)])
+def test_a_resumed_run_has_the_losses_of_an_unbroken_one(kind: str, tmp_path: Path) -> None:
+    expected = train(tmp_path / "whole", 4, kind)
+    assert train(tmp_path / "broken", 2, kind) == expected[:6]
+    assert train(tmp_path / "broken", 4, kind, tmp_path / "broken" / "last.ckpt") == expected
+    assert train(tmp_path / "other", 4, kind, tmp_path / "broken" / "step=3.ckpt") == expected
+
+
+def test_a_run_resumed_within_an_epoch(tmp_path: Path) -> None:
+    expected = train(tmp_path / "whole", 3, mid=True)
+    for step in (2, 6):  # in the middle and at the end of an epoch
+        assert train(tmp_path / str(step), 3, ckpt=tmp_path / "whole" / f"step={step}.ckpt", mid=True) == expected
+
+
+def run_until_killed(path: str, epochs: int) -> None:
+    torch.set_num_threads(1)
+    last = Path(path) / "last.ckpt"
+    train(Path(path), epochs, ckpt=last if last.exists() else None)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+    """Killed at any moment, again and again; checkpoints are whole or absent."""
+    context = torch.multiprocessing.get_context("spawn")
+    for wait in (0.0, 0.4, 1.1):
+        process = context.Process(target=run_until_killed, args=(str(tmp_path / "killed"), 10_000))
+        process.start()
+        before = len(list((tmp_path / "killed").glob("step*.ckpt")))
+        while process.is_alive() and len(list((tmp_path / "killed").glob("step*.ckpt"))) < before + 3:
+            time.sleep(0.01)
+        time.sleep(wait)
+        process.kill()
+        process.join()
+        assert process.exitcode == -9
+    state = torch.load(tmp_path / "killed" / "last.ckpt", weights_only=True)
+    epochs = state["epoch"] + 3
+    found = train(tmp_path / "killed", epochs, ckpt=tmp_path / "killed" / "last.ckpt")
+    assert found == train(tmp_path / "whole", epochs)
+
+
+# Several processes
+
+
+class Codes(PyroModule):
+    """A model of codes, whose codebook moves by the statistics of all processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codebook = Codebook(4, 2)
+        self.decoder = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor, index: Tensor) -> None:
+        with pyro.plate("data", SIZE, subsample=index):
+            code = pyro.sample("code", dist.Categorical(logits=torch.zeros(4)))
+            pyro.sample("x", dist.Normal(self.decoder(self.codebook(code)), 1.0).to_event(1), obs=x)
+
+
+KINDS = [*GUIDES, "size of the batch", "codes", "renyi"]
+WHOLE = [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9], [5, 0, 9]]
+PARTS = [[[0, 1, 2, 3], [6], [5, 0]], [[4, 5], [7, 8, 9], [9]]]
+"""The same rows in one process and in two, as unequally as can be."""
+
+
+def gradients_of(kind: str, batches: list[list[int]], path: str, **options: Any) -> list[dict[str, Tensor]]:
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    elbo = None
+    if kind == "codes":
+        model: Any = Codes()
+        guide: Any = VectorQuantizedGuide(model, encoder=nn.Linear(3, 2), codebook=model.codebook)
+    else:
+        model = Factors(sized=kind != "size of the batch")
+        Guide, guide_options = GUIDES.get(kind, GUIDES["amortized"])
+        guide = Repeatable(Guide(model, **guide_options))
+        elbo = infer.RenyiELBO(alpha=0.0, num_particles=1) if kind == "renyi" else None
+    guide(*data()) if kind == "codes" else guide.guide.setup(*data())
+    kept = KeepGradients()
+    module = SVIModule(model, guide, elbo, optimizer=sgd)
+    batches = DataLoader(TensorDataset(*data()), batch_sampler=batches)
+    quiet(path, max_epochs=1, callbacks=[kept], use_distributed_sampler=False, **options).fit(module, batches)
+    if kind == "codes":
+        kept.gradients.append({"embeddings": guide.eval() and model.codebook.embeddings})
+    return kept.gradients
+
+
+def train_in_process(rank: int, size: int, path: str) -> None:
+    """As ``torchrun`` starts it."""
+    torch.set_num_threads(1)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID")
+    os.environ.update(zip(names, map(str, (rank, rank, size, size, 0, "tests")), strict=True))
+    for kind in KINDS:
+        found = gradients_of(kind, PARTS[rank], path, strategy="ddp", devices=size)
+        torch.save(found, f"{path}/{kind}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_have_the_gradients_of_one_with_all_rows(tmp_path: Path, monkeypatch: Any) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    torch.multiprocessing.spawn(train_in_process, (2, str(tmp_path)), nprocs=2)
+    for kind in KINDS:
+        expected = gradients_of(kind, WHOLE, str(tmp_path))
+        assert len(expected) >= 3
+        for rank in range(2):
+            found = torch.load(tmp_path / f"{kind}-{rank}.pt", weights_only=True)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=lambda m, kind=kind: f"{kind}: {m}")
+
+
+def test_a_part_of_the_rows_has_other_gradients(tmp_path: Path) -> None:
+    """So that the test above would fail if processes went their own ways."""
+    expected, found = (gradients_of("amortized", batches, str(tmp_path)) for batches in (WHOLE, PARTS[0]))
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
