@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["num_processes", "of_all_processes", "share_of_rows", "weighted_sum"]
+__all__ = ["mean_of_all", "num_processes", "of_all_processes", "share_of_rows", "weighted_sum"]
 
 
 def num_processes() -> int:
@@ -40,3 +40,11 @@ def share_of_rows(rows: int, device: torch.device) -> float:
     total = torch.tensor(float(rows), device=device)
     dist.all_reduce(total)
     return rows * num_processes() / total.item()
+
+
+def mean_of_all(value: torch.Tensor) -> float:
+    """The mean over all processes of one number each."""
+    if num_processes() > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+    return value.item() / num_processes()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_amortized.inference.base import InferenceStrategy, Objective
@@ -92,8 +91,13 @@ class PerDatapoint(InferenceStrategy):
 
     def __init__(self, table: Tensor, *, sparse: bool = False) -> None:
         super().__init__()
-        self.table = nn.Parameter(table)
-        self.sparse = sparse
+        # an Embedding, since DistributedDataParallel expects sparse gradients of nothing else
+        self.rows = nn.Embedding.from_pretrained(table, freeze=False, sparse=sparse)
+
+    @property
+    def table(self) -> Tensor:
+        """The table itself, ``(N_full, P)``."""
+        return self.rows.weight
 
     @property
     def num_known(self) -> int:  # type: ignore[override]
@@ -103,10 +107,10 @@ class PerDatapoint(InferenceStrategy):
     def forward(self, inputs: tuple[Tensor, ...], index: Tensor | None, objective: Objective | None = None) -> Tensor:
         """Rows ``index`` of the table, or all of it; ``inputs`` and ``objective`` are not needed."""
         if index is None:
-            if not self.sparse:
+            if not self.rows.sparse:
                 return self.table
             index = torch.arange(len(self.table), device=self.table.device)
-        return F.embedding(index, self.table, sparse=self.sparse)
+        return self.rows(index)
 
 
 class Prior(InferenceStrategy):

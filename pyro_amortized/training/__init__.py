@@ -1,6 +1,7 @@
-"""Remedies for posterior collapse, each usable in any SVI loop: annealing, free bits, capacity, aggressive encoders."""
+"""Training: remedies for posterior collapse, each usable in any SVI loop, and checkpoints that runs resume from."""
 
 from pyro_amortized.training.aggressive import AggressiveEncoder
+from pyro_amortized.training.checkpoint import load_checkpoint, save_checkpoint
 from pyro_amortized.training.elbos import CapacityELBO, FreeBitsELBO
 from pyro_amortized.training.kl_annealing import KLAnnealing, cyclical_schedule, linear_schedule, sigmoid_schedule
 
@@ -11,5 +12,7 @@ __all__ = [
     "KLAnnealing",
     "cyclical_schedule",
     "linear_schedule",
+    "load_checkpoint",
+    "save_checkpoint",
     "sigmoid_schedule",
 ]

@@ -20,7 +20,69 @@ from pyro_amortized.objective.noise import generator, seeded
 __all__ = ["AggressiveEncoder"]
 
 
-class AggressiveEncoder(SVI):
+class Turns:
+    """Whose turn it is to be trained, the encoder's or the model's, by the losses of the encoder's steps.
+
+    Attributes:
+        aggressive: Whether the encoder is trained aggressively; may be set.
+        encoder_steps: Number of the encoder's steps since the model's last one; 0 after a step of the model.
+    """
+
+    def __init__(self, window: int, max_encoder_steps: int) -> None:
+        self.window = check_count("window", window, 1, 10)
+        self.max_encoder_steps = check_count("max_encoder_steps", max_encoder_steps, 1, 100)
+        self.aggressive = True
+        self.encoder_steps = 0
+        self._losses: list[float] = []
+        self._before = float("inf")
+        self._information = -float("inf")
+
+    def is_encoders_turn(self, loss: float) -> bool:
+        """Whether the encoder goes on; starts it anew if not."""
+        if self.encoder_steps < self.max_encoder_steps and self._is_improving():
+            self.encoder_steps += 1
+            self._losses.append(loss)
+            return True
+        self.encoder_steps, self._losses, self._before = 0, [], float("inf")
+        return False
+
+    def _is_improving(self) -> bool:
+        if len(self._losses) < self.window:
+            return True
+        mean, before = sum(self._losses) / self.window, self._before
+        self._losses, self._before = [], mean
+        return mean < before
+
+    def learned(self, information: float) -> None:
+        """Takes the mutual information of a validation: the aggressive training ends when it is below the last one."""
+        self.aggressive &= information >= self._information
+        self._information = information
+
+    def turns_state(self) -> dict[str, Any]:
+        """All of it as numbers; ``vars(self).update`` takes them back."""
+        names = ("aggressive", "encoder_steps", "_losses", "_before", "_information")
+        return {name: getattr(self, name) for name in names}
+
+
+@torch.no_grad()
+def information_of(guide: LocalGuide, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """Mutual information of datapoint and latent by a guide, in nats."""
+    rng = generator(0, 14)
+    with evaluating(guide), seeded(rng), guide.repeatable():
+        phi, family = guide.infer(*args, **kwargs).local
+        return mutual_information(family, phi, rng)[0]
+
+
+def check_knows_phi(guide: Any) -> None:
+    """Raises a ValueError unless a guide knows its variational parameters per datapoint."""
+    if not isinstance(guide, LocalGuide):
+        raise ValueError(
+            f"Cannot train a {type(guide).__name__} aggressively because its variational parameters per datapoint, "
+            "and so the mutual information, are unknown; try an AmortizedGuide."
+        )
+
+
+class AggressiveEncoder(SVI, Turns):
     r"""SVI that trains the encoder alone until it stops improving, then the model for one step, and so on.
 
     While :attr:`aggressive`, each :meth:`step` changes either the guide's parameters or the model's: the guide's until
@@ -73,21 +135,9 @@ class AggressiveEncoder(SVI):
         window: int = 10,
         max_encoder_steps: int = 100,
     ) -> None:
-        if not isinstance(guide, LocalGuide):
-            raise ValueError(
-                f"Cannot train a {type(guide).__name__} aggressively because its variational parameters per datapoint, "
-                "and so the mutual information, are unknown; try an AmortizedGuide."
-            )
-        window = check_count("window", window, 1, 10)
-        max_encoder_steps = check_count("max_encoder_steps", max_encoder_steps, 1, 100)
-        super().__init__(model, guide, optim, loss)
-        self.aggressive = True
-        self.window = window
-        self.max_encoder_steps = max_encoder_steps
-        self.encoder_steps = 0
-        self._losses: list[float] = []
-        self._before = float("inf")
-        self._information = -float("inf")
+        check_knows_phi(guide)
+        SVI.__init__(self, model, guide, optim, loss)
+        Turns.__init__(self, window, max_encoder_steps)
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """One update: of the encoder or of the model while aggressive, of both afterwards.
@@ -108,28 +158,11 @@ class AggressiveEncoder(SVI):
         parameters = _parameters(capture.trace)
         chosen = parameters
         if self.aggressive:
-            chosen = encoder if self._is_encoders_turn(loss) else parameters - encoder
+            chosen = encoder if self.is_encoders_turn(loss) else parameters - encoder
         self.optim(chosen)
         zero_grads(parameters)
         return loss
 
-    def _is_encoders_turn(self, loss: float) -> bool:
-        """Whether the encoder goes on; starts it anew if not."""
-        if self.encoder_steps < self.max_encoder_steps and self._is_improving():
-            self.encoder_steps += 1
-            self._losses.append(loss)
-            return True
-        self.encoder_steps, self._losses, self._before = 0, [], float("inf")
-        return False
-
-    def _is_improving(self) -> bool:
-        if len(self._losses) < self.window:
-            return True
-        mean, before = sum(self._losses) / self.window, self._before
-        self._losses, self._before = [], mean
-        return mean < before
-
-    @torch.no_grad()
     def validate(self, *args: Any, **kwargs: Any) -> float:
         """Ends the aggressive training if the mutual information is lower than in the last validation.
 
@@ -142,12 +175,8 @@ class AggressiveEncoder(SVI):
             The mutual information, in nats.
         """
         guide: Any = self.guide
-        rng = generator(0, 14)
-        with evaluating(guide), seeded(rng), guide.repeatable():
-            phi, family = guide.infer(*args, **kwargs).local
-            information, _ = mutual_information(family, phi, rng)
-        self.aggressive &= information >= self._information
-        self._information = information
+        information = information_of(guide, args, kwargs)
+        self.learned(information)
         return information
 
 

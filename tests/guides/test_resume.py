@@ -1,6 +1,7 @@
 """A run resumed from a checkpoint goes on with the same numbers, whatever batch sizes a guide had met before."""
 
-import copy
+import os
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -11,6 +12,7 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 
 from pyro_amortized import AmortizedGuide, IterativeAmortizedGuide, PerDatapointGuide, SemiAmortizedGuide
+from pyro_amortized.training import load_checkpoint, save_checkpoint
 
 
 class Decoder(nn.Module):
@@ -51,14 +53,51 @@ def losses(decoder: Decoder, guide: Any, optimizer: Any, sizes: list[int]) -> li
         (IterativeAmortizedGuide, {"num_steps": 2, "num_particles": 2}),
     ],
 )
-def test_resumed_losses_are_equal_to_the_last_digit(Guide: Any, options: dict[str, Any]) -> None:
+def test_resumed_losses_are_equal_to_the_last_digit(Guide: Any, options: dict[str, Any], tmp_path: Path) -> None:
     decoder, guide, optimizer = start(Guide, options)
     losses(decoder, guide, optimizer, [12, 12, 7])
-    states = copy.deepcopy((decoder.state_dict(), guide.state_dict(), optimizer.get_state(), pyro.util.get_rng_state()))
+    save_checkpoint(tmp_path / "run.pt", decoder=decoder, guide=guide, optimizer=optimizer, step=3)
     expected = losses(decoder, guide, optimizer, [12, 7, 5, 12])
     decoder, guide, optimizer = start(Guide, options)
-    decoder.load_state_dict(states[0])
-    guide.load_state_dict(states[1])
-    optimizer.set_state(states[2])
-    pyro.util.set_rng_state(states[3])
+    loaded = load_checkpoint(tmp_path / "run.pt", decoder=decoder, guide=guide, optimizer=optimizer)
+    assert loaded == {"step": 3}
+    assert os.listdir(tmp_path) == ["run.pt"]
     assert losses(decoder, guide, optimizer, [12, 7, 5, 12]) == expected
+
+
+def functional(x: Tensor) -> None:
+    scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, scale), obs=x)
+
+
+def test_parameters_of_functions_go_along(tmp_path: Path) -> None:
+    def svi() -> Any:
+        pyro.clear_param_store()
+        return SVI(functional, AmortizedGuide(functional), pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+
+    run = svi()
+    for _ in range(3):
+        run.step(torch.randn(5))
+    save_checkpoint(tmp_path / "run.pt", guide=run.guide, optimizer=run.optim)
+    expected = [run.step(torch.randn(5)) for _ in range(3)]
+    run = svi()
+    with pytest.raises(ValueError, match=r"Cannot load parameters \['scale'\].*svi.evaluate_loss"):
+        load_checkpoint(tmp_path / "run.pt", guide=run.guide, optimizer=run.optim)
+    run.evaluate_loss(torch.randn(5))
+    load_checkpoint(tmp_path / "run.pt", guide=run.guide, optimizer=run.optim)
+    assert [run.step(torch.randn(5)) for _ in range(3)] == expected
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.pt").write_bytes(b"half")
+    with pytest.raises(ValueError, match="Cannot read a checkpoint"):
+        load_checkpoint(tmp_path / "run.pt")
+    with pytest.raises(ValueError, match="Cannot save the checkpoint"):
+        save_checkpoint(tmp_path / "no" / "run.pt")
+    with pytest.raises(ValueError, match="Cannot save model=<function>"):
+        save_checkpoint(tmp_path / "run.pt", model=functional)
+    save_checkpoint(tmp_path / "run.pt", step=1)
+    with pytest.raises(ValueError, match=r"Cannot load \['guide'\] because the checkpoint holds \['step'\]"):
+        load_checkpoint(tmp_path / "run.pt", guide=AmortizedGuide(functional))

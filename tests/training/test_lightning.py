@@ -30,7 +30,7 @@ from pyro_amortized import (
 from pyro_amortized.training import FreeBitsELBO, KLAnnealing, linear_schedule
 
 lightning = pytest.importorskip("lightning")
-from pyro_amortized.lightning import SVIModule  # noqa: E402
+from pyro_amortized.lightning import AggressiveTraining, SVIModule  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # advice of Lightning's on loaders, loggers and checkpoints
 
@@ -273,6 +273,82 @@ def test_annealing_steps_in_training_and_is_absent_in_validation(tmp_path: Path)
     assert again.beta == pytest.approx(0.2)
 
 
+def test_aggressive_training_moves_one_side_at_a_time(tmp_path: Path) -> None:
+    model = Factors()
+    guide = AmortizedGuide(model)
+    module, aggressive, kept = (
+        SVIModule(model, guide),
+        AggressiveTraining(window=1, max_encoder_steps=2),
+        KeepGradients(),
+    )
+    trainer = quiet(tmp_path, max_epochs=2, callbacks=[aggressive, kept])
+    trainer.fit(module, loader(5), loader(SIZE))
+    moved = [{name.split(".")[0] for name in step} for step in kept.gradients]
+    assert {"guide"} in moved
+    assert all(step in ({"guide"}, {"model"}) for step in moved[:2])  # the first validation comes after them
+    aggressive.aggressive = False
+    trainer = quiet(tmp_path, max_epochs=1, callbacks=[aggressive, kept])
+    trainer.fit(SVIModule(model, guide), loader(SIZE))
+    assert {name.split(".")[0] for name in kept.gradients[-1]} == {"guide", "model"}
+    with pytest.raises(ValueError, match="Cannot train a AutoNormal aggressively"):
+        quiet(tmp_path, callbacks=[aggressive]).fit(SVIModule(model, AutoNormal(model)), loader())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"elbo": infer.Trace_ELBO}, "Cannot train with elbo="),
+        ({"optimizer": pyro.optim.Adam({"lr": 0.1})}, "function from parameters to a torch optimizer"),
+        ({"scheduler": 1}, "Cannot train with scheduler=1"),
+        ({"to_args": 1}, "Cannot train with to_args=1"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    model = Factors()
+    with pytest.raises(ValueError, match=message):
+        SVIModule(model, AmortizedGuide(model), **options)
+
+
+def test_loaders_over_another_number_of_datapoints_are_refused(tmp_path: Path) -> None:
+    model = Factors()
+    short = DataLoader(TensorDataset(*data(4)), batch_size=2)
+    with pytest.raises(ValueError, match="loader over 4 datapoints because plate 'data' of the model has 10"):
+        quiet(tmp_path).fit(SVIModule(model, AmortizedGuide(model)), short)
+    pyro.clear_param_store()
+    model = Factors(sized=False)
+    quiet(tmp_path).fit(SVIModule(model, AmortizedGuide(model)), short)
+
+
+def test_a_parameter_of_another_model_in_the_store_is_refused() -> None:
+    model, guide, _ = functions()
+    infer.Trace_ELBO().loss(model, guide, *data())
+    model, guide, _ = functions()
+    with pytest.raises(ValueError, match=r"parameter 'decoder\$\$\$weight' because the parameter store holds another"):
+        SVIModule(model, guide).initialize(data())
+    pyro.clear_param_store()
+    SVIModule(model, guide).initialize(data())
+
+
+def test_batches_that_hold_more_than_the_model_takes(tmp_path: Path) -> None:
+    model = Factors()
+    batches = DataLoader([{"x": x, "index": i, "label": i} for x, i in zip(*data(), strict=True)], batch_size=5)
+    with pytest.raises(ValueError, match="to_args=lambda batch"):
+        quiet(tmp_path).fit(SVIModule(model, AmortizedGuide(model)), batches)
+    guide = AmortizedGuide(model)
+    module = SVIModule(model, guide, to_args=lambda batch: (batch["x"], batch["index"]), scheduler=plateau)
+    trainer = quiet(tmp_path)
+    trainer.fit(module, batches, batches)
+    assert {"val_loss", "val_elbo", "train_loss"} <= set(trainer.callback_metrics)
+    medians = torch.cat([part["z"] for part in trainer.predict(module, batches)])
+    torch.testing.assert_close(medians, guide.eval().median(*data())["z"])
+    assert "4 steps" in str(module.history)
+    assert module.history.plot().get_ylabel() == "loss (negative ELBO, nats)"
+
+
+def plateau(optimizer: Any) -> Any:
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+
+
 # Killed and resumed
 
 
@@ -365,7 +441,8 @@ class Codes(PyroModule):
             pyro.sample("x", dist.Normal(self.decoder(self.codebook(code)), 1.0).to_event(1), obs=x)
 
 
-KINDS = [*GUIDES, "size of the batch", "codes", "renyi"]
+FAST = ["amortized", "sparse table", "size of the batch", "codes"]
+KINDS = [*FAST, *(kind for kind in GUIDES if kind not in FAST), "renyi"]
 WHOLE = [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9], [5, 0, 9]]
 PARTS = [[[0, 1, 2, 3], [6], [5, 0]], [[4, 5], [7, 8, 9], [9]]]
 """The same rows in one process and in two, as unequally as can be."""
@@ -393,33 +470,46 @@ def gradients_of(kind: str, batches: list[list[int]], path: str, **options: Any)
     return kept.gradients
 
 
-def train_in_process(rank: int, size: int, path: str) -> None:
+def train_in_process(rank: int, size: int, path: str, kinds: list[str]) -> None:
     """As ``torchrun`` starts it."""
     torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID")
     os.environ.update(zip(names, map(str, (rank, rank, size, size, 0, "tests")), strict=True))
-    for kind in KINDS:
+    for kind in kinds:
         found = gradients_of(kind, PARTS[rank], path, strategy="ddp", devices=size)
         torch.save(found, f"{path}/{kind}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_have_the_gradients_of_one_with_all_rows(tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.fixture
+def _double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("_double")
+@pytest.mark.parametrize("kinds", [FAST, pytest.param(KINDS[len(FAST) :], marks=pytest.mark.slow)], ids=["few", "all"])
+def test_two_processes_have_the_gradients_of_one_with_all_rows(
+    kinds: list[str], tmp_path: Path, monkeypatch: Any
+) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
     monkeypatch.setenv("MASTER_ADDR", "localhost")
-    torch.multiprocessing.spawn(train_in_process, (2, str(tmp_path)), nprocs=2)
-    for kind in KINDS:
+    torch.multiprocessing.spawn(train_in_process, (2, str(tmp_path), kinds), nprocs=2)
+    for kind in kinds:
         expected = gradients_of(kind, WHOLE, str(tmp_path))
         assert len(expected) >= 3
         for rank in range(2):
             found = torch.load(tmp_path / f"{kind}-{rank}.pt", weights_only=True)
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=lambda m, kind=kind: f"{kind}: {m}")
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8, msg=lambda m, kind=kind: f"{kind}: {m}")
 
 
+@pytest.mark.usefixtures("_double")
 def test_a_part_of_the_rows_has_other_gradients(tmp_path: Path) -> None:
     """So that the test above would fail if processes went their own ways."""
     expected, found = (gradients_of("amortized", batches, str(tmp_path)) for batches in (WHOLE, PARTS[0]))
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)

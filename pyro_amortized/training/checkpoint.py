@@ -1,0 +1,140 @@
+"""A training loop's state in one file: parameters, optimizers, generators, and whatever else goes along."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import Any
+
+import pyro
+import torch
+from pyro.optim import PyroOptim
+
+from pyro_amortized.training.generators import generator_state, restore_generators
+
+__all__ = ["load_checkpoint", "save_checkpoint"]
+
+
+def save_checkpoint(path: str | os.PathLike[str], **parts: Any) -> None:
+    """Saves all that a training loop needs to go on with the same numbers as if it had not been interrupted.
+
+    Beside the parts this is Pyro's parameter store and the states of the generators of torch, NumPy and Python. The
+    file is whole or not there: it takes the place of an older one of that name in a single step, at the end.
+
+    Args:
+        path: The file.
+        **parts: What belongs to the run: modules, guides, torch's and Pyro's optimizers, schedulers, loaders with a
+            ``state_dict``; or plain values, such as ``step=step``.
+
+    Raises:
+        ValueError: If a part is neither, or the file cannot be written.
+
+    Example:
+        >>> import os, tempfile, torch, pyro, pyro.distributions as dist
+        >>> from pyro_amortized import AmortizedGuide
+        >>> from pyro_amortized.training import load_checkpoint, save_checkpoint
+        >>> _ = pyro.set_rng_seed(0); pyro.clear_param_store()
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> guide, optimizer = AmortizedGuide(model), pyro.optim.Adam({"lr": 0.01})
+        >>> svi = pyro.infer.SVI(model, guide, optimizer, pyro.infer.Trace_ELBO())
+        >>> loss = svi.step(torch.randn(8))
+        >>> path = os.path.join(tempfile.mkdtemp(), "run.pt")
+        >>> save_checkpoint(path, guide=guide, optimizer=optimizer, step=1)
+        >>> expected = svi.step(torch.randn(8))
+        >>> load_checkpoint(path, guide=guide, optimizer=optimizer)
+        {'step': 1}
+        >>> svi.step(torch.randn(8)) == expected
+        True
+    """
+    state = {name: _state(name, part) for name, part in parts.items()}
+    store = {name: value.detach() for name, value in pyro.get_param_store().named_parameters()}
+    saved = {"parts": state, "store": store, "generators": generator_state()}
+    path = os.fspath(path)
+    try:
+        with tempfile.NamedTemporaryFile(dir=os.path.dirname(path) or ".", suffix=".part", delete=False) as file:
+            try:
+                torch.save(saved, file)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError as error:
+        raise ValueError(
+            f"Cannot save the checkpoint {path!r} because it cannot be written ({error.strerror or error}); try a file "
+            "in a directory of your own, save_checkpoint('run.pt', ...)."
+        ) from error
+
+
+def load_checkpoint(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
+    """Puts everything back to where it was at :func:`save_checkpoint`.
+
+    Guides need not be set up. Parameters of models that are functions must be in the parameter store already, since
+    only the model knows their constraints: evaluate the loss once before, as by ``svi.evaluate_loss(x)``.
+
+    Args:
+        path: The file.
+        **parts: The objects that were saved, under the same names.
+
+    Returns:
+        The plain values that were saved.
+
+    Raises:
+        ValueError: If the file is no checkpoint, a part was not saved, or a parameter is not in the store yet.
+    """
+    path = os.fspath(path)
+    try:
+        saved = torch.load(path, weights_only=True)
+        state, store, generators = dict(saved["parts"]), saved["store"], saved["generators"]
+    except (OSError, RuntimeError, KeyError, TypeError, EOFError, ValueError) as error:
+        raise ValueError(
+            f"Cannot read a checkpoint from {path!r} because it is none ({error}); try the path that save_checkpoint "
+            "was given."
+        ) from error
+    absent = sorted(set(parts) - set(state))
+    if absent:
+        raise ValueError(f"Cannot load {absent} because the checkpoint holds {sorted(state)}; try some of these.")
+    for name, part in parts.items():
+        _restore(part, state.pop(name))
+    _restore_store(store)
+    restore_generators(generators)
+    return {name: value for name, value in state.items() if not isinstance(value, dict)}
+
+
+def _state(name: str, part: Any) -> Any:
+    if isinstance(part, PyroOptim):
+        return part.get_state()
+    if hasattr(part, "state_dict"):
+        return part.state_dict()
+    if part is None or isinstance(part, int | float | str | torch.Tensor | list | tuple):
+        return part
+    raise ValueError(
+        f"Cannot save {name}=<{type(part).__name__}> because it has no state_dict and is no plain value; try the "
+        "module that holds its parameters, or leaving it out."
+    )
+
+
+def _restore(part: Any, state: Any) -> None:
+    if isinstance(part, PyroOptim):
+        part.set_state(state)
+    else:
+        part.load_state_dict(state)
+
+
+def _restore_store(saved: dict[str, torch.Tensor]) -> None:
+    """Gives the parameters in the store the values that were saved; those of guides are in place already."""
+    entries = dict(pyro.get_param_store().named_parameters())
+    absent = sorted(set(saved) - set(entries))
+    of_functions = [name for name in absent if "$$$" not in name and "." not in name]
+    if of_functions:
+        raise ValueError(
+            f"Cannot load parameters {of_functions} because the model has not made them yet, and only it knows their "
+            "constraints; try one evaluation of the loss before, svi.evaluate_loss(x)."
+        )
+    with torch.no_grad():
+        for name in set(saved) - set(absent):
+            entries[name].copy_(saved[name])
