@@ -183,9 +183,8 @@ class SVIModule(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a batch, with its gradient."""
-        args, kwargs = call_of(batch, None, self.to_args, self.model)
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        evaluate = partial(differentiable_loss, self.elbo, self._trained, args, kwargs, parameters)
+        args, kwargs = call_of(batch, None, self.to_args)  # the first batch has shown that the model takes them
+        evaluate = partial(differentiable_loss, self.elbo, self._trained, args, kwargs, self.parameters)
         loss = evaluate() if num_processes() == 1 else self._share(evaluate)
         self._record.step(loss)
         self.log("train_loss", loss.detach(), prog_bar=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ def differentiable_loss(
     pair: tuple[Callable[..., Any], Callable[..., Any]],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    parameters: Sequence[nn.Parameter],
+    find_parameters: Callable[[], Iterable[nn.Parameter]],
 ) -> Tensor:
     """The negative ELBO as a tensor with the gradient of the ELBO's own estimator.
 
@@ -28,10 +28,11 @@ def differentiable_loss(
         pair: Model and guide.
         args: Their positional arguments.
         kwargs: Their keyword arguments.
-        parameters: What is trained.
+        find_parameters: Returns what is trained.
     """
     if hasattr(elbo, "differentiable_loss"):
         return torch.as_tensor(elbo.differentiable_loss(*pair, *args, **kwargs))
+    parameters = [parameter for parameter in find_parameters() if parameter.requires_grad]
     before = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None

@@ -25,6 +25,7 @@ from pyro_amortized.diagnostics.evidence.proposal import Proposal, first_proposa
 from pyro_amortized.diagnostics.optimum.local_optimum import LocalOptimum, solve
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar, to_dataset
 from pyro_amortized.diagnostics.report import join, widening
+from pyro_amortized.diagnostics.shards import Shards
 from pyro_amortized.graphs.cache import GraphCache
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.objective.draws import chunks
@@ -111,20 +112,23 @@ def log_evidence(
             "Cannot use one optimum for several batches because it belongs to one call; try leaving it out."
         )
     tolerance, max_samples, seed = check_effort(tolerance, max_samples, seed)
-    graphs, parts, num_annealed = GraphCache(compile), [], 0
+    graphs, parts, shards = GraphCache(compile), [], Shards(model_args)
     for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs, to_args, model)):
-        own_seed = batch_seed(seed, number)
+        own_seed = batch_seed(seed, shards.number(number))
         problem = bind(model, guide, args, kwargs, own_seed, graphs=graphs, plate=plate)
         if optimum is None:
             phi = solve(problem, tolerance, own_seed, progress).phi
         else:
             phi = _checked_optimum(problem, optimum, own_seed)
         evidence = estimate_evidence(problem, phi, tolerance, max_samples, own_seed, progress)
-        num_annealed += int(evidence.pop("annealed").sum())
+        num_annealed = int(evidence.pop("annealed").sum())
         evidence["reliable"] = reliable_evidence(evidence, tolerance)
         del evidence["settled"]
-        parts.append(to_dataset(problem, evidence, tolerance=tolerance, max_samples=max_samples, seed=seed))
-    return join(parts, problem.plate).assign_attrs(num_annealed=num_annealed)
+        settings = {"tolerance": tolerance, "max_samples": max_samples, "seed": seed, "num_annealed": num_annealed}
+        parts.append(to_dataset(problem, evidence, **settings))
+    parts = shards.collect(parts)
+    num_annealed = sum(part.attrs["num_annealed"] for part in parts)
+    return shards.in_order(join(parts, problem.plate), problem.plate).assign_attrs(num_annealed=num_annealed)
 
 
 @torch.no_grad()

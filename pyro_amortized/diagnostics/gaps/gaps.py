@@ -23,6 +23,7 @@ from pyro_amortized.diagnostics.evidence.evidence import estimate_evidence, reli
 from pyro_amortized.diagnostics.optimum.local_optimum import solve
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar, to_dataset
 from pyro_amortized.diagnostics.report import Report, fill, join, new_axes
+from pyro_amortized.diagnostics.shards import Shards
 from pyro_amortized.graphs.cache import GraphCache
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.objective.noise import batch_seed
@@ -251,16 +252,17 @@ def estimate_gaps(
     tolerance, max_samples, seed = check_effort(tolerance, max_samples, seed)
     graphs = GraphCache(compile)
     estimates = []
-    single = is_single(model_args)
+    single, shards = is_single(model_args), Shards(model_args)
     with progress_bar(num_calls(model_args), "batches", progress and not single) as bar:
         for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs, to_args, model)):
-            own_seed = batch_seed(seed, number)
+            own_seed = batch_seed(seed, shards.number(number))
             problem = bind(model, guide, args, kwargs, own_seed, graphs=graphs, plate=plate)
             part = decompose(problem, tolerance, max_samples, own_seed, progress and single)[0]
             part.dataset.attrs["seed"] = seed
             estimates.append(part)
             bar.update()
-    gaps = GapEstimate.concat(estimates)
+    gaps = GapEstimate.concat(shards.collect(estimates))
+    gaps = GapEstimate(shards.in_order(gaps.dataset, gaps.plate))
     warn_of_violations(gaps)
     return gaps
 

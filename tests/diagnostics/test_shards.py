@@ -1,0 +1,73 @@
+"""Diagnostics of data that several processes share."""
+
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
+
+from pyro_amortized import AmortizedGuide, estimate_gaps, log_evidence, posterior_summary, to_arviz
+
+SIZE = 9
+BY_TURNS = [[0, 2], [1, 3], [4, 6], [5, 7], [8], [0]]
+"""The batches of two processes, in turn; the last row is repeated for them to come out even."""
+
+
+def model(x: Tensor) -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(loc, 1.0))
+        pyro.sample("x", dist.Normal(z.exp(), 1.0), obs=x)
+
+
+def results(loader: DataLoader) -> dict[str, Any]:
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    guide = AmortizedGuide(model)
+    guide.setup(torch.linspace(0.0, 2.0, SIZE))
+    exported = to_arviz(model, guide, loader, num_samples=5)
+    return {
+        "gaps": estimate_gaps(model, guide, loader, tolerance=0.5).dataset,
+        "evidence": log_evidence(model, guide, loader, tolerance=0.5),
+        "summary": posterior_summary(model, guide, loader),
+        **{name: exported[name] for name in ("posterior", "sample_stats", "observed_data")},
+    }
+
+
+def data() -> TensorDataset:
+    return TensorDataset(torch.linspace(0.0, 2.0, SIZE))
+
+
+def run_in_process(rank: int, size: int, path: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=size)
+    found = results(DataLoader(data(), batch_size=2, sampler=DistributedSampler(data(), shuffle=False)))
+    for name, dataset in found.items():
+        dataset.to_netcdf(f"{path}/{name}-{rank}.nc")
+    torch.distributed.destroy_process_group()
+
+
+def test_every_process_has_the_result_of_one_with_all_data(tmp_path: Path) -> None:
+    import xarray
+
+    torch.multiprocessing.spawn(run_in_process, (2, str(tmp_path)), nprocs=2)
+    for name, expected in results(DataLoader(data(), batch_sampler=BY_TURNS)).items():
+        if "data" in expected.dims:
+            order = torch.tensor(sum(BY_TURNS, [])[:SIZE]).argsort().numpy()
+            expected = expected.isel(data=order).assign_coords(data=range(SIZE))
+        for rank in range(2):
+            xarray.testing.assert_allclose(xarray.load_dataset(tmp_path / f"{name}-{rank}.nc"), expected, rtol=1e-6)
+
+
+def test_other_batches_have_other_draws() -> None:
+    """So that the test above would fail if each process went its own way."""
+    import xarray
+
+    plain, by_turns = (results(DataLoader(data(), **o)) for o in ({"batch_size": 2}, {"batch_sampler": BY_TURNS[:5]}))
+    with pytest.raises(AssertionError):
+        xarray.testing.assert_allclose(plain["gaps"], by_turns["gaps"].sortby("data"), rtol=1e-6)
