@@ -42,7 +42,10 @@ BELOW = {
 """The rooms that each room may import from."""
 WITHOUT_PYRO = {"checks", "families", "encoders", "updates", "inference"}
 """Rooms that know torch, not Pyro, but for its distributions."""
-OPTIONAL = ("arviz", "xarray", "matplotlib", "scipy", "pandas", "tqdm", "zuko", "torch._", "torch.fx.experimental")
+OPTIONAL = (
+    *("arviz", "xarray", "matplotlib", "scipy", "pandas", "tqdm", "zuko", "h5netcdf", "zarr"),
+    *("torch._", "torch.fx.experimental"),
+)
 """Packages, and torch's compilers, that functions import when they are called."""
 
 

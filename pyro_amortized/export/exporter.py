@@ -178,9 +178,9 @@ class Exporter:
             if self.options.weighs:
                 runs.check_outside(draws)
             for function in batch.passes if self.options.num_samples > 1 else ():
-                runs.choose_mode(function, draws[:2])
+                runs.choose_mode(function, draws)
             if batch.has_prior and self.options.num_prior_samples > 1:
-                runs.choose_mode(runs.prior, Draws(None, self._prior_globals)[:2])
+                runs.choose_mode(runs.prior, Draws(None, self._prior_globals))
             self._modes[key] = runs.modes
         runs.modes = self._modes[key]
 

@@ -1,16 +1,14 @@
-"""The groups of an export: arrays with named axes, put together from batches."""
+"""The groups of an export: arrays with named axes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_amortized.diagnostics.report import join
 from pyro_amortized.export.runs import SiteShape
 from pyro_amortized.structure.influence import PlateLogProbs
 from pyro_amortized.structure.plates import PlateFrame
@@ -19,7 +17,7 @@ from pyro_amortized.structure.structure import Structure
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["Group", "join_group", "label", "label_arguments", "to_dataset", "to_numpy"]
+__all__ = ["Group", "label", "label_arguments", "to_dataset", "to_numpy"]
 
 Variable = tuple[tuple[str, ...], np.ndarray[Any, Any]]
 """Names of the axes, and the values."""
@@ -150,68 +148,3 @@ def _coordinates(dim: str, size: int, structure: Structure) -> np.ndarray[Any, A
     if index is None or index.shape != (size,) or index.is_floating_point():  # a plate may be given data for indices
         return np.arange(size)
     return index.cpu().numpy()
-
-
-def join_group(name: str, parts: list[xarray.Dataset], plate: str | None) -> xarray.Dataset:
-    """Joins a group's batches along the plate, taking the parts out of the list; what has no such axis is kept once.
-
-    Raises:
-        ValueError: If other sizes or observed values outside the plate differ between batches.
-    """
-    if len(parts) == 1:
-        part = parts.pop()
-        return part[list(part.data_vars)]
-    if name == "constant_data":
-        parts = _named_alike(parts)
-    first = parts[0]
-    along = [v for v in first.data_vars if plate in first[v].dims]
-    once = [v for v in first.data_vars if v not in along]
-    if name == "constant_data":
-        along = [v for v in along if all(v in part and part[v].dims == first[v].dims for part in parts)]
-        once = [v for v in once if all(v in part and part[v].equals(first[v]) for part in parts)]
-    elif name == "observed_data":
-        _check_outside(first[once], parts, plate)
-    _check_sizes(name, [part[along] for part in parts], plate)
-    kept = first[once]
-    if not along:
-        return kept
-    slices = [part[along] for part in parts]
-    parts.clear()
-    joined = join(slices, str(plate))
-    return kept.merge(joined)
-
-
-def _named_alike(parts: list[xarray.Dataset]) -> list[xarray.Dataset]:
-    """Names axes in all batches as in the one whose data tell most of them, wherever sizes allow it."""
-    for name in map(str, parts[0].data_vars):
-        found = [part[name].variable for part in parts if name in part]
-        dims = min((x.dims for x in found), key=lambda dims: sum(str(dim).startswith(f"{name}_dim_") for dim in dims))
-        if len(found) == len(parts) and all(map(partial(_has_sizes, dims), found, parts)):
-            pairs = zip(parts, found, strict=True)
-            parts = [part.drop_vars(name).assign({name: (dims, value.values)}) for part, value in pairs]
-    return parts
-
-
-def _has_sizes(dims: Sequence[Any], value: xarray.Variable, part: xarray.Dataset) -> bool:
-    pairs = zip(dims, value.shape, strict=False)
-    return len(dims) == value.ndim and all(part.sizes.get(dim, size) == size for dim, size in pairs)
-
-
-def _check_sizes(name: str, parts: Sequence[xarray.Dataset], plate: str | None) -> None:
-    for part in parts:
-        for dim, size in parts[0].sizes.items():
-            if dim != plate and part.sizes[dim] != size:
-                raise ValueError(
-                    f"Cannot join the batches of group {name!r} because dimension {dim!r} has size {size} in the first "
-                    f"and {part.sizes[dim]} in a later one; try padding to a common size and masking, "
-                    "`dist.Normal(...).mask(present)`, or one call per batch."
-                )
-
-
-def _check_outside(first: xarray.Dataset, parts: Sequence[xarray.Dataset], plate: str | None) -> None:
-    changed = [str(v) for v in first.data_vars if any(v not in part or not part[v].equals(first[v]) for part in parts)]
-    if changed:
-        raise ValueError(
-            f"Cannot join the batches because observed sites {changed} lie outside of plate {plate!r} and differ "
-            "between them; try a single call with all data."
-        )

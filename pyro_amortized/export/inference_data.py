@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from pyro_amortized.checks import check_count, check_seed
@@ -10,13 +11,14 @@ from pyro_amortized.diagnostics.batches import ModelArgs, ToArgs, calls, num_cal
 from pyro_amortized.diagnostics.problem import progress_bar
 from pyro_amortized.export.batch import Options
 from pyro_amortized.export.exporter import Exporter, check_guide
-from pyro_amortized.export.groups import join_group
+from pyro_amortized.export.joining import join_group
+from pyro_amortized.export.store import Store, StorePath, open_groups
 from pyro_amortized.guides import LocalGuide
 
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["to_arviz"]
+__all__ = ["open_store", "to_arviz"]
 
 GROUPS = ("posterior", "posterior_predictive", "log_likelihood", "sample_stats", "observed_data", "constant_data")
 """The groups of an export, but for those of the prior."""
@@ -34,6 +36,7 @@ def to_arviz(
     num_prior_samples: int | None = None,
     resample: bool = False,
     groups: Collection[str] | None = None,
+    store: StorePath | None = None,
     to_args: ToArgs | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -80,17 +83,24 @@ def to_arviz(
         groups: Which groups to make; by default all but those of the prior, and, beside local latents,
             ``log_likelihood``. Memory is that of the groups asked for:
             draws of large observations are best left out of large data sets.
+        store: Path of a netCDF file, ``"posterior.nc"``, or of a Zarr directory, ``"posterior.zarr"`` (which needs
+            ``pip install 'pyro-amortized[zarr]'``). Each batch of a loader is written there when it has been inferred,
+            so that memory is that of one batch. The store appears at its path, in place of an older one, when it is
+            complete; until then it is written to ``<path>.partial``, which an export that is killed leaves behind and
+            the next one to the same path removes.
         to_args: Where batches of a loader hold something else than the model's arguments: a function from a batch to
             the positional arguments, a tuple, or to a pair of these and keyword arguments, ``(args, kwargs)``.
         seed: Seed of all draws; torch's global seed is not touched.
         progress: Whether to show a progress bar.
 
     Returns:
-        An ``arviz.InferenceData`` (ArviZ below 1) or an ``xarray.DataTree`` (from 1 on).
+        An ``arviz.InferenceData`` (ArviZ below 1) or an ``xarray.DataTree`` (from 1 on); with ``store``, one that reads
+        from it what is used, as :func:`~pyro_amortized.export.open_store` gives it again later.
 
     Raises:
         ValueError: If the guide is none of this package, the log-joint cannot be evaluated or is not finite, batches
-            cannot be joined, or resampling is asked for a model whose global latents are drawn.
+            cannot be joined, nothing can be written to the store, or resampling is asked for a model whose global
+            latents are drawn.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -110,15 +120,58 @@ def to_arviz(
     check_guide(guide)
     total = num_calls(model_args)
     exporter = Exporter(model, guide, options)
-    parts: dict[str, list[xarray.Dataset]] = {}
-    with progress_bar(None if total is None else total * num_samples, "Drawing", progress) as bar:
+    with (
+        progress_bar(None if total is None else total * num_samples, "Drawing", progress) as bar,
+        _InMemory() if store is None else Store(store) as written,
+    ):
         for args, kwargs in calls(model_args, model_kwargs, to_args, model):
-            for name, dataset in exporter.export(args, kwargs, bar.update).items():
-                parts.setdefault(name, []).append(dataset)
-    if groups is None and guide.has_local_latents:
-        parts.pop("log_likelihood", None)
-    joined = {name: join_group(name, parts[name], exporter.plate) for name in (*GROUPS, *PRIOR_GROUPS) if name in parts}
-    return _inference_data({name: dataset for name, dataset in joined.items() if dataset.data_vars})
+            made = exporter.export(args, kwargs, bar.update)
+            if groups is None and guide.has_local_latents:
+                made.pop("log_likelihood", None)
+            written.add(made, exporter.plate)
+    return _inference_data(written.joined() if isinstance(written, _InMemory) else open_groups(written.path))
+
+
+def open_store(path: StorePath) -> Any:
+    """The export that :func:`~pyro_amortized.to_arviz` has written to a store.
+
+    Args:
+        path: The path that ``store`` was.
+
+    Returns:
+        What the export returned: an ``arviz.InferenceData`` (ArviZ below 1) or an ``xarray.DataTree`` (from 1 on), whose
+        values are read when they are used.
+
+    Raises:
+        ValueError: If there is no store, or one whose export was not finished.
+
+    Example:
+        >>> open_store("never_written.nc")
+        Traceback (most recent call last):
+        ValueError: Cannot open store 'never_written.nc' because it does not exist; try to_arviz(..., store=...) again.
+    """
+    return _inference_data(open_groups(path))
+
+
+class _InMemory(AbstractContextManager["_InMemory"]):
+    """The batches of an export that is kept in memory."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[xarray.Dataset]] = {}
+        self._plate: str | None = None
+
+    def __exit__(self, *_: object) -> None:
+        """Leaves everything as it is."""
+
+    def add(self, groups: Mapping[str, xarray.Dataset], plate: str | None) -> None:
+        """Keeps the groups of a batch."""
+        self._plate = plate
+        for name, dataset in groups.items():
+            self._parts.setdefault(name, []).append(dataset)
+
+    def joined(self) -> dict[str, xarray.Dataset]:
+        """The groups of all batches."""
+        return {name: join_group(name, parts, self._plate) for name, parts in self._parts.items()}
 
 
 def _checked(
@@ -147,10 +200,12 @@ def _checked(
     )
 
 
-def _inference_data(groups: Mapping[str, xarray.Dataset]) -> Any:
+def _inference_data(found: Mapping[str, xarray.Dataset]) -> Any:
     import arviz
     import xarray
 
+    groups = {name: found[name] for name in (*GROUPS, *PRIOR_GROUPS) if name in found and found[name].data_vars}
+
     if int(arviz.__version__.split(".")[0]) >= 1:
-        return xarray.DataTree.from_dict(dict(groups))
+        return xarray.DataTree.from_dict(groups)
     return arviz.InferenceData(**dict[str, Any](groups))

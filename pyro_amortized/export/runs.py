@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import pyro
@@ -62,7 +63,12 @@ class Draws:
     z: Tensor | None
     globals: Mapping[str, Tensor]
 
-    def __getitem__(self, part: slice) -> Draws:
+    @property
+    def number(self) -> int:
+        """Number of draws; 0 if there are no latents."""
+        return next((len(value) for value in (self.z, *self.globals.values()) if value is not None), 0)
+
+    def __getitem__(self, part: slice | Tensor) -> Draws:
         """Some of the draws."""
         z = None if self.z is None else self.z[part]
         return Draws(z, {name: value[part] for name, value in self.globals.items()})
@@ -86,6 +92,7 @@ class ModelRuns:
         latent: Names of the latent sites, but for those that the model sums out.
         depth: Number of batch dimensions of results.
         num_elements: Number of elements of the largest site.
+        lengths: How long the axes of the sites are.
         modes: How several draws are evaluated, by pass; those missing one by one.
     """
 
@@ -102,7 +109,9 @@ class ModelRuns:
             if is_data(site) and name not in structure.global_sites and torch.as_tensor(site["value"]).numel() > 0
         }
         self.depth = batch_depth(trace, structure.frames)
-        self.num_elements = max([1, *(site["fn"].shape().numel() for site in found.values())])
+        shapes = [site["fn"].shape() for site in found.values()]
+        self.num_elements = max([1, *(shape.numel() for shape in shapes)])
+        self.lengths = {length for shape in shapes for length in shape}
         self.modes: dict[str, Mode] = {}
 
     # What a run gives
@@ -165,19 +174,21 @@ class ModelRuns:
 
     @torch.no_grad()
     def choose_mode(self, function: Pass, draws: Draws) -> None:
-        """Finds out from two draws how a pass may be evaluated at many."""
-        apart = _one_by_one(function, draws, 2)
-        modes = (mode for mode in (_together, _mapped) if self._agrees(mode, function, draws, apart))
+        """Finds out from a few draws, as many as no axis of the model is long, how a pass may be evaluated at many."""
+        number = next(k for k in count(2) if k not in self.lengths)
+        chosen = draws[torch.arange(number) % draws.number] if draws.number else draws
+        apart = _one_by_one(function, chosen, number)
+        modes = (mode for mode in (_together, _mapped) if self._agrees(mode, function, chosen, apart, number))
         self.modes[function.__name__] = next(modes, _one_by_one)
 
-    def _agrees(self, mode: Mode, function: Pass, draws: Draws, apart: Results) -> bool:
+    def _agrees(self, mode: Mode, function: Pass, draws: Draws, apart: Results, number: int) -> bool:
         """Whether a mode gives the shapes, and where nothing is random the numbers, of one draw at a time."""
 
         def is_right(results: Results) -> bool:
             same = all(value.shape == apart[key].shape for key, value in results.items())
             return same and (function != self.weigh or all(close(v, apart[key]) for key, v in results.items()))
 
-        return agrees(lambda: mode(function, draws, 2), is_right)
+        return agrees(lambda: mode(function, draws, number), is_right)
 
     @torch.no_grad()
     def evaluate(self, function: Pass, draws: Draws, number: int) -> Results:

@@ -10,7 +10,7 @@ from pyro_amortized.diagnostics.batches import ModelArgs, ToArgs, calls, num_cal
 from pyro_amortized.diagnostics.problem import progress_bar
 from pyro_amortized.export.batch import Options
 from pyro_amortized.export.exporter import Exporter, check_guide
-from pyro_amortized.export.groups import join_group
+from pyro_amortized.export.joining import join_group
 from pyro_amortized.guides import LocalGuide
 
 if TYPE_CHECKING:
