@@ -21,7 +21,13 @@ __all__ = [
     "check_real",
     "check_seed",
     "check_widths",
+    "has_to_wait",
 ]
+
+
+def has_to_wait(value: Tensor) -> bool:
+    """Whether Python has to wait for a device if it reads a value: a step on an accelerator asks without need for none."""
+    return value.device.type != "cpu"
 
 
 def _integer(value: Any) -> int | None:

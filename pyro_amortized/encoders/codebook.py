@@ -170,7 +170,7 @@ class Codebook(nn.Module):
         rows = None if quantized is None else quantized.rows(codes)
         if quantized is None or rows is None:
             return vectors
-        quantized.looked_up[rows] = True
+        quantized.looked_up.index_fill_(0, rows.flatten(), True)
         features = F.embedding(rows, quantized.features)
         unchanged = (codes == quantized.nearest[rows]).unsqueeze(-1)
         return vectors + torch.where(unchanged, features - features.detach(), 0.0)

@@ -242,8 +242,11 @@ class VectorQuantizedGuide(AmortizedGuide):
         now, before = self._trained_parameters(), self._step_parameters
         if self._codebook.is_settled or len(now) != len(before):
             return False
-        has_gradient = any(p.grad is not None and float(p.grad.norm()) != 0 for p in now)
-        return has_gradient and all(torch.equal(p, old.to(p)) for p, old in zip(now, before, strict=True))
+        pairs = list(zip(now, before, strict=True))
+        norms = [p.grad.norm() for p in now if p.grad is not None]
+        if not norms or not torch.stack(norms).any() or any(p.shape != old.shape for p, old in pairs):
+            return False
+        return bool(torch.stack([(p == old.to(p)).all() for p, old in pairs]).all())
 
     def _collect_in_backward(self, quantized: Quantized, commitment: Tensor) -> None:
         """Lets the codebook collect a batch once a backward pass reaches its commitment terms, part of every loss."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 from torch.utils.checkpoint import checkpoint
 
+from pyro_amortized.checks import has_to_wait
 from pyro_amortized.encoders.modes import evaluating
 from pyro_amortized.inference.base import InferenceStrategy, Objective
 from pyro_amortized.inference.strategies import Prior
@@ -142,7 +143,7 @@ class Refined(InferenceStrategy):
             return Refinement(phi, _zero(nats))
         if self.encoder_gradient == "first_order":
             return Refinement(start + (phi - start).detach())
-        if self.encoder_gradient == "distill" and bool(phi.isfinite().all()):
+        if self.encoder_gradient == "distill" and (has_to_wait(phi) or bool(phi.isfinite().all())):
             nats = -_kl(objective, start, phi.detach())
         return Refinement(phi.detach(), _zero(nats))
 
@@ -175,7 +176,7 @@ class Refined(InferenceStrategy):
                     nats = (grad.detach() * phi).sum(-1)  # whose gradient is that of the start's own ELBO
                 phi, state = after, tuple(rest)
             if best is not None:
-                if training and self.training and not bool(phi.isfinite().all()):
+                if training and self.training and not has_to_wait(phi) and not bool(phi.isfinite().all()):
                     return phi, nats  # no gradient would pass the steps that have diverged
                 best.offer(phi)
         return (phi if best is None else best.phi), nats

@@ -134,7 +134,7 @@ def _index(
             f"Cannot group the {frame.size} entries of plate {name!r} by an index of {len(index)} positions because "
             "there must be one for each; try index[rows] for the rows at hand."
         )
-    if len(index) and not (int(index.min()) >= 0 and int(index.max()) < size):
+    if not ((index >= 0) & (index < size)).all():
         raise ValueError(
             f"Cannot group the entries of plate {name!r} by positions {int(index.min())} to {int(index.max())} "
             f"because plate {parent!r} has {size} entries in this call, 0 to {size - 1}; try positions among those, "

@@ -95,7 +95,7 @@ class Adam(SteppedRule[Tensor]):
         """One step."""
         first, second, decays = state
         grad = self._clip(grad)
-        decays = decays * decays.new_tensor(self.betas)
+        decays = torch.stack([decay * beta for decay, beta in zip(decays, self.betas, strict=True)])
         first = torch.lerp(grad, first, self.betas[0])
         second = torch.lerp(grad.square(), second, self.betas[1])
         bias = 1 - decays

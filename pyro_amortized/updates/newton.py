@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyro_amortized.checks import has_to_wait
 from pyro_amortized.families import VariationalFamily
 from pyro_amortized.updates.base import Curvature, State, SteppedRule, check_limits
 
@@ -89,7 +90,7 @@ class Newton(SteppedRule[Tensor | Curvature]):
         else:
             change = damped - eye
             most = (limit - 1.0) / torch.linalg.matrix_norm(change).clamp(min=1e-6).unsqueeze(-1)
-            precision = eye + torch.as_tensor(step_size).to(most).clamp(max=most).unsqueeze(-1) * change
+            precision = eye + (step_size * torch.ones_like(most)).clamp(max=most).unsqueeze(-1) * change
         return family.moved(phi.to(slope), kept * shift, precision).to(phi), ()  # type: ignore[operator]
 
 
@@ -102,8 +103,28 @@ def damping(curvature: Tensor) -> Tensor:
     """What has to be added to the diagonal of each curvature ``(N, D, D)`` to make it safely positive, ``(N,)``."""
     norm = torch.linalg.matrix_norm(curvature)
     least = (100.0 * torch.finfo(curvature.dtype).eps * norm).clamp(min=_LEAST_CURVATURE)  # beyond rounding errors
-    lowered = curvature - least[:, None, None] * torch.eye(curvature.shape[-1]).to(curvature)
+    eye = torch.eye(curvature.shape[-1], dtype=curvature.dtype, device=curvature.device)
+    lowered = curvature - least[:, None, None] * eye
+    if has_to_wait(curvature):
+        return _tried_damping(lowered, norm + least)
     rows = (torch.linalg.cholesky_ex(lowered)[1] > 0) & norm.isfinite()
     damping = torch.zeros_like(norm)
     damping[rows] = (-torch.linalg.eigvalsh(lowered[rows])[:, 0]).clamp(min=0.0)
     return damping
+
+
+def _tried_damping(curvature: Tensor, enough: Tensor) -> Tensor:
+    """The same without eigenvalues, which would be read off the device; too large by 1/256 of the curvature at most."""
+    tried = torch.zeros_like(enough)
+    found = torch.linalg.cholesky_ex(curvature)[1] == 0
+    damping = torch.where(found, 0.0, enough)
+    eye = torch.eye(curvature.shape[-1], dtype=curvature.dtype, device=curvature.device)
+    for _ in range(_TRIALS):
+        middle = (tried + damping) / 2
+        works = torch.linalg.cholesky_ex(curvature + middle[:, None, None] * eye)[1] == 0
+        tried, damping = torch.where(works, tried, middle), torch.where(works, middle, damping)
+    return torch.where(enough.isfinite(), damping, 0.0)
+
+
+_TRIALS = 8
+"""Halvings of the range of the damping."""
