@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from pyro_amortized.structure.signature import named_function
 
@@ -27,8 +28,66 @@ def is_single(model_args: ModelArgs) -> bool:
 
 
 def _is_shuffled(loader: DataLoader[Any]) -> bool:
-    samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
+    samplers: list[Any] = [loader.sampler, loader.batch_sampler]  # a sampler of batches may lie in either place
+    samplers += [getattr(sampler, "sampler", None) for sampler in samplers]
     return any(isinstance(x, RandomSampler | SubsetRandomSampler | WeightedRandomSampler) for x in samplers)
+
+
+def _check_ends(batches: Any) -> None:
+    """Raises a ValueError unless a pass over the batches is known to end, as far as can be seen."""
+    endless = isinstance(batches, cycle)
+    if isinstance(batches, DataLoader) and isinstance(batches.dataset, IterableDataset):
+        endless = num_calls(batches) is None
+    if endless:
+        raise ValueError(
+            "Cannot go through all data because these batches do not say how many they are, and may never end; try an "
+            "IterableDataset with __len__, its number of datapoints, or itertools.islice(loader, 100) for the first "
+            "100 batches."
+        )
+
+
+_LOADING = {
+    "stack expects each tensor to be equal size": (
+        "they are of different sizes",
+        "a collate_fn that pads them, such as torch.nn.utils.rnn.pad_sequence, and a model that masks what is padded, "
+        "`dist.Normal(...).mask(present)`",
+    ),
+    "Batches of sparse tensors": ("they are sparse", "collate_fn=lambda rows: torch.stack([r.to_dense() for r in rows])"),
+    "sparse array length is ambiguous": (
+        "SciPy's sparse arrays have no length",
+        "a Dataset whose __getitem__ is torch.from_numpy(array[[row]].toarray()[0])",
+    ),
+}
+"""What data cannot be loaded because of, by a part of torch's or SciPy's errors, and what to try."""
+
+
+def _loaded(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches, as many as they say they are.
+
+    Raises:
+        ValueError: If datapoints cannot be put into a batch, or there are more batches.
+    """
+    iterator, number, stated = iter(batches), 0, num_calls(batches)
+    most = None if stated is None else stated + getattr(batches, "num_workers", 0)  # each worker ends with a part of one
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except (RuntimeError, TypeError) as error:
+            cause, remedy = next((told for part, told in _LOADING.items() if part in str(error)), (None, None))
+            if cause is None:
+                raise
+            raise ValueError(f"Cannot put datapoints into a batch because {cause}; try {remedy}.") from error
+        number += 1
+        if most is not None and number > most:
+            raise ValueError(
+                f"Cannot go through all data because there are more batches than the {stated} that the loader's length "
+                "says, as when it never ends or every worker goes through all data; try "
+                "itertools.islice(loader, len(loader)), or torch.utils.data.get_worker_info() to share the data among "
+                "workers."
+            )
+        yield batch
 
 
 def num_calls(model_args: ModelArgs) -> int | None:
@@ -62,8 +121,8 @@ def calls(
         Positional and keyword arguments.
 
     Raises:
-        ValueError: If the argument is a bare tensor, a loader shuffles, there is no batch, or the model does not take
-            what the batches hold.
+        ValueError: If the argument is a bare tensor, a loader shuffles, there is no batch, they may never end, datapoints
+            cannot be put into one, or the model does not take what they hold.
     """
     if not isinstance(model_kwargs, Mapping | None):
         raise ValueError(
@@ -89,12 +148,16 @@ def calls(
         raise ValueError(
             "Cannot tell which datapoint a result belongs to because the DataLoader shuffles; try shuffle=False."
         )
+    _check_ends(model_args)
     empty = True
-    for batch in model_args:
+    for batch in _loaded(model_args):
         empty = False
         yield call_of(batch, kwargs, to_args, model)
     if empty:
-        raise ValueError("Cannot go through the data because the loader has no batches; try one that has some.")
+        raise ValueError(
+            "Cannot go through the data because the loader has no batches; try a new iterator if this one is used up, "
+            "drop_last=False if there are fewer datapoints than in one batch, or a data set that is not empty."
+        )
 
 
 def call_of(
