@@ -26,7 +26,7 @@ __all__ = [
 
 
 def has_to_wait(value: Tensor) -> bool:
-    """Whether Python has to wait for a device if it reads a value: a step on an accelerator asks without need for none."""
+    """Whether Python has to wait for a device if it reads a value, which a step on an accelerator does not without need."""
     return value.device.type != "cpu"
 
 

@@ -399,7 +399,9 @@ DIAGNOSTICS: dict[str, Callable[[Any, Tensor], Any]] = {
 FAST_ONES = {"log_evidence", "to_arviz", "psis", "simulate"}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST_ONES else pytest.mark.slow) for n in DIAGNOSTICS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in FAST_ONES else pytest.mark.slow) for n in DIAGNOSTICS]
+)
 def test_every_diagnostic(name: str, device: str) -> None:
     guide, x = AmortizedGuide(model, Exact()), X.to(device)
     guide(x)

@@ -52,7 +52,10 @@ _LOADING = {
         "a collate_fn that pads them, such as torch.nn.utils.rnn.pad_sequence, and a model that masks what is padded, "
         "`dist.Normal(...).mask(present)`",
     ),
-    "Batches of sparse tensors": ("they are sparse", "collate_fn=lambda rows: torch.stack([r.to_dense() for r in rows])"),
+    "Batches of sparse tensors": (
+        "they are sparse",
+        "collate_fn=lambda rows: torch.stack([r.to_dense() for r in rows])",
+    ),
     "sparse array length is ambiguous": (
         "SciPy's sparse arrays have no length",
         "a Dataset whose __getitem__ is torch.from_numpy(array[[row]].toarray()[0])",
@@ -68,7 +71,9 @@ def _loaded(batches: Iterable[Any]) -> Iterator[Any]:
         ValueError: If datapoints cannot be put into a batch, or there are more batches.
     """
     iterator, number, stated = iter(batches), 0, num_calls(batches)
-    most = None if stated is None else stated + getattr(batches, "num_workers", 0)  # each worker ends with a part of one
+    most = (
+        None if stated is None else stated + getattr(batches, "num_workers", 0)
+    )  # each worker ends with a part of one
     while True:
         try:
             batch = next(iterator)

@@ -55,7 +55,7 @@ class Format(ABC):
         import xarray
 
         options: Any = {"consolidated": False} if self.engine == "zarr" else {}
-        return xarray.open_dataset(self.path, group=name, engine=self.engine, **options)  # type: ignore[arg-type]
+        return xarray.open_dataset(self.path, group=name, engine=self.engine, **options)
 
 
 def _chunks(part: xarray.Dataset, plate: str | None, key: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pyro_amortized.diagnostics.batches import ModelArgs, ToArgs, calls, num_cal
 from pyro_amortized.diagnostics.problem import progress_bar
 from pyro_amortized.export.batch import Options
 from pyro_amortized.export.exporter import Exporter, check_guide
-from pyro_amortized.export.joining import join_group
+from pyro_amortized.export.joining import Joined
 from pyro_amortized.export.store import Store, StorePath, open_groups
 from pyro_amortized.guides import LocalGuide
 
@@ -157,21 +157,19 @@ class _InMemory(AbstractContextManager["_InMemory"]):
     """The batches of an export that is kept in memory."""
 
     def __init__(self) -> None:
-        self._parts: dict[str, list[xarray.Dataset]] = {}
-        self._plate: str | None = None
+        self._groups: dict[str, Joined] = {}
 
     def __exit__(self, *_: object) -> None:
         """Leaves everything as it is."""
 
     def add(self, groups: Mapping[str, xarray.Dataset], plate: str | None) -> None:
         """Keeps the groups of a batch."""
-        self._plate = plate
         for name, dataset in groups.items():
-            self._parts.setdefault(name, []).append(dataset)
+            self._groups.setdefault(name, Joined(name)).add(dataset, plate)
 
     def joined(self) -> dict[str, xarray.Dataset]:
         """The groups of all batches."""
-        return {name: join_group(name, parts, self._plate) for name, parts in self._parts.items()}
+        return {name: group.dataset() for name, group in self._groups.items()}
 
 
 def _checked(

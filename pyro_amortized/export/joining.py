@@ -8,33 +8,63 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyro_amortized.diagnostics.report import join
-
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["Constants", "Parts", "join_group"]
+__all__ = ["Constants", "Joined", "Parts"]
 
 
-def join_group(name: str, parts: list[xarray.Dataset], plate: str | None) -> xarray.Dataset:
-    """Joins a group's batches along the plate, taking the parts out of the list; what has no such axis is kept once.
+class Joined:
+    """A group that is put together in memory.
 
-    Raises:
-        ValueError: If other sizes or observed values outside the plate differ between batches.
+    Args:
+        name: The group.
     """
-    if len(parts) == 1:
-        part = parts.pop()
-        return part[list(part.data_vars)]
-    rules: Parts = Parts(name, parts[0], plate)
-    if name == "constant_data":
-        found = Constants(parts[0])
-        for part in parts[1:]:
-            found.look(part)
-        rules = found.parts(plate)
-    slices = [rules.check(part) for part in parts]
-    kept = rules.once(parts[0])
-    parts.clear()
-    return kept.merge(join(slices, str(plate))) if rules.along_names else kept
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._plate: str | None = None
+        self._rules: Parts | None = None
+        self._constants: list[xarray.Dataset] = []
+        self._once: xarray.Dataset | None = None
+        self._pieces: dict[Hashable, list[np.ndarray[Any, Any]]] = {}
+
+    def add(self, part: xarray.Dataset, plate: str | None) -> None:
+        """Adds a batch.
+
+        Raises:
+            ValueError: If other sizes or coordinates, or observed values outside the plate, differ between batches.
+        """
+        self._plate = plate
+        if self.name == "constant_data":
+            self._constants.append(part)
+        else:
+            self._add(part, self._rules or Parts(self.name, part, plate))
+
+    def _add(self, part: xarray.Dataset, rules: Parts) -> None:
+        self._rules, slices = rules, rules.check(part)
+        if self._once is None:
+            self._once = rules.once(part).merge(slices)
+        for name in [self._plate, *rules.along_names] if rules.along_names else []:
+            self._pieces.setdefault(name, []).append(slices[name].values)  # the arrays alone: a dataset takes far more
+
+    def dataset(self) -> xarray.Dataset:
+        """The whole group; the batches are given up."""
+        if self._constants:
+            rules = Constants.of(self._constants).parts(self._plate)
+            for part in self._constants:
+                self._add(part, rules)
+            self._constants.clear()
+        whole: Any = self._once
+        if len(self._pieces.get(self._plate, ())) < 2:
+            return whole
+        along = {v: (whole[v].dims, whole[v].attrs) for v in self._pieces if v != self._plate}
+        index = np.concatenate(self._pieces.pop(self._plate))
+        whole = whole.drop_dims(self._plate)
+        for name, (dims, attributes) in along.items():
+            whole[name] = dims, np.concatenate(self._pieces.pop(name), dims.index(self._plate)), attributes
+        repeated = len(np.unique(index)) < len(index)
+        return whole.assign_coords({self._plate: np.arange(len(index)) if repeated else index})
 
 
 class Parts:
@@ -57,7 +87,7 @@ class Parts:
         self.dims = {v: first[v].dims for v in first.data_vars}
         self.along_names = [v for v in self.dims if plate in self.dims[v]]
         self.once_names = [v for v in self.dims if v not in self.along_names]
-        self._sizes = dict(first[self.along_names].sizes)
+        self._coords = dict(first[self.along_names].drop_vars(str(plate), errors="ignore").coords)
         self._once = first[self.once_names]
 
     def once(self, first: xarray.Dataset) -> xarray.Dataset:
@@ -68,17 +98,22 @@ class Parts:
         """The variables of a batch that are joined along the plate.
 
         Raises:
-            ValueError: If its other sizes, or observed values outside the plate, are not those of the first batch.
+            ValueError: If its other sizes or coordinates, or observed values outside the plate, are not those of the first.
         """
         if self.name == "observed_data":
             _check_outside(self._once, part, self.plate)
         part = _named(part, self.dims)[self.along_names]
-        for dim, size in self._sizes.items():
-            if dim != self.plate and part.sizes[dim] != size:
+        for dim, coordinate in self._coords.items():
+            if part.sizes[dim] != coordinate.size:
                 raise ValueError(
-                    f"Cannot join the batches of group {self.name!r} because dimension {dim!r} has size {size} in the "
-                    f"first and {part.sizes[dim]} in a later one; try padding to a common size and masking, "
-                    "`dist.Normal(...).mask(present)`, or one call per batch."
+                    f"Cannot join the batches of group {self.name!r} because dimension {dim!r} has size "
+                    f"{coordinate.size} in the first and {part.sizes[dim]} in a later one; try padding to a common size "
+                    "and masking, `dist.Normal(...).mask(present)`, or one call per batch."
+                )
+            if not np.array_equal(part[dim].values, coordinate.values):
+                raise ValueError(
+                    f"Cannot join the batches of group {self.name!r} because they hold other entries of plate {dim!r}; "
+                    "try a subsample that is the same in all batches, all entries, or one call per batch."
                 )
         return part
 
@@ -96,6 +131,14 @@ class Constants:
         self._schemas: dict[Hashable, xarray.Dataset] = {}
         self.look(first)
 
+    @classmethod
+    def of(cls, parts: Sequence[xarray.Dataset]) -> Constants:
+        """What all batches tell."""
+        constants = cls(parts[0])
+        for part in parts[1:]:
+            constants.look(part)
+        return constants
+
     def look(self, part: xarray.Dataset) -> None:
         """Looks at a batch, of which no values are kept."""
         self._equal = {v for v in self._equal if v in part and part[v].equals(self.first[v])}
@@ -110,7 +153,7 @@ class Constants:
         dims = rules.dims
         rules.along_names = [v for v in rules.along_names if all(v in s and s[v].dims == dims[v] for s in schemas)]
         rules.once_names = [v for v in rules.once_names if v in self._equal]
-        rules._sizes = dict(schemas[0][rules.along_names].sizes)
+        rules._coords = dict(schemas[0][rules.along_names].drop_vars(str(plate), errors="ignore").coords)
         return rules
 
 

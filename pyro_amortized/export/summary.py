@@ -10,7 +10,7 @@ from pyro_amortized.diagnostics.batches import ModelArgs, ToArgs, calls, num_cal
 from pyro_amortized.diagnostics.problem import progress_bar
 from pyro_amortized.export.batch import Options
 from pyro_amortized.export.exporter import Exporter, check_guide
-from pyro_amortized.export.joining import join_group
+from pyro_amortized.export.joining import Joined
 from pyro_amortized.guides import LocalGuide
 
 if TYPE_CHECKING:
@@ -77,17 +77,17 @@ def posterior_summary(
     num_samples, seed = check_count("num_samples", num_samples, 0, 1000), check_seed(seed)
     names = {"quantiles", "posterior"} if num_samples else {"quantiles"}
     exporter = Exporter(model, guide, Options(num_samples, 0, False, frozenset(names), seed, probs))
-    parts: dict[str, list[xarray.Dataset]] = {name: [] for name in names}
+    joined = {name: Joined(name) for name in names}
     with progress_bar(num_calls(model_args), "Summarising", progress) as bar:
         for args, kwargs in calls(model_args, model_kwargs, to_args, model):
             for name, dataset in exporter.export(args, kwargs).items():
-                parts[name].append(dataset)
+                joined[name].add(dataset, exporter.plate)
             bar.update()
-    summary = join_group("quantiles", parts["quantiles"], exporter.plate).assign_coords(quantile=list(probs))
+    summary = joined["quantiles"].dataset().assign_coords(quantile=list(probs))
     summary.attrs["global_latents"] = ", ".join(guide.global_sites)
     if not num_samples:
         return summary
-    draws = join_group("posterior", parts["posterior"], exporter.plate).squeeze("chain", drop=True)
+    draws = joined["posterior"].dataset().squeeze("chain", drop=True)
     return summary.merge(draws.rename({name: f"{name}_draws" for name in draws.data_vars}))
 
 

@@ -142,7 +142,9 @@ class SparseRows(Dataset[Tensor]):
 
 def in_batches(rows: Any, **options: Any) -> Any:
     """A loader that asks a data set for whole batches."""
-    return DataLoader(rows, sampler=BatchSampler(SequentialSampler(rows), 4, drop_last=False), batch_size=None, **options)
+    return DataLoader(
+        rows, sampler=BatchSampler(SequentialSampler(rows), 4, drop_last=False), batch_size=None, **options
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning", "ignore:Sparse invariant checks")
