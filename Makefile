@@ -9,7 +9,7 @@ START ?= 0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow fuzz lint format house docs bench hierarchies robustness public-models clean
+.PHONY: help demo test test-slow fuzz lint format house docs bench bench-scale hierarchies robustness public-models clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -43,6 +43,9 @@ docs: $(VENV)/.docs  ## build the documentation into docs/_build/html
 
 bench: $(VENV)/.examples  ## run the benchmarks
 	$(BIN)/python benchmarks/run.py
+
+bench-scale: $(VENV)/.test  ## time and memory at up to a million datapoints (10 minutes)
+	$(BIN)/python benchmarks/scale.py
 
 hierarchies: $(VENV)/.examples  ## gaps of guides of hierarchies, crossed plates and data sets (15 minutes)
 	$(BIN)/python benchmarks/hierarchies.py

@@ -21,13 +21,7 @@ __all__ = [
     "check_real",
     "check_seed",
     "check_widths",
-    "has_to_wait",
 ]
-
-
-def has_to_wait(value: Tensor) -> bool:
-    """Whether Python has to wait for a device if it reads a value, which a step on an accelerator does not without need."""
-    return value.device.type != "cpu"
 
 
 def _integer(value: Any) -> int | None:

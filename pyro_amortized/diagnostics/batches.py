@@ -126,8 +126,8 @@ def calls(
         Positional and keyword arguments.
 
     Raises:
-        ValueError: If the argument is a bare tensor, a loader shuffles, there is no batch, they may never end, datapoints
-            cannot be put into one, or the model does not take what they hold.
+        ValueError: If the argument is a bare tensor, a loader shuffles, there is no batch, they may never end,
+            datapoints cannot be put into one, or the model does not take what they hold.
     """
     if not isinstance(model_kwargs, Mapping | None):
         raise ValueError(

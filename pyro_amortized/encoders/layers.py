@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_amortized.checks import has_to_wait
+from pyro_amortized.encoders.devices import has_to_wait
 from pyro_amortized.encoders.standardize import FAR, log_shrinkage
 
 __all__ = ["Head", "hidden_layers"]

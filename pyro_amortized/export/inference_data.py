@@ -139,8 +139,8 @@ def open_store(path: StorePath) -> Any:
         path: The path that ``store`` was.
 
     Returns:
-        What the export returned: an ``arviz.InferenceData`` (ArviZ below 1) or an ``xarray.DataTree`` (from 1 on), whose
-        values are read when they are used.
+        What the export returned: an ``arviz.InferenceData`` (ArviZ below 1) or an ``xarray.DataTree`` (from 1 on),
+        whose values are read when they are used.
 
     Raises:
         ValueError: If there is no store, or one whose export was not finished.

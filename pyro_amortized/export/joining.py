@@ -98,7 +98,7 @@ class Parts:
         """The variables of a batch that are joined along the plate.
 
         Raises:
-            ValueError: If its other sizes or coordinates, or observed values outside the plate, are not those of the first.
+            ValueError: If its other sizes or coordinates, or observed values outside the plate, are not the first's.
         """
         if self.name == "observed_data":
             _check_outside(self._once, part, self.plate)
@@ -107,8 +107,8 @@ class Parts:
             if part.sizes[dim] != coordinate.size:
                 raise ValueError(
                     f"Cannot join the batches of group {self.name!r} because dimension {dim!r} has size "
-                    f"{coordinate.size} in the first and {part.sizes[dim]} in a later one; try padding to a common size "
-                    "and masking, `dist.Normal(...).mask(present)`, or one call per batch."
+                    f"{coordinate.size} in the first and {part.sizes[dim]} in a later one; try padding to a common "
+                    "size and masking, `dist.Normal(...).mask(present)`, or one call per batch."
                 )
             if not np.array_equal(part[dim].values, coordinate.values):
                 raise ValueError(

@@ -10,7 +10,8 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
-from pyro_amortized.checks import check_function, check_positive, has_to_wait
+from pyro_amortized.checks import check_function, check_positive
+from pyro_amortized.encoders.devices import has_to_wait
 from pyro_amortized.families import VariationalFamily
 from pyro_amortized.inference.base import InferenceStrategy
 from pyro_amortized.inference.refined import Refined
@@ -235,8 +236,8 @@ def check_values(
 ) -> None:
     """Raises a ValueError naming the datapoints whose variational parameters make no distribution.
 
-    It looks closer only where values are far out; and on an accelerator not at all in training without Pyro's validation,
-    as Pyro's own distributions do not: the next loss is then not finite.
+    It looks closer only where values are far out; and on an accelerator not at all in training without Pyro's
+    validation, as Pyro's own distributions do not: the next loss is then not finite.
     """
     unasked = torch.is_grad_enabled() and not pyro.distributions.is_validation_enabled()
     if torch._C._get_tracing_state() or (unasked and has_to_wait(phi)):

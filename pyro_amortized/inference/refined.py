@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 from torch.utils.checkpoint import checkpoint
 
-from pyro_amortized.checks import has_to_wait
+from pyro_amortized.encoders.devices import has_to_wait
 from pyro_amortized.encoders.modes import evaluating
 from pyro_amortized.inference.base import InferenceStrategy, Objective
 from pyro_amortized.inference.strategies import Prior

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_amortized.checks import has_to_wait
+from pyro_amortized.encoders.devices import has_to_wait
 from pyro_amortized.families import VariationalFamily
 from pyro_amortized.updates.base import Curvature, State, SteppedRule, check_limits
 
