@@ -224,6 +224,25 @@ def test_an_export_that_fails_leaves_the_older_one(suffix: str, tmp_path: Path) 
     assert open_store(path)["posterior"].sizes["draw"] == 3
 
 
+@pytest.mark.parametrize("store", [None, "p.nc"])
+def test_other_entries_of_an_inner_plate_are_refused(store: str | None, tmp_path: Path) -> None:
+    def inner(y: Tensor, index: Tensor) -> None:
+        with pyro.plate("group", len(y), dim=-2):
+            level = pyro.sample("level", dist.Normal(0.0, 1.0))
+            with pyro.plate("member", 3, subsample=index, dim=-1):
+                pyro.sample("y", dist.Normal(level, 1.0), obs=y[:, index])
+
+    y, indices = torch.randn(4, 3), torch.tensor([[0, 1], [0, 2]])
+    guide = AmortizedGuide(inner, encoder_input=lambda y, index: y)
+    options: Any = {"num_samples": 3, "store": None if store is None else tmp_path / store}
+    with pytest.raises(
+        ValueError, match="other entries of plate 'member'; try a subsample that is the same in all bat"
+    ):
+        to_arviz(inner, guide, iter([(y, indices[0]), (y, indices[1])]), **options)
+    found = to_arviz(inner, guide, iter([(y, indices[1]), (y, indices[1])]), **options)
+    assert found["observed_data"]["member"].values.tolist() == [0, 2]
+
+
 def test_a_file_that_was_cut_is_no_store(tmp_path: Path) -> None:
     path = tmp_path / "p.nc"
     to_arviz(model, AmortizedGuide(model), (X, T), num_samples=3, store=path)
