@@ -234,7 +234,8 @@ def test_other_entries_of_an_inner_plate_are_refused(store: str | None, tmp_path
 
     y, indices = torch.randn(4, 3), torch.tensor([[0, 1], [0, 2]])
     guide = AmortizedGuide(inner, encoder_input=lambda y, index: y)
-    options: Any = {"num_samples": 3, "store": None if store is None else tmp_path / store}
+    options: Any = {"num_samples": 3, "groups": ("posterior", "observed_data")}
+    options["store"] = None if store is None else tmp_path / store
     with pytest.raises(
         ValueError, match="other entries of plate 'member'; try a subsample that is the same in all bat"
     ):
