@@ -33,7 +33,7 @@ def check_inputs(module: nn.Module, inputs: tuple[Any, ...], least_dim: int = 1)
     """Raises a ValueError unless there are inputs, real tensors of equally many rows."""
     kinds = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in inputs]
     usable = all(isinstance(x, Tensor) and x.dim() >= least_dim and not x.is_complex() for x in inputs)
-    if not inputs or not usable or len({len(x) for x in inputs}) > 1:
+    if not inputs or not usable or any(x.shape[0] != inputs[0].shape[0] for x in inputs):  # `len` knows numbers alone
         raise ValueError(
             f"Cannot encode inputs {kinds} by {type(module).__name__} because real tensors of at least "
             f"{least_dim} dimensions are wanted, with a row for each datapoint; try torch.as_tensor(x), and "

@@ -191,7 +191,7 @@ class Codebook(nn.Module):
             ValueError: If the codebook has no vectors yet, or the features are not finite or of another size or type.
         """
         self._check(features)
-        if not self.initialized:
+        if not torch.compiler.is_compiling() and not self.initialized:
             raise ValueError(
                 "Cannot find the nearest codes because this Codebook has seen no features yet; try guide.setup(...) "
                 "with data, a step of training, codebook.initialize(features), or load_state_dict."
@@ -339,6 +339,8 @@ class Codebook(nn.Module):
                 f"Cannot quantize features of type {features.dtype} on {features.device} because this Codebook holds "
                 f"{own.dtype} on {own.device}; try codebook.to(features)."
             )
+        if torch.compiler.is_compiling():
+            return
         bad = (~features.isfinite()).reshape(len(features) if features.dim() > 1 else 1, -1).any(-1)
         if bad.any():
             raise ValueError(

@@ -288,11 +288,12 @@ class PlateEncoder(StandardizedEncoder):
         for level in self.levels:
             axes = level.axes if level.group is not None else ("", *level.axes)
             for x in [*(values[i] for i in level.inputs), *(masks[i] for i in level.masks)]:
-                sizes.update({axis: max(sizes.get(axis, 1), size) for axis, size in zip(axes, x.shape, strict=False)})
+                for axis, size in zip(axes, x.shape, strict=False):
+                    sizes[axis] = max(sizes.get(axis, 1), size) if axis else size
             if level.group is not None:
-                sizes[level.axes[0]] = len(indices[2 * level.group])
+                sizes[level.axes[0]] = indices[2 * level.group].shape[0]
                 parent = self.levels[level.coarser[0]].axes
-                sizes[parent[0] if parent else ""] = len(indices[2 * level.group + 1])
+                sizes[parent[0] if parent else ""] = indices[2 * level.group + 1].shape[0]
         return sizes
 
     def _check_sizes(self, number: int, x: Tensor, present: Tensor | None, groups: Grouping) -> None:
@@ -346,4 +347,4 @@ def _level(
 def _shown(features: Tensor, coarser: _Level, finer: _Level) -> Tensor:
     """Features of a coarser level with axes of size 1 for the plates that it lacks."""
     sizes = iter(features.shape[1:-1])
-    return features.reshape(len(features), *(next(sizes) if a in coarser.axes else 1 for a in finer.axes), -1)
+    return features.reshape(features.shape[0], *(next(sizes) if a in coarser.axes else 1 for a in finer.axes), -1)

@@ -102,9 +102,9 @@ class SetEncoder(ElementsEncoder):
         parts = [self.pool(hidden, present, groups), statistics(x, present, groups)]
         if self.query is not None and self.nobody is not None:
             # one element that is always there: softmax over none is not defined
-            hidden = torch.cat([hidden, self.nobody.expand(len(x), -1, -1)], 1)
-            absent = torch.cat([member == 0, member.new_zeros(len(x), 1, dtype=torch.bool)], 1)
+            hidden = torch.cat([hidden, self.nobody.expand(x.shape[0], -1, -1)], 1)
+            absent = torch.cat([member == 0, member.new_zeros(x.shape[0], 1, dtype=torch.bool)], 1)
             for block in self.blocks[:-1]:
                 hidden = block(hidden, hidden, absent)
-            parts.append(self.blocks[-1](self.query.expand(len(x), -1, -1), hidden, absent).squeeze(1))
+            parts.append(self.blocks[-1](self.query.expand(x.shape[0], -1, -1), hidden, absent).squeeze(1))
         return self.set_layers(torch.cat(parts, -1))

@@ -155,10 +155,8 @@ class Mixture(VariationalFamily):
     def quantile(self, phi: Tensor, probs: Tensor, num_samples: int = 1000) -> Tensor:
         """Marginal quantiles, by a search; ``num_samples`` is not needed."""
         logits, locs, log_scales = self.components(phi.detach())
-        noise = torch.special.ndtri(probs.to(phi)).reshape(-1, *[1] * phi.dim()).expand(-1, *phi.shape[:-1], 1)
-        weights = logits.softmax(-1)
-        marginals = [_search(noise[..., 0], weights, locs[..., d], log_scales[..., d]) for d in range(self.latent_dim)]
-        return torch.stack(marginals, -1)
+        noise = torch.special.ndtri(probs.to(phi)).reshape(-1, *[1] * phi.dim())
+        return _search(noise, logits.softmax(-1).unsqueeze(-2), locs.mT, log_scales.mT)
 
 
 class _MixtureOfNormals(dist.TorchDistribution):
@@ -316,7 +314,8 @@ def _search(noise: Tensor, weights: Tensor, loc: Tensor, log_scale: Tensor) -> T
 
     The components' own quantiles bracket the solution; a step that leaves the bracket, or does not halve the one
     before, gives way to bisection. Where noise is positive the problem is mirrored, so that the probabilities are small
-    and exact. Steps go on until all have converged; while a graph is traced their number is fixed.
+    and exact. What has converged stays as it is while steps go on for the rest, so that it does not depend on these;
+    while a graph is traced the number of steps is fixed.
     """
     sign = torch.where(noise > 0, -1.0, 1.0).to(noise)
     noise, loc, inverse_scale = -noise.abs(), sign.unsqueeze(-1) * loc, (-log_scale).exp()
@@ -324,7 +323,7 @@ def _search(noise: Tensor, weights: Tensor, loc: Tensor, log_scale: Tensor) -> T
     bounds = loc + noise.unsqueeze(-1) / inverse_scale
     low, high = bounds.amin(-1), bounds.amax(-1)
     z, step = (weights * bounds).sum(-1), high - low
-    precision, fixed = torch.finfo(z.dtype).eps, _is_traced()
+    precision, fixed, ended = torch.finfo(z.dtype).eps, _is_traced(), torch.zeros_like(z, dtype=torch.bool)
     for _ in range(_TRACED_STEPS if fixed else _MOST_STEPS):
         x = (z.unsqueeze(-1) - loc) * inverse_scale
         below = (weights * torch.special.ndtr(x)).sum(-1)
@@ -333,9 +332,9 @@ def _search(noise: Tensor, weights: Tensor, loc: Tensor, log_scale: Tensor) -> T
         error = (below / target).log()
         newton = z - error * below / slope
         good = (newton >= low) & (newton <= high) & (((newton - z).abs() < 0.5 * step) | (error.abs() < 1e-3))
-        new = torch.where(good, newton, 0.5 * (low + high))
+        new = torch.where(ended, z, torch.where(good, newton, 0.5 * (low + high)))
         step, z = (new - z).abs(), new
-        ended = (good & (error.abs() < precision**0.5)) | (high - low <= 2 * precision * z.abs())
+        ended = ended | (good & (error.abs() < precision**0.5)) | (high - low <= 2 * precision * z.abs())
         if not fixed and bool((ended | z.isnan()).all()):
             break
     return sign * z

@@ -214,12 +214,12 @@ class AmortizedGuide(LocalGuide):
     def _check_features(self, features: Tensor, inputs: tuple[Tensor, ...], structure: Structure) -> None:
         size = structure.datapoints.size
         frame = structure.datapoints
-        if frame.kind == "unsized" and features.dim() == 2 and len(features) != size:
+        if frame.kind == "unsized" and features.dim() == 2 and features.shape[0] != size:
             raise ValueError(
                 f"Cannot tell the latents of {len(features)} datapoints apart because plate {frame.name!r} has no "
                 f"size to expand their prior to; try `pyro.plate({frame.name!r}, {len(features)})`."
             )
-        if features.dim() != 2 or len(features) != size or not features.shape[1]:
+        if features.dim() != 2 or features.shape[0] != size or not features.shape[1]:
             raise ValueError(
                 f"Cannot encode the {size} datapoints of plate {structure.datapoints.name!r} because the "
                 f"encoder returned features of shape {tuple(features.shape)} for inputs of shapes "

@@ -10,7 +10,7 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
-from pyro_amortized.checks import check_function, check_positive
+from pyro_amortized.checks import check_function, check_positive, is_traced
 from pyro_amortized.encoders.devices import has_to_wait
 from pyro_amortized.families import VariationalFamily
 from pyro_amortized.inference.base import InferenceStrategy
@@ -240,7 +240,7 @@ def check_values(
     validation, as Pyro's own distributions do not: the next loss is then not finite.
     """
     unasked = torch.is_grad_enabled() and not pyro.distributions.is_validation_enabled()
-    if torch._C._get_tracing_state() or (unasked and has_to_wait(phi)):
+    if is_traced() or (unasked and has_to_wait(phi)):
         return
     if bool((phi.detach().abs() < _MODERATE).all()):
         return

@@ -18,9 +18,17 @@ from pyro_amortized.guides.call import Call
 from pyro_amortized.guides.checks import check_values
 from pyro_amortized.guides.sampling import sample_local
 from pyro_amortized.inference.base import InferenceStrategy, Objective
-from pyro_amortized.structure.discrete import DiscreteSite, check_inference, mode, one_hot, sample_discrete
+from pyro_amortized.structure.discrete import (
+    DiscreteSite,
+    check_inference,
+    distribution,
+    mode,
+    one_hot,
+    sample_discrete,
+)
 from pyro_amortized.structure.layout import SiteLayout
 from pyro_amortized.structure.local_site import LocalSite
+from pyro_amortized.structure.masking import NEUTRAL
 from pyro_amortized.structure.reader import StructureReader
 from pyro_amortized.structure.running import isolated
 from pyro_amortized.structure.structure import Structure
@@ -317,18 +325,40 @@ class DiscreteAmortizedGuide(AmortizedGuide):
 
     def _local_quantiles(self, quantiles: Sequence[float] | Tensor, call: Call) -> dict[str, Tensor]:
         """The most probable discrete values, and quantiles of the continuous latents given these."""
+        values, given = self._local_values(
+            call, mode, lambda phi: self._family.quantile(phi, torch.as_tensor(quantiles).to(phi))
+        )
+        return {name: value.expand(len(quantiles), *value.shape) for name, value in values.items()} | given
+
+    def _local_draw(self, call: Call) -> dict[str, Tensor]:
+        values, given = self._local_values(
+            call,
+            lambda site, logits: distribution(replace(site, weight=NEUTRAL), logits).sample(),
+            lambda phi: self.family(phi).sample(),
+        )
+        return values | given
+
+    def _local_values(
+        self, call: Call, choose: Callable[[DiscreteSite, Tensor], Tensor], flat: Callable[[Tensor], Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Values of the discrete latents by site, chosen by their logits, and of the continuous ones given these.
+
+        Args:
+            call: The call.
+            choose: From a site and its logits to its value.
+            flat: From phi ``(N, P)`` to flat latents ``(*, N, D)``.
+        """
         layout = call.structure.layout
         if layout is None and not self._discrete:
-            return {}
+            return {}, {}
         latent = self._latent(call)
         inputs, features, logits = self._features(call)
-        values = {name: mode(site, site.logits.unflatten(logits)) for name, site in latent.items()}
-        probs = torch.as_tensor(quantiles, dtype=features.dtype, device=features.device)
-        result = {name: value.expand(len(probs), *value.shape) for name, value in values.items()}
+        values = {name: choose(site, site.logits.unflatten(logits)) for name, site in latent.items()}
+        given: dict[str, Tensor] = {}
         for part, on in [] if layout is None else self._groups(layout):
             phi = self._conditional_phi(call, inputs, features, self._observed(call) | values, on)
-            result.update(part.values(self._family.quantile(phi.reshape(-1, phi.shape[-1]), probs)))
-        return result
+            given.update(part.values(flat(phi.reshape(-1, phi.shape[-1]))))
+        return values, given
 
 
 def _check_conditioned(conditioned: Any) -> None:

@@ -68,6 +68,8 @@ class EncodingGuide(ReadingGuide):
     # Inputs
 
     def _inputs(self, call: Call) -> tuple[Tensor, ...]:
+        if call.inputs is not None:
+            return call.inputs
         if not self._needs_inputs:
             return ()
         if self._needs_observed and self._built_structure is not None:

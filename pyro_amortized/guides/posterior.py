@@ -15,6 +15,7 @@ from pyro_amortized.families import VariationalFamily
 from pyro_amortized.guides.call import Call
 from pyro_amortized.guides.encoding import EncodingGuide
 from pyro_amortized.guides.global_guide import draw_globals, global_median, global_of, global_quantiles
+from pyro_amortized.guides.serving import export_guide
 from pyro_amortized.structure.running import isolated
 from pyro_amortized.structure.structure import Structure
 
@@ -148,6 +149,53 @@ class PosteriorGuide(EncodingGuide):
         phi = self._phi(call)
         probs = torch.as_tensor(quantiles, dtype=phi.dtype, device=phi.device)
         return layout.values(self.family.quantile(phi, probs))
+
+    def _local_draw(self, call: Call) -> dict[str, Tensor]:
+        """One draw of the local latents by site, outside of Pyro."""
+        layout = call.structure.layout
+        return {} if layout is None else layout.values(self.family(self._phi(call)).sample())
+
+    def exported(
+        self, *args: Any, output: str = "phi", quantiles: Sequence[float] = (0.05, 0.5, 0.95), **kwargs: Any
+    ) -> torch.export.ExportedProgram:
+        """The encoder as a program of ``torch.export``, which needs neither Pyro nor this package nor the model.
+
+        The program takes what :meth:`encoder_inputs` gives, of any number of datapoints, and answers as the guide does
+        in ``eval()`` mode with its parameters as they are now; it has been compared with the guide on the example. All
+        other sizes (steps of a sequence, entries of inner plates) are those of the example.
+
+        Args:
+            *args: The model's arguments, as an example.
+            output: ``"phi"`` for variational parameters ``(N, P)``; ``"median"`` and ``"quantiles"`` for those of all
+                latents by site name, as from the methods of these names, where those of global latents are numbers;
+                ``"sample"`` for one draw of the local latents by site name, from torch's generator.
+            quantiles: The probabilities of ``"quantiles"``.
+            **kwargs: The model's keyword arguments.
+
+        Returns:
+            The program, for ``torch.export.save(program, path)``, or ``program.module()(*inputs)``. Guides that refine
+            give that of their encoder, and warn of it.
+
+        Raises:
+            ValueError: If there is no encoder, it cannot be traced, or discrete latents have no phi.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist
+            >>> from pyro_amortized import AmortizedGuide
+            >>> _ = pyro.set_rng_seed(0); pyro.clear_param_store()
+            >>> def model(x):
+            ...     with pyro.plate("data", len(x)):
+            ...         rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+            ...         pyro.sample("x", dist.Poisson(rate), obs=x)
+            >>> guide = AmortizedGuide(model)
+            >>> program = guide.exported(torch.tensor([1.0, 4.0, 2.0]), output="median")
+            >>> program.module()(torch.tensor([3.0, 0.0, 1.0, 7.0]))["rate"].shape
+            torch.Size([4])
+        """
+        with isolated():
+            call = self._read(args, kwargs)
+            self._require_data(call)
+            return export_guide(self, call, output, quantiles)
 
     @torch.no_grad()
     def global_median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

@@ -116,7 +116,7 @@ class RefiningGuide(AmortizedGuide):
         return {**super().__getstate__(), "_modes": {}}
 
     def _run_strategy(self, strategy: InferenceStrategy, inputs: tuple[Tensor, ...], call: Call) -> Tensor:
-        if call.structure.missing:  # there is nothing to refine to
+        if call.structure.missing or call.inputs is not None:  # there is nothing to refine to
             return start_of(strategy)(inputs, call.index)
         with kept_state():  # the model's own run in this step counts, not those of refinement
             refinement = strategy.refine(inputs, call.index, self._objective(call))  # type: ignore[operator]

@@ -172,7 +172,7 @@ class VectorQuantizedGuide(AmortizedGuide):
         given = features.shape
         if features.dim() == 2 and given[1] == positions * dim:
             features = features.reshape(-1, positions, dim)
-        if len(features) != size or features.dim() < 3 or features.shape[1:-1].numel() != positions:
+        if features.shape[0] != size or features.dim() < 3 or features.shape[1:-1].numel() != positions:
             raise ValueError(
                 f"Cannot quantize features of shape {tuple(given)} because site {structure.discrete[0].name!r} has "
                 f"{positions} positions in each of the {size} datapoints of plate {structure.datapoints.name!r}; try "
@@ -304,6 +304,9 @@ class VectorQuantizedGuide(AmortizedGuide):
         value = code_value(call.structure, self._codebook.nearest(self._features(call)))
         return {call.structure.discrete[0].name: value.expand(len(quantiles), *value.shape)}
 
+    def _local_draw(self, call: Call) -> dict[str, Tensor]:
+        return {name: value.squeeze(0) for name, value in self._local_quantiles([0.5], call).items()}
+
     # Saving
 
     def __getstate__(self) -> dict[str, Any]:
@@ -331,7 +334,7 @@ def _check_site(site: DiscreteSite, num_codes: int) -> None:
 def code_value(structure: Structure, codes: Tensor) -> Tensor:
     """Codes ``(N, P)`` in the shape of the site, without a copy: the codebook knows them by their memory."""
     dims = (1,) * (-structure.datapoints.dim - 1)
-    return code_place(structure.discrete[0]).unflatten(codes.reshape(len(codes), *dims, -1))
+    return code_place(structure.discrete[0]).unflatten(codes.reshape(codes.shape[0], *dims, -1))
 
 
 def code_place(site: DiscreteSite) -> LocalSite:
