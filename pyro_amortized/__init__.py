@@ -23,7 +23,17 @@ from pyro_amortized.diagnostics import (
     psis,
     simulate,
 )
-from pyro_amortized.encoders import Codebook, DeepSetEncoder, MLPEncoder, PlateEncoder, SetEncoder, UnseenSizeWarning
+from pyro_amortized.encoders import (
+    Codebook,
+    ConvEncoder,
+    CountEncoder,
+    DeepSetEncoder,
+    MLPEncoder,
+    PlateEncoder,
+    SequenceEncoder,
+    SetEncoder,
+    UnseenSizeWarning,
+)
 from pyro_amortized.export import posterior_summary, to_arviz
 from pyro_amortized.families import (
     Flow,
@@ -52,6 +62,8 @@ __all__ = [
     "AmortizedGuide",
     "CalibrationReport",
     "Codebook",
+    "ConvEncoder",
+    "CountEncoder",
     "CollapseReport",
     "DeepSetEncoder",
     "DiscreteAmortizedGuide",
@@ -72,6 +84,7 @@ __all__ = [
     "PerDatapointGuide",
     "PlateEncoder",
     "SemiAmortizedGuide",
+    "SequenceEncoder",
     "SetEncoder",
     "Simulation",
     "Structured",

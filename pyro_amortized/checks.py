@@ -21,6 +21,7 @@ __all__ = [
     "check_real",
     "check_seed",
     "check_widths",
+    "is_traced",
 ]
 
 
@@ -135,3 +136,8 @@ def check_function(name: str, value: Any, wanted: str, instead: str) -> None:
     """Raises a ValueError unless a value can be called, and is no module or tensor."""
     if not callable(value) or isinstance(value, torch.nn.Module | Tensor):
         raise ValueError(f"Cannot use {name}={value!r} because it must be {wanted}; try {name}={instead}.")
+
+
+def is_traced() -> bool:
+    """Whether a graph is being made, so that values may not be looked at."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_amortized.checks import check_count, check_real
+from pyro_amortized.checks import check_count, check_real, is_traced
 from pyro_amortized.encoders.quantized import Quantized, perplexity
 
 __all__ = ["Codebook"]
@@ -191,7 +191,7 @@ class Codebook(nn.Module):
             ValueError: If the codebook has no vectors yet, or the features are not finite or of another size or type.
         """
         self._check(features)
-        if not torch.compiler.is_compiling() and not self.initialized:
+        if not is_traced() and not self.initialized:
             raise ValueError(
                 "Cannot find the nearest codes because this Codebook has seen no features yet; try guide.setup(...) "
                 "with data, a step of training, codebook.initialize(features), or load_state_dict."
@@ -339,7 +339,7 @@ class Codebook(nn.Module):
                 f"Cannot quantize features of type {features.dtype} on {features.device} because this Codebook holds "
                 f"{own.dtype} on {own.device}; try codebook.to(features)."
             )
-        if torch.compiler.is_compiling():
+        if is_traced():
             return
         bad = (~features.isfinite()).reshape(len(features) if features.dim() > 1 else 1, -1).any(-1)
         if bad.any():

@@ -1,12 +1,14 @@
-"""What encoders of sets share: elements, standardised, and a mask that says which there are."""
+"""What encoders of sets and of sequences share: elements, standardised, and a mask that says which there are."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from pyro_amortized.checks import is_traced
 from pyro_amortized.encoders.checks import check_inputs, check_width
 from pyro_amortized.encoders.standardize import Standardize, StandardizedEncoder
 
@@ -19,8 +21,10 @@ class ElementsEncoder(StandardizedEncoder):
     Attributes:
         input_dim: Number of values per element F.
         standardize: What shifts and scales them, or None.
+        kind: What elements make, in words.
     """
 
+    kind: ClassVar[str] = "a set"
     input_dim: int
     standardize: Standardize | None
 
@@ -34,17 +38,17 @@ class ElementsEncoder(StandardizedEncoder):
         check_inputs(self, (x,), 2)
         if len(inputs) > 1 or not isinstance(mask := (*inputs, None)[0], Tensor | None):
             raise ValueError(
-                f"Cannot encode {1 + len(inputs)} inputs by {type(self).__name__} because it takes a set and, if need "
-                "be, a mask; try encoder_input=... with the name of one argument, or an encoder of your own."
+                f"Cannot encode {1 + len(inputs)} inputs by {type(self).__name__} because it takes {self.kind} and, if "
+                "need be, a mask; try encoder_input=... with the name of one argument, or an encoder of your own."
             )
         if mask is None:
             return None
-        looked_at = mask.dtype != torch.bool and not torch.compiler.is_compiling() and not torch._C._get_tracing_state()
+        looked_at = mask.dtype != torch.bool and not is_traced()
         if mask.shape != x.shape[:2] or (looked_at and not ((mask == 0) | (mask == 1)).all()):
             raise ValueError(
                 f"Cannot read the second input of {type(self).__name__}, of shape {tuple(mask.shape)}, as a mask "
                 f"because it says by True and False, or 1 and 0, which of the elements {tuple(x.shape[:2])} belong to "
-                "the set; try encoder_input=... with the name of one argument, or of one and its mask."
+                f"{self.kind}; try encoder_input=... with the name of one argument, or of one and its mask."
             )
         return mask
 
@@ -56,7 +60,7 @@ class ElementsEncoder(StandardizedEncoder):
             self.standardize.fit(x if mask is None else x[mask.bool()])
 
     def forward(self, x: Tensor, *inputs: Tensor | None) -> Tensor:
-        """Features of sets.
+        """Features of sets, or sequences, of elements.
 
         Args:
             x: Elements of shape ``(N, M, F)``, or ``(N, M)`` for scalar ones.
@@ -73,4 +77,4 @@ class ElementsEncoder(StandardizedEncoder):
 
     @abstractmethod
     def features(self, x: Tensor, member: Tensor) -> Tensor:
-        """Features ``(N, H)`` of standardised elements ``(N, M, F)``; ``member`` ``(N, M)`` says which count."""
+        """Features of standardised elements ``(N, M, F)``; ``member`` ``(N, M)`` says which count."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_amortized.checks import is_traced
 from pyro_amortized.encoders.devices import has_to_wait
 from pyro_amortized.encoders.standardize import FAR, log_shrinkage
 
@@ -59,8 +60,8 @@ class Head(nn.Linear):
 
     def forward(self, features: Tensor) -> Tensor:
         """Outputs ``(..., P)`` of features ``(..., H)``."""
-        traced, size = torch.compiler.is_compiling() or torch._C._get_tracing_state(), self.room * self.size
-        always = traced or has_to_wait(features)
+        size = self.room * self.size
+        always = is_traced() or has_to_wait(features)
         if always or (torch.linalg.vector_norm(features.detach(), dim=-1) > FAR * size).any():
             features = features * log_shrinkage(torch.linalg.vector_norm(features, dim=-1, keepdim=True) / size)
         output = F.linear(features, self.weight / self.size, self.bias)

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from pyro_amortized.checks import check_flag, check_function, check_real, check_widths
+from pyro_amortized.checks import check_flag, check_function, check_real, check_widths, is_traced
 from pyro_amortized.encoders.pooling import Along, ByIndex, Grouping, Pool, statistics
 from pyro_amortized.encoders.standardize import Standardize, StandardizedEncoder
 
@@ -298,7 +298,7 @@ class PlateEncoder(StandardizedEncoder):
 
     def _check_sizes(self, number: int, x: Tensor, present: Tensor | None, groups: Grouping) -> None:
         """Takes down the numbers of entries in training, and warns of others far from them."""
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+        if is_traced():
             return
         seen = self.seen[number]
         counts = groups.sum(seen.new_ones(*x.shape[:-1], 1) if present is None else present.to(seen))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_amortized.checks import check_count, check_flag, check_widths
-from pyro_amortized.encoders.checks import check_sizes
+from pyro_amortized.encoders.checks import check_heads, check_sizes
 from pyro_amortized.encoders.elements import ElementsEncoder
 from pyro_amortized.encoders.layers import hidden_layers
 from pyro_amortized.encoders.pooling import Along, Pool, statistics
@@ -80,11 +80,8 @@ class SetEncoder(ElementsEncoder):
         check_flag("attention", attention)
         num_blocks, num_heads = check_count("num_blocks", num_blocks, 1, 2), check_count("num_heads", num_heads, 1, 4)
         width = hidden_dims[-1]
-        if attention and width % num_heads:
-            raise ValueError(
-                f"Cannot divide {width} features among {num_heads} heads because they are no divisor; try "
-                f"hidden_dims=({num_heads * max(1, width // num_heads)},), or num_heads=1."
-            )
+        if attention:
+            check_heads(width, num_heads)
         self.standardize = Standardize(input_dim) if standardize else None
         self.element_layers = hidden_layers(input_dim, hidden_dims, activation)
         self.blocks = nn.ModuleList(

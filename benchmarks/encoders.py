@@ -1,0 +1,221 @@
+"""Where the ready-made encoders win against the multilayer perceptron: the ELBO of new datapoints, three seeds.
+
+``make encoders``, or ``python benchmarks/encoders.py NAME ...`` with names of the models. In all but the last the model
+is known, so that the encoder alone is on trial, and what one ELBO exceeds another by is what its amortization gap is
+smaller by. Figures are in nats per datapoint, with their standard deviations over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from pyro_amortized import AmortizedGuide, ConvEncoder, CountEncoder, MLPEncoder, SequenceEncoder
+
+NUM_NEW, NUM_PARTICLES = 250, 50
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model with data, and the encoders to compare.
+
+    Attributes:
+        model: Makes the model.
+        simulate: From a number of datapoints to the model's arguments.
+        encoders: Makes the encoders, by name.
+        options: Of the guides.
+        num_train: Number of datapoints to train on.
+        num_steps: Number of steps of training.
+    """
+
+    model: Callable[[], Callable[..., Any]]
+    simulate: Callable[[int], tuple[Tensor, ...]]
+    encoders: Mapping[str, Callable[[], nn.Module]]
+    options: Mapping[str, Any]
+    num_train: int = 1000
+    num_steps: int = 1000
+
+
+# Counts of a process that goes on in time
+
+
+def chain(x: Tensor) -> None:
+    """A random walk, seen through Poisson counts."""
+    with pyro.plate("series", len(x)):
+        z = torch.zeros(len(x))
+        for t in pyro.markov(range(x.shape[1])):
+            z = pyro.sample(f"z_{t}", dist.Normal(0.95 * z, 0.3))
+            pyro.sample(f"x_{t}", dist.Poisson((1.0 + z).exp()), obs=x[:, t])
+
+
+def some_chains(size: int, num_steps: int = 10) -> tuple[Tensor]:
+    z, x = torch.zeros(size), []
+    for _ in range(num_steps):
+        z = 0.95 * z + 0.3 * torch.randn(size)
+        x.append(torch.poisson((1.0 + z).exp()))
+    return (torch.stack(x, -1),)
+
+
+# Images of a spot
+
+
+PLACES = torch.stack(torch.meshgrid(*[torch.linspace(-1.0, 1.0, 24)] * 2, indexing="ij"), -1)
+
+
+def rendered(place: Tensor, brightness: Tensor) -> Tensor:
+    """Images ``(*, 24, 24)`` of a round spot."""
+    squared = (PLACES - place[..., None, None, :]).square().sum(-1)
+    return brightness[..., None, None] * (-squared / (2 * 0.12**2)).exp()
+
+
+def spots(x: Tensor) -> None:
+    """A place and a brightness, seen through a noisy image."""
+    with pyro.plate("images", len(x)):
+        place = pyro.sample("place", dist.Normal(torch.zeros(2), 0.4).to_event(1))
+        brightness = pyro.sample("brightness", dist.LogNormal(0.0, 0.3))
+        pyro.sample("x", dist.Normal(rendered(place, brightness), 0.5).to_event(2), obs=x)
+
+
+def some_spots(size: int) -> tuple[Tensor]:
+    image = rendered(0.4 * torch.randn(size, 2), (0.3 * torch.randn(size)).exp())
+    return (image + 0.5 * torch.randn(size, 24, 24),)
+
+
+# Counts of genes
+
+
+def genes(num_genes: int = 50, num_factors: int = 4, num_batches: int = 4) -> Comparison:
+    """Poisson counts with size factors and batch effects."""
+    loadings = 0.6 * torch.randn(num_factors, num_genes)
+    effects = 0.7 * torch.randn(num_batches, num_genes)
+
+    def cells(counts: Tensor, size: Tensor, batch: Tensor) -> None:
+        with pyro.plate("cells", len(counts)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(num_factors), 1.0).to_event(1))
+            rate = size.unsqueeze(-1) * (z @ loadings + effects[batch]).exp()
+            pyro.sample("counts", dist.Poisson(rate).to_event(1), obs=counts)
+
+    def some_cells(size: int) -> tuple[Tensor, ...]:
+        batch, depth = torch.randint(num_batches, (size,)), (0.7 * torch.randn(size)).exp()
+        log_rate = torch.randn(size, num_factors) @ loadings + effects[batch]
+        return torch.poisson(depth.unsqueeze(-1) * log_rate.exp()), depth, batch
+
+    encoders = {
+        "MLPEncoder": lambda: MLPEncoder(num_genes + 2),
+        "CountEncoder": lambda: CountEncoder(num_genes, num_batches=num_batches),
+    }
+    return Comparison(lambda: cells, some_cells, encoders, {"encoder_input": ["counts", "size", "batch"]})
+
+
+# Digits that are not in the middle
+
+
+class Digits(nn.Module):
+    """A VAE of binary images."""
+
+    def __init__(self, num_pixels: int, latent_dim: int = 8) -> None:
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.decoder = nn.Sequential(nn.Linear(latent_dim, 200), nn.SiLU(), nn.Linear(200, num_pixels))
+
+    def forward(self, x: Tensor) -> None:
+        pyro.module("digits", self)
+        with pyro.plate("images", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(self.latent_dim), 1.0).to_event(1))
+            logits = self.decoder(z).unflatten(-1, x.shape[1:])
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(2), obs=x)
+
+
+def some_digits(size: int, width: int = 16) -> tuple[Tensor]:
+    """Digits of scikit-learn, 8 x 8, each somewhere in a larger image."""
+    digits = torch.as_tensor(load_digits().images / 16).float()[torch.randperm(1797)[:size]]
+    x = torch.zeros(len(digits), width, width)
+    for row, (i, j) in enumerate(torch.randint(width - 7, (len(digits), 2)).tolist()):
+        x[row, i : i + 8, j : j + 8] = digits[row]
+    return (torch.bernoulli(x),)
+
+
+COMPARISONS: dict[str, Callable[[], Comparison]] = {
+    "sequences": lambda: Comparison(
+        lambda: chain,
+        some_chains,
+        {
+            "MLPEncoder": lambda: MLPEncoder(10),
+            "SequenceEncoder": lambda: SequenceEncoder(1),
+            "SequenceEncoder, transformer": lambda: SequenceEncoder(1, network="transformer", num_layers=2),
+        },
+        {"encoder_input": "x"},
+    ),
+    "images": lambda: Comparison(
+        lambda: spots,
+        some_spots,
+        {"MLPEncoder": lambda: MLPEncoder(24 * 24), "ConvEncoder": lambda: ConvEncoder(1)},
+        {},
+    ),
+    "counts": genes,
+    "digits": lambda: Comparison(
+        lambda: Digits(16 * 16),
+        some_digits,
+        {"MLPEncoder": lambda: MLPEncoder(16 * 16), "ConvEncoder": lambda: ConvEncoder(1)},
+        {},
+        num_train=1500,
+    ),
+}
+
+
+def batches(args: tuple[Tensor, ...], size: int = 64) -> Iterator[tuple[Tensor, ...]]:
+    while True:
+        rows = torch.randint(len(args[0]), (size,))
+        yield tuple(x[rows] for x in args)
+
+
+def run(name: str, encoder: str, seed: int, lr: float) -> tuple[float, int, float]:
+    """The ELBO of new datapoints, the number of the guide's parameters, and seconds of training."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    comparison = COMPARISONS[name]()
+    data = comparison.simulate(comparison.num_train + NUM_NEW)
+    train, new = (tuple(x[rows] for x in data) for rows in (slice(-NUM_NEW), slice(-NUM_NEW, None)))
+    model, num_steps = comparison.model(), comparison.num_steps
+    guide = AmortizedGuide(model, comparison.encoders[encoder](), **comparison.options)
+    guide.setup(*train)
+    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": lr, "lrd": 0.1 ** (1 / num_steps)}), Trace_ELBO())
+    start = time.perf_counter()
+    for _, args in zip(range(num_steps), batches(train), strict=False):
+        svi.step(*args)
+    seconds = time.perf_counter() - start
+    guide.eval()
+    elbo = -mean(svi.evaluate_loss(*new) for _ in range(NUM_PARTICLES)) / len(new[0])
+    return elbo, sum(p.numel() for p in guide.parameters()), seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=[*COMPARISONS])
+    parser.add_argument("--num-seeds", type=int, default=3)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{'model':10s} {'encoder':30s} {'ELBO':>8s} {'+- sd':>8s} {'parameters':>11s} {'seconds':>8s}")
+    for name in options.names:
+        for encoder in COMPARISONS[name]().encoders:
+            runs = [run(name, encoder, seed, options.lr) for seed in range(options.num_seeds)]
+            elbos = [elbo for elbo, _, _ in runs]
+            spread = stdev(elbos) if len(elbos) > 1 else 0.0
+            row = f"{mean(elbos):8.3f} {spread:8.3f} {runs[0][1]:11d} {mean(s for _, _, s in runs):8.0f}"
+            print(f"{name:10s} {encoder:30s} {row}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
