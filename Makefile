@@ -9,7 +9,7 @@ START ?= 0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow fuzz lint format house docs bench bench-scale hierarchies robustness public-models clean
+.PHONY: help demo test test-slow fuzz lint format house docs bench bench-scale encoders hierarchies robustness public-models clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -46,6 +46,9 @@ bench: $(VENV)/.examples  ## run the benchmarks
 
 bench-scale: $(VENV)/.test  ## time and memory at up to a million datapoints (10 minutes)
 	$(BIN)/python benchmarks/scale.py
+
+encoders: $(VENV)/.examples  ## ready-made encoders against the multilayer perceptron (20 minutes)
+	$(BIN)/python benchmarks/encoders.py
 
 hierarchies: $(VENV)/.examples  ## gaps of guides of hierarchies, crossed plates and data sets (15 minutes)
 	$(BIN)/python benchmarks/hierarchies.py

@@ -44,7 +44,7 @@ class Comparison:
     encoders: Mapping[str, Callable[[], nn.Module]]
     options: Mapping[str, Any]
     num_train: int = 1000
-    num_steps: int = 1000
+    num_steps: int = 500
 
 
 # Counts of a process that goes on in time
@@ -95,10 +95,10 @@ def some_spots(size: int) -> tuple[Tensor]:
 # Counts of genes
 
 
-def genes(num_genes: int = 50, num_factors: int = 4, num_batches: int = 4) -> Comparison:
+def genes(num_genes: int = 50, num_factors: int = 4, num_batches: int = 10) -> Comparison:
     """Poisson counts with size factors and batch effects."""
     loadings = 0.6 * torch.randn(num_factors, num_genes)
-    effects = 0.7 * torch.randn(num_batches, num_genes)
+    effects = torch.randn(num_batches, num_genes)
 
     def cells(counts: Tensor, size: Tensor, batch: Tensor) -> None:
         with pyro.plate("cells", len(counts)):
@@ -107,7 +107,7 @@ def genes(num_genes: int = 50, num_factors: int = 4, num_batches: int = 4) -> Co
             pyro.sample("counts", dist.Poisson(rate).to_event(1), obs=counts)
 
     def some_cells(size: int) -> tuple[Tensor, ...]:
-        batch, depth = torch.randint(num_batches, (size,)), (0.7 * torch.randn(size)).exp()
+        batch, depth = torch.randint(num_batches, (size,)), torch.randn(size).exp()
         log_rate = torch.randn(size, num_factors) @ loadings + effects[batch]
         return torch.poisson(depth.unsqueeze(-1) * log_rate.exp()), depth, batch
 
@@ -115,7 +115,8 @@ def genes(num_genes: int = 50, num_factors: int = 4, num_batches: int = 4) -> Co
         "MLPEncoder": lambda: MLPEncoder(num_genes + 2),
         "CountEncoder": lambda: CountEncoder(num_genes, num_batches=num_batches),
     }
-    return Comparison(lambda: cells, some_cells, encoders, {"encoder_input": ["counts", "size", "batch"]})
+    inputs = {"encoder_input": ["counts", "size", "batch"]}
+    return Comparison(lambda: cells, some_cells, encoders, inputs, num_train=3000, num_steps=1000)
 
 
 # Digits that are not in the middle
