@@ -27,24 +27,26 @@ class _OverTime(nn.Module):
 
 
 class _Recurrent(_OverTime):
-    """GRUs that read forwards and, unless features are causal, backwards from the end of each sequence."""
+    """GRUs that read forwards and, unless features are causal, others that read backwards from each sequence's end.
+
+    Their states are the features, as they are: a sum with what is known of a step by itself, normalised, would at first
+    say little but that, and many models have no use for other steps before their latents tell something.
+    """
 
     def __init__(self, width: int, num_layers: int, causal: bool) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(num_layers))
-        self.forwards = nn.ModuleList(nn.GRU(width, width, batch_first=True) for _ in range(num_layers))
+        backwards = 0 if causal else width // 2
+        self.forwards = nn.ModuleList(nn.GRU(width, width - backwards, batch_first=True) for _ in range(num_layers))
         self.backwards = nn.ModuleList(
-            nn.GRU(width, width, batch_first=True) for _ in range(0 if causal else num_layers)
+            nn.GRU(width, backwards, batch_first=True) for _ in range(num_layers if backwards else 0)
         )
-        self.joins = nn.ModuleList(nn.Linear(width if causal else 2 * width, width) for _ in range(num_layers))
 
     def forward(self, hidden: Tensor, lengths: Tensor) -> Tensor:
-        for number, (norm, gru, join) in enumerate(zip(self.norms, self.forwards, self.joins, strict=True)):
-            normed = norm(hidden)
-            found = [gru(normed)[0]]
+        for number, gru in enumerate(self.forwards):
+            found = [gru(hidden)[0]]
             if self.backwards:
-                found.append(_turned(self.backwards[number](_turned(normed, lengths))[0], lengths))
-            hidden = hidden + join(torch.cat(found, -1))
+                found.append(_turned(self.backwards[number](_turned(hidden, lengths))[0], lengths))
+            hidden = torch.cat(found, -1)
         return hidden
 
 
@@ -158,12 +160,18 @@ class SequenceEncoder(ElementsEncoder):
         self.standardize = Standardize(input_dim) if standardize else None
         self.step_layers = hidden_layers(input_dim + 1, hidden_dims, activation)
         if network == "gru":
+            if not causal and width == 1:
+                raise ValueError(
+                    "Cannot read sequences both ways with a single feature because each way needs one; try "
+                    "hidden_dims=(2,), or causal=True."
+                )
             self.over_time: _OverTime = _Recurrent(width, num_layers, causal)
         else:
             check_heads(width, num_heads)
             self.over_time = _Attentive(width, num_layers, causal, num_heads, activation)
         self.pool = Pool(width) if pooled else None
-        self.last_layers = hidden_layers(4 * width if pooled else width, (width,), activation)
+        last = (4 * width, width) if pooled else (width,) if network == "gru" else (width, width)
+        self.last_layers = hidden_layers(last[0], last[1:], activation)
 
     def _mask(self, x: Tensor, *inputs: Tensor | None) -> Tensor | None:
         """The mask among the further inputs, or that of lengths ``(N,)`` among them."""

@@ -178,16 +178,13 @@ def test_missing_steps_within_have_features_of_their_neighbours() -> None:
 
 
 def test_gru_is_torchs_own() -> None:
-    """One layer over sequences without a mask is a bidirectional GRU between the layers of each step."""
+    """Of sequences without a mask, features are the states of a bidirectional GRU over the features of each step."""
     encoder, x = SequenceEncoder(2, hidden_dims=(8,), standardize=False), torch.randn(3, 7, 2)
     part: Any = encoder.over_time
-    gru = nn.GRU(8, 8, batch_first=True, bidirectional=True)
-    names = [name for name, _ in nn.GRU(8, 8).named_parameters()]
-    state = {name: part.forwards[0].state_dict()[name] for name in names}
-    gru.load_state_dict({**state, **{f"{name}_reverse": part.backwards[0].state_dict()[name] for name in names}})
-    hidden = encoder.step_layers(torch.cat([x, torch.ones(3, 7, 1)], -1))
-    expected = encoder.last_layers(hidden + part.joins[0](gru(part.norms[0](hidden))[0]))
-    torch.testing.assert_close(encoder(x), expected)
+    gru = nn.GRU(8, 4, batch_first=True, bidirectional=True)
+    backwards = {f"{name}_reverse": x for name, x in part.backwards[0].state_dict().items()}
+    gru.load_state_dict({**part.forwards[0].state_dict(), **backwards})
+    torch.testing.assert_close(encoder(x), gru(encoder.step_layers(torch.cat([x, torch.ones(3, 7, 1)], -1)))[0])
 
 
 def chains(x: Tensor, lengths: Tensor) -> None:
@@ -282,6 +279,7 @@ def test_a_cell_without_counts() -> None:
     [
         (lambda: SequenceEncoder(2, network="lstm"), 'try network="gru"'),
         (lambda: SequenceEncoder(2, network="transformer", num_heads=5), r"try hidden_dims=\(60,\), or num_heads=1"),
+        (lambda: SequenceEncoder(2, hidden_dims=(1,)), r"try hidden_dims=\(2,\), or causal=True"),
         (lambda: SequenceEncoder(2, causal="yes"), "must be True or False"),
         (lambda: SequenceEncoder(2, hidden_dims=()), "try hidden_dims="),
         (lambda: SequenceEncoder(2)(torch.zeros(3, 4, 5)), "try input_dim=5"),
