@@ -98,7 +98,7 @@ def some_spots(size: int) -> tuple[Tensor]:
 
 def genes(num_genes: int = 50, num_factors: int = 4, num_batches: int = 10) -> Comparison:
     """Poisson counts with size factors and batch effects."""
-    loadings = 0.6 * torch.randn(num_factors, num_genes)
+    loadings = 0.4 * torch.randn(num_factors, num_genes)
     effects = torch.randn(num_batches, num_genes)
 
     def cells(counts: Tensor, size: Tensor, batch: Tensor) -> None:
@@ -108,7 +108,7 @@ def genes(num_genes: int = 50, num_factors: int = 4, num_batches: int = 10) -> C
             pyro.sample("counts", dist.Poisson(rate).to_event(1), obs=counts)
 
     def some_cells(size: int) -> tuple[Tensor, ...]:
-        batch, depth = torch.randint(num_batches, (size,)), torch.randn(size).exp()
+        batch, depth = torch.randint(num_batches, (size,)), (0.7 * torch.randn(size)).exp()
         log_rate = torch.randn(size, num_factors) @ loadings + effects[batch]
         return torch.poisson(depth.unsqueeze(-1) * log_rate.exp()), depth, batch
 
@@ -117,7 +117,7 @@ def genes(num_genes: int = 50, num_factors: int = 4, num_batches: int = 10) -> C
         "CountEncoder": lambda: CountEncoder(num_genes, num_batches=num_batches),
     }
     inputs = {"encoder_input": ["counts", "size", "batch"]}
-    return Comparison(lambda: cells, some_cells, encoders, inputs, num_train=3000, num_steps=1000)
+    return Comparison(lambda: cells, some_cells, encoders, inputs, num_train=3000)
 
 
 # Digits that are not in the middle
