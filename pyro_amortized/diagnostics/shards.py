@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -41,18 +41,19 @@ class Shards:
         """The number among the batches of all processes of a batch of this one."""
         return batch * self._size + self._rank
 
-    def collect(self, parts: Sequence[Part]) -> list[Part]:
-        """The parts of all processes, in the order of their numbers."""
+    def collect(self, parts: Iterable[Part]) -> Iterator[Part]:
+        """The parts of all processes, in the order of their numbers; those of a single one as they come."""
         if not self.shared:
-            return list(parts)
+            yield from parts
+            return
         by_turns = zip_longest(*of_all_processes(list(parts)))
-        return [part for part in chain.from_iterable(by_turns) if part is not None]
+        yield from (part for part in chain.from_iterable(by_turns) if part is not None)
 
     def in_order(self, dataset: xarray.Dataset, plate: str | None) -> xarray.Dataset:
         """What was collected and joined, in the order of the data set; what samplers repeat to come out even, once."""
         if not self.shared or plate not in dataset.dims:
             return dataset
-        positions = np.concatenate(self.collect([np.asarray(batch) for batch in self._loader.batch_sampler]))
+        positions = np.concatenate(list(self.collect(np.asarray(batch) for batch in self._loader.batch_sampler)))
         rows = np.unique(positions, return_index=True)[1]
         numbered = np.array_equal(dataset[plate].values, np.arange(dataset.sizes[plate]))
         dataset = dataset.isel({plate: rows})

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_amortized.diagnostics.checks import check_model, check_same_model
 from pyro_amortized.diagnostics.problem import bind
+from pyro_amortized.diagnostics.shards import Shards
 from pyro_amortized.export.batch import Batch, Options
 from pyro_amortized.export.groups import to_dataset
 from pyro_amortized.export.runs import Draws, Mode, ModelRuns
@@ -50,18 +51,19 @@ class Exporter:
         model: The Pyro model.
         guide: The guide.
         options: What was asked for.
+        shards: How processes share the batches.
 
     Attributes:
         plate: Name of the datapoint plate; None before the first batch, and if there is none.
     """
 
-    def __init__(self, model: Callable[..., Any], guide: LocalGuide, options: Options) -> None:
+    def __init__(self, model: Callable[..., Any], guide: LocalGuide, options: Options, shards: Shards) -> None:
         check_model(model)
         self.model = model
         self.guide = guide
         self.options = options
         self.plate: str | None = None
-        self._number = 0
+        self._shards, self._number = shards, shards.number(0)
         self._globals: dict[str, Tensor] | None = None
         self._prior_globals: dict[str, Tensor] = {}
         self._modes: dict[Any, dict[str, Mode]] = {}
@@ -89,7 +91,7 @@ class Exporter:
                 self._prior_globals = self._prior_globals or found
         batch.add_observed()
         batch.add_arguments(named_arguments(self.model, args, kwargs))
-        self._number += 1
+        self._number += self._shards.number(1) - self._shards.number(0)
         self.plate = structure.plate
         attributes = self._attributes(structure)
         return {name: to_dataset(name, group, structure, attributes) for name, group in batch.groups.items()}
@@ -152,7 +154,8 @@ class Exporter:
                 cause, remedy = "the model has no local latents", "resample=False"
             raise ValueError(f"Cannot resample the draws of each datapoint because {cause}; try {remedy}.")
         if self._globals is None:
-            self._globals = self._draw_globals(runs, names) if names else {}
+            with seeded(generator(self.options.seed, 33)):  # the same in all processes
+                self._globals = self._draw_globals(runs, names) if names else {}
         if phi is None:
             return Draws(None, self._globals)
         rng = generator(self.options.seed, 32, self._number)

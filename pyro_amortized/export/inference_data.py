@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pyro_amortized.checks import check_count, check_seed
 from pyro_amortized.diagnostics.batches import ModelArgs, ToArgs, calls, num_calls
 from pyro_amortized.diagnostics.problem import progress_bar
+from pyro_amortized.diagnostics.shards import Shards
 from pyro_amortized.export.batch import Options
 from pyro_amortized.export.exporter import Exporter, check_guide
 from pyro_amortized.export.joining import Joined
@@ -118,18 +119,32 @@ def to_arviz(
     """
     options = _checked(num_samples, num_prior_samples, prior, resample, groups, seed)
     check_guide(guide)
-    total = num_calls(model_args)
-    exporter = Exporter(model, guide, options)
+    total, shards = num_calls(model_args), Shards(model_args)
+    _check_shared(shards, store, options)
+    exporter = Exporter(model, guide, options, shards)
     with (
         progress_bar(None if total is None else total * num_samples, "Drawing", progress) as bar,
         _InMemory() if store is None else Store(store) as written,
     ):
-        for args, kwargs in calls(model_args, model_kwargs, to_args, model):
-            made = exporter.export(args, kwargs, bar.update)
+        batches = calls(model_args, model_kwargs, to_args, model)
+        for made, plate in shards.collect((exporter.export(*call, bar.update), exporter.plate) for call in batches):
             if groups is None and guide.has_local_latents:
                 made.pop("log_likelihood", None)
-            written.add(made, exporter.plate)
-    return _inference_data(written.joined() if isinstance(written, _InMemory) else open_groups(written.path))
+            written.add(made, plate)
+    if not isinstance(written, _InMemory):
+        return _inference_data(open_groups(written.path))
+    return _inference_data({name: shards.in_order(part, plate) for name, part in written.joined().items()})
+
+
+def _check_shared(shards: Shards, store: StorePath | None, options: Options) -> None:
+    """Raises a ValueError if processes are to do together what each has to do by itself."""
+    cause = None
+    if store is not None:
+        cause, remedy = "write one store", "a loader without DistributedSampler in one of them"
+    elif options.groups & set(PRIOR_GROUPS):
+        cause, remedy = "draw from the prior", "prior=False, and another export of the prior"
+    if shards.shared and cause is not None:
+        raise ValueError(f"Cannot {cause} in several processes because they share the data; try {remedy}.")
 
 
 def open_store(path: StorePath) -> Any:

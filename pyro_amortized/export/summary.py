@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pyro_amortized.checks import check_count, check_probabilities, check_seed
 from pyro_amortized.diagnostics.batches import ModelArgs, ToArgs, calls, num_calls
 from pyro_amortized.diagnostics.problem import progress_bar
+from pyro_amortized.diagnostics.shards import Shards
 from pyro_amortized.export.batch import Options
 from pyro_amortized.export.exporter import Exporter, check_guide
 from pyro_amortized.export.joining import Joined
@@ -76,18 +77,21 @@ def posterior_summary(
     probs = _checked(quantiles)
     num_samples, seed = check_count("num_samples", num_samples, 0, 1000), check_seed(seed)
     names = {"quantiles", "posterior"} if num_samples else {"quantiles"}
-    exporter = Exporter(model, guide, Options(num_samples, 0, False, frozenset(names), seed, probs))
+    shards = Shards(model_args)
+    exporter = Exporter(model, guide, Options(num_samples, 0, False, frozenset(names), seed, probs), shards)
     joined = {name: Joined(name) for name in names}
     with progress_bar(num_calls(model_args), "Summarising", progress) as bar:
-        for args, kwargs in calls(model_args, model_kwargs, to_args, model):
-            for name, dataset in exporter.export(args, kwargs).items():
-                joined[name].add(dataset, exporter.plate)
+        batches = calls(model_args, model_kwargs, to_args, model)
+        for made, plate in shards.collect((exporter.export(*call), exporter.plate) for call in batches):
+            for name, dataset in made.items():
+                joined[name].add(dataset, plate)
             bar.update()
-    summary = joined["quantiles"].dataset().assign_coords(quantile=list(probs))
+    groups = {name: shards.in_order(group.dataset(), plate) for name, group in joined.items()}
+    summary = groups["quantiles"].assign_coords(quantile=list(probs))
     summary.attrs["global_latents"] = ", ".join(guide.global_sites)
     if not num_samples:
         return summary
-    draws = joined["posterior"].dataset().squeeze("chain", drop=True)
+    draws = groups["posterior"].squeeze("chain", drop=True)
     return summary.merge(draws.rename({name: f"{name}_draws" for name in draws.data_vars}))
 
 

@@ -49,6 +49,14 @@ def run_in_process(rank: int, size: int, path: str) -> None:
     found = results(DataLoader(data(), batch_size=2, sampler=DistributedSampler(data(), shuffle=False)))
     for name, dataset in found.items():
         dataset.to_netcdf(f"{path}/{name}-{rank}.nc")
+    loader = DataLoader(data(), batch_size=2, sampler=DistributedSampler(data(), shuffle=False))
+    guide = AmortizedGuide(model, name="other")
+    for options, cause in (
+        ({"store": f"{path}/store.nc"}, "write one store"),
+        ({"prior": True}, "draw from the prior"),
+    ):
+        with pytest.raises(ValueError, match=f"Cannot {cause} in several processes"):
+            to_arviz(model, guide, loader, num_samples=2, **options)
     torch.distributed.destroy_process_group()
 
 

@@ -126,7 +126,7 @@ def log_evidence(
         del evidence["settled"]
         settings = {"tolerance": tolerance, "max_samples": max_samples, "seed": seed, "num_annealed": num_annealed}
         parts.append(to_dataset(problem, evidence, **settings))
-    parts = shards.collect(parts)
+    parts = list(shards.collect(parts))
     num_annealed = sum(part.attrs["num_annealed"] for part in parts)
     return shards.in_order(join(parts, problem.plate), problem.plate).assign_attrs(num_annealed=num_annealed)
 

@@ -261,7 +261,7 @@ def estimate_gaps(
             part.dataset.attrs["seed"] = seed
             estimates.append(part)
             bar.update()
-    gaps = GapEstimate.concat(shards.collect(estimates))
+    gaps = GapEstimate.concat(list(shards.collect(estimates)))
     gaps = GapEstimate(shards.in_order(gaps.dataset, gaps.plate))
     warn_of_violations(gaps)
     return gaps
