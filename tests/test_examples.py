@@ -3,6 +3,7 @@
 import importlib
 import re
 import runpy
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -55,6 +56,18 @@ def test_semi_amortized(
     rows = re.findall(r"^\S.* +2( +-\d+\.\d{3}){3}$", capsys.readouterr().out, re.MULTILINE)
     assert len(rows) == 5
     assert (tmp_path / "semi_amortized.png").exists()
+
+
+def test_distributed(images: tuple[str, ...]) -> None:
+    """Under torchrun, which starts the processes; the first one prints the result of both."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = ["--processes", "2", "--epochs", "1", "--images", "3", *images[:2]]
+    process = subprocess.run(
+        [*torchrun, str(ROOT / "examples" / "distributed.py"), *options], capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("Gap decomposition over 3 datapoints") == 1
+    assert "1 steps of training" in process.stdout
 
 
 def test_training_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:

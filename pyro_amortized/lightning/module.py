@@ -245,8 +245,8 @@ class SVIModule(LightningModule):
         of_batch = self._plate is None or self._plate.size is None
         loss, rows = weighted_sum([(x, 1.0 if of_batch else n) for x, n in evaluated], self.device)
         loss = loss if of_batch else loss / rows
-        self.log(f"{stage}_loss", loss, prog_bar=True)
-        self.log(f"{stage}_elbo", -loss, prog_bar=True)
+        logged = {f"{stage}_loss": loss, f"{stage}_elbo": -loss}
+        self.log_dict(logged, prog_bar=True, sync_dist=num_processes() > 1)  # which leaves them as they are
         return loss
 
     # Checkpoints
