@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +15,15 @@ from pyro_amortized.structure.call import ModelCall
 from pyro_amortized.structure.reader import StructureReader
 from pyro_amortized.structure.structure import Structure
 
-if TYPE_CHECKING:
-    pass
-
-
-__all__ = ["check_effort", "check_model", "check_repeatable", "check_request", "check_same_model", "check_unscaled"]
+__all__ = [
+    "Effort",
+    "check_effort",
+    "check_model",
+    "check_repeatable",
+    "check_request",
+    "check_same_model",
+    "check_unscaled",
+]
 
 
 def check_request(guide: Any, model_args: Any) -> None:
@@ -86,6 +91,19 @@ def _latents(structure: Structure) -> dict[str, str]:
         plates = [structure.plate, *(f"{n} of {size}" for n, (_, size) in zip(site.plates, site.inner, strict=True))]
         found[site.name] = f"{tuple(site.shape)} {support} in plate {', '.join(map(str, plates))}"
     return found
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What was asked for, explained at ``estimate_gaps``."""
+
+    tolerance: float = 0.02
+    max_samples: int = 20000
+    num_particles: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_particles is not None:
+            check_count("num_particles", self.num_particles, 1, 50)
 
 
 def check_effort(tolerance: Any, max_samples: Any, seed: Any) -> tuple[float, int, int]:

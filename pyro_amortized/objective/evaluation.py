@@ -14,6 +14,7 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
@@ -81,7 +82,25 @@ class Evaluation:
                 elif weight.is_masked or not (site.is_real or posteriors):
                     term = site.log_det_and_padding(log_dets[site.name], parts[site.name], weight)
                     log_joint = log_joint + self._per_datapoint(term)
-            return log_joint + self._sum_sites(trace, posteriors, done)
+            return log_joint + self._sum_sites(sample_sites(trace), posteriors, done)
+
+    def of_run(self, trace: Trace) -> Tensor:
+        """Log-probabilities ``(K, N)`` in nats of a run, of a model or a guide: of values in their supports."""
+        summed_out, done = self._sum_out(trace)
+        return (
+            self.of_sites({name: site for name, site in sample_sites(trace).items() if name not in done}) + summed_out
+        )
+
+    def of_sites(self, sites: Mapping[str, Site]) -> Tensor:
+        """Log-probabilities ``(K, N)`` of those of some sites that lie in the datapoint plate."""
+        total = self._sum_sites(sites, {}, set())
+        shape = self.num_draws, self.call.structure.datapoints.size
+        return total.expand(shape) if isinstance(total, Tensor) else torch.full(shape, total)
+
+    def scale_of(self, site: Site) -> float | Tensor | None:
+        """The model's own scale of a site of the datapoints, without those of subsamples; None for other sites."""
+        frame = self._group_frame(site)
+        return site_mask(site).scale if self._frame(site) else None if frame is None else self._group_scale(site, frame)
 
     def _split(self, z: Tensor) -> dict[str, Tensor]:
         return self._layout.split(z, self.call.structure.depth) if self.num_draws > 1 else self._layout.split(z[0])
@@ -127,10 +146,10 @@ class Evaluation:
         return total * scales[0] if scales else total, set(factors)
 
     def _sum_sites(
-        self, trace: Trace, posteriors: Mapping[str, dist.TorchDistribution], done: set[str]
+        self, sites: Mapping[str, Site], posteriors: Mapping[str, dist.TorchDistribution], done: set[str]
     ) -> Tensor | float:
         total: Tensor | float = 0.0
-        for name, site in sample_sites(trace).items():
+        for name, site in sites.items():
             frame = self._frame(site)
             if frame is None:
                 total = total + self._of_groups(site)
@@ -152,22 +171,31 @@ class Evaluation:
 
     def _of_groups(self, site: Site) -> Tensor | float:
         """What the entries of a plate in long format add to their datapoints, ``(K, N)``."""
-        groups = self.call.structure.groups
-        frame = next((frame for frame in site["cond_indep_stack"] if frame.name in groups), None)
+        frame = self._group_frame(site)
         if frame is None:
             return 0.0
         rank, datapoints = self.call.structure.depth + 1, self.call.structure.datapoints
-        scale = site["scale"] / (frame.full_size / frame.size if frame.full_size else 1.0)
-        subsampling = datapoints.full_size / datapoints.size
-        if not isinstance(scale, Tensor) and abs(scale - subsampling) < 1e-6 * subsampling:
-            scale = 1.0  # that of the datapoints, which entries of a minibatch of groups are given
-        term = scale_and_mask(_log_prob(site), scale, site["mask"])
+        term = scale_and_mask(_log_prob(site), self._group_scale(site, frame), site["mask"])
         term = term.reshape((1,) * (rank - term.dim()) + term.shape)
         others = [axis for axis in range(1, rank) if axis != rank + frame.dim]
         term = term.sum(others) if others else term
-        index = groups[frame.name].datapoints.to(term.device)
+        index = self.call.structure.groups[frame.name].datapoints.to(term.device)
         term = term.expand(self.num_draws, len(index))
         return term.new_zeros(self.num_draws, datapoints.size).index_add(1, index, term)
+
+    def _group_frame(self, site: Site) -> Any:
+        """The plate in long format in a site's stack, or None."""
+        groups = self.call.structure.groups
+        return next((frame for frame in site["cond_indep_stack"] if frame.name in groups), None)
+
+    def _group_scale(self, site: Site, frame: Any) -> float | Tensor:
+        """The scale of a site in a plate in long format, without those of subsamples."""
+        datapoints = self.call.structure.datapoints
+        scale = site["scale"] / (frame.full_size / frame.size if frame.full_size else 1.0)
+        subsampling = datapoints.full_size / datapoints.size
+        if not isinstance(scale, Tensor) and abs(scale - subsampling) < 1e-6 * subsampling:
+            return 1.0  # that of the datapoints, which entries of a minibatch of groups are given
+        return scale
 
     def _is_left_out(self, name: str) -> bool:
         return not self.with_priors and any(site.name == name for site in self._layout.sites)

@@ -1,11 +1,13 @@
-"""Training: remedies for posterior collapse, each usable in any SVI loop, and checkpoints that runs resume from."""
+"""For any SVI loop: the importance-weighted bound, remedies for posterior collapse, checkpoints to resume from."""
 
 from pyro_amortized.training.aggressive import AggressiveEncoder
 from pyro_amortized.training.checkpoint import load_checkpoint, save_checkpoint
 from pyro_amortized.training.elbos import CapacityELBO, FreeBitsELBO
+from pyro_amortized.training.iwelbo import IWELBO
 from pyro_amortized.training.kl_annealing import KLAnnealing, cyclical_schedule, linear_schedule, sigmoid_schedule
 
 __all__ = [
+    "IWELBO",
     "AggressiveEncoder",
     "CapacityELBO",
     "FreeBitsELBO",

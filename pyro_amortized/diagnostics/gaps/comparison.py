@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pyro_amortized.diagnostics.batches import ModelArgs, ToArgs, calls, num_calls
-from pyro_amortized.diagnostics.checks import check_effort
-from pyro_amortized.diagnostics.gaps.gaps import QUANTITIES, GapEstimate, decompose, warn_of_violations
+from pyro_amortized.diagnostics.checks import Effort, check_effort
+from pyro_amortized.diagnostics.gaps.gaps import GapEstimate, decompose, warn_of_violations
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar
 from pyro_amortized.diagnostics.report import Report, fill, new_axes
 from pyro_amortized.graphs.cache import GraphCache
@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 
 __all__ = ["GapComparison", "compare_gaps"]
 
-_SHOWN = ("elbo", "approximation_gap", "amortization_gap")
+_SHOWN = {
+    "elbo": "ELBO",
+    "importance_weighted_bound": "bound of draws",
+    "approximation_gap": "approximation gap",
+    "amortization_gap": "amortization gap",
+}
 
 
 @dataclass
@@ -55,7 +60,7 @@ class GapComparison(Report):
             reference = (first_guide, data if guide != first_guide else first_data)
             unreliable = int((~gaps.dataset["reliable"]).sum())
             row: dict[str, float] = {"num_datapoints": gaps.dataset.sizes[gaps.plate], "num_unreliable": unreliable}
-            for name in QUANTITIES:
+            for name in gaps.quantities:
                 row[name], row[f"{name}_se"] = gaps.mean(name)
                 difference = _difference(gaps, estimates[reference], name, paired=reference[1] == data)
                 row[f"{name}_difference"], row[f"{name}_difference_se"] = difference
@@ -80,15 +85,14 @@ class GapComparison(Report):
         """A table: means over datapoints, the differences from the reference below them, and a verdict."""
         data = self.dataset
         names = [self._name(case) for case in range(data.sizes["case"])]
-        width = max(map(len, names)) + 2
+        width, shown = max(map(len, names)) + 2, [name for name in _SHOWN if name in data]
         lines = [
             "Gap decompositions, nats per datapoint (+- standard error over datapoints)",
-            f"{'':{width}s}{'log p(x)':>10s}{'ELBO':>19s}{'approximation gap':>19s}{'amortization gap':>19s}"
-            f"{'unreliable':>14s}",
+            f"{'':{width}s}{'log p(x)':>10s}{''.join(f'{_SHOWN[x]:>19s}' for x in shown)}{'unreliable':>14s}",
         ]
         for case, name in enumerate(names):
             row = data.isel(case=case)
-            cells = "".join(f"{row[x].item():11.3f} +-{row[f'{x}_se'].item():5.3f}" for x in _SHOWN)
+            cells = "".join(f"{row[x].item():11.3f} +-{row[f'{x}_se'].item():5.3f}" for x in shown)
             flags = f"{row['num_unreliable'].item()} of {row['num_datapoints'].item()}"
             lines.append(f"{name:{width}s}{row['log_evidence'].item():10.3f}{cells}{flags:>14s}")
         if len(names) > 1:
@@ -96,7 +100,7 @@ class GapComparison(Report):
         for case, name in list(enumerate(names))[1:]:
             row = data.isel(case=case)
             cells = "".join(
-                f"{row[f'{x}_difference'].item():+11.3f} +-{row[f'{x}_difference_se'].item():5.3f}" for x in _SHOWN
+                f"{row[f'{x}_difference'].item():+11.3f} +-{row[f'{x}_difference_se'].item():5.3f}" for x in shown
             )
             lines.append(f"{name:{width}s}{'':10s}{cells}  from {self._reference(case)}")
         return "\n".join([*lines, *fill(self.verdict, 100)])
@@ -161,6 +165,7 @@ def compare_gaps(
     *,
     tolerance: float = 0.02,
     max_samples: int = 20000,
+    num_particles: int | None = None,
     to_args: ToArgs | None = None,
     seed: int = 0,
     compile: bool = False,
@@ -180,6 +185,7 @@ def compare_gaps(
         model_kwargs: The model's keyword arguments.
         tolerance: As for :func:`estimate_gaps`.
         max_samples: As for :func:`estimate_gaps`.
+        num_particles: As for :func:`estimate_gaps`.
         to_args: Where batches of a loader hold something else than the model's arguments: a function from a batch to
             the positional arguments, a tuple, or to a pair of these and keyword arguments, ``(args, kwargs)``.
         seed: As for :func:`estimate_gaps`.
@@ -200,6 +206,7 @@ def compare_gaps(
     if not by_name or not data:
         raise ValueError("Cannot compare gaps because there is no guide or no data set; try at least one of each.")
     tolerance, max_samples, seed = check_effort(tolerance, max_samples, seed)
+    effort = Effort(tolerance, max_samples, num_particles)
     graphs = GraphCache(compile)  # of the log-joint, which is the same for all guides
     parts: dict[tuple[str, str], list[GapEstimate]] = {(guide, d): [] for d in data for guide in by_name}
     counts = [num_calls(own_args) for own_args in data.values()]
@@ -212,7 +219,7 @@ def compare_gaps(
                 for guide_name, guide in by_name.items():
                     problem = bind(model, guide, args, kwargs, own_seed, graphs=graphs)
                     shared = next((evidence for other, evidence in known if _same_globals(other, problem)), None)
-                    part, evidence = decompose(problem, tolerance, max_samples, own_seed, False, shared)
+                    part, evidence = decompose(problem, effort, own_seed, False, shared)
                     part.dataset.attrs["seed"] = seed
                     known.append((problem, evidence))
                     parts[guide_name, data_name].append(part)

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from pyro_amortized.checks import check_count
 from pyro_amortized.diagnostics.batches import ModelArgs, ToArgs, calls, is_single, num_calls
-from pyro_amortized.diagnostics.checks import check_effort
+from pyro_amortized.diagnostics.checks import Effort, check_effort
 from pyro_amortized.diagnostics.evidence.evidence import estimate_evidence, reliable_evidence
+from pyro_amortized.diagnostics.gaps.importance_weighted import importance_weighted_bound
 from pyro_amortized.diagnostics.optimum.local_optimum import solve
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar, to_dataset
 from pyro_amortized.diagnostics.report import Report, fill, join, new_axes
@@ -38,10 +39,12 @@ QUANTITIES = {
     "log_evidence": "log evidence  log p(x)",
     "elbo_optimal": "optimal ELBO  L[q*]",
     "elbo": "ELBO          L[q]",
+    "importance_weighted_bound": "bound of K draws L_K[q]",
     "approximation_gap": "approximation gap",
     "amortization_gap": "amortization gap",
     "inference_gap": "inference gap",
 }
+"""The variables that come with standard errors; the bound of K draws where it is asked for."""
 
 
 _NEGLIGIBLE = 1e-3
@@ -56,7 +59,8 @@ class GapEstimate(Report):
 
     Attributes:
         dataset: Over the plate's dimension: ``log_evidence``, ``elbo_optimal``, ``elbo``, ``approximation_gap``,
-            ``amortization_gap``, ``inference_gap``, each with its Monte Carlo standard error ``<name>_se``, in nats;
+            ``amortization_gap``, ``inference_gap``, if asked for ``importance_weighted_bound``, each with its Monte
+            Carlo standard error ``<name>_se``, in nats;
             ``khat``, the tail shape of the importance weights; ``reliable``, whether the datapoint's numbers can be
             trusted as far as that can be checked: its standard errors are within tolerance, ``khat`` is below 0.7, the
             search for modes settled, the optimisation converged, and ``elbo <= elbo_optimal <= log_evidence`` holds
@@ -68,6 +72,11 @@ class GapEstimate(Report):
     def plate(self) -> str:
         """Name of the datapoint plate, which is the dataset's dimension."""
         return str(next(iter(self.dataset.sizes)))
+
+    @property
+    def quantities(self) -> list[str]:
+        """Names of the variables that come with standard errors."""
+        return [name for name in QUANTITIES if name in self.dataset]
 
     def __str__(self) -> str:
         """A table of means over datapoints.
@@ -82,7 +91,8 @@ class GapEstimate(Report):
             f"({self.dataset.attrs.get('family', '')} family)",
             f"{'':24s}{'mean':>10s}{'+- MC s.e.':>13s}{'sd':>9s}",
         ]
-        for name, label in QUANTITIES.items():
+        for name in self.quantities:
+            label = QUANTITIES[name].replace("K", str(self.dataset.attrs.get("num_particles", "K")))
             values, errors = (self.dataset[key].values for key in (name, f"{name}_se"))
             error = float(np.sqrt(np.square(errors).sum()) / count)
             spread = _spread(values) if count > 1 else float("nan")
@@ -145,7 +155,7 @@ class GapEstimate(Report):
         """
         if by not in self.dataset:
             raise ValueError(
-                f"Cannot sort datapoints by {by!r} because there is no such variable; try one of {list(QUANTITIES)}."
+                f"Cannot sort datapoints by {by!r} because there is no such variable; try one of {self.quantities}."
             )
         order = np.argsort(-self.dataset[by].values, kind="stable")[: check_count("n", n, 1, 10)]
         return self.dataset.isel({self.plate: order})
@@ -206,6 +216,7 @@ def estimate_gaps(
     *,
     tolerance: float = 0.02,
     max_samples: int = 20000,
+    num_particles: int | None = None,
     plate: str | None = None,
     to_args: ToArgs | None = None,
     seed: int = 0,
@@ -227,6 +238,8 @@ def estimate_gaps(
         tolerance: Error wanted per datapoint, in nats: standard errors aim at half of it, and a datapoint counts as
             unreliable if one exceeds it.
         max_samples: Most importance samples per datapoint and proposal.
+        num_particles: Adds the importance-weighted bound of so many draws, ``importance_weighted_bound``, which
+            :class:`~pyro_amortized.training.IWELBO` trains; it lies between the ELBO and the evidence.
         plate: The datapoint plate of the guide, by default; of guides that amortize both sides of crossed plates, the
             side, with the other side's latents held at their medians.
         to_args: Where batches of a loader hold something else than the model's arguments: a function from a batch to
@@ -257,7 +270,8 @@ def estimate_gaps(
         for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs, to_args, model)):
             own_seed = batch_seed(seed, shards.number(number))
             problem = bind(model, guide, args, kwargs, own_seed, graphs=graphs, plate=plate)
-            part = decompose(problem, tolerance, max_samples, own_seed, progress and single)[0]
+            effort = Effort(tolerance, max_samples, num_particles)
+            part = decompose(problem, effort, own_seed, progress and single)[0]
             part.dataset.attrs["seed"] = seed
             estimates.append(part)
             bar.update()
@@ -269,13 +283,13 @@ def estimate_gaps(
 
 def decompose(
     problem: LocalProblem,
-    tolerance: float,
-    max_samples: int,
+    effort: Effort,
     seed: int,
     progress: bool,
     evidence: dict[str, Tensor] | None = None,
 ) -> tuple[GapEstimate, dict[str, Tensor]]:
     """:func:`estimate_gaps` of a call that is bound already, and the evidence, which may be given."""
+    tolerance, max_samples = effort.tolerance, effort.max_samples
     optimum = solve(problem, tolerance, seed, progress)
     if evidence is None:
         evidence = estimate_evidence(problem, optimum.phi, tolerance, max_samples, seed, progress)
@@ -295,9 +309,13 @@ def decompose(
         "inference_gap_se": (log_p_se.square() + optimum.initial_elbo_se.square()).sqrt(),
         "khat": khat,
     }
+    settings: dict[str, Any] = {"tolerance": tolerance, "max_samples": max_samples, "seed": seed}
+    if effort.num_particles is not None:
+        settings["num_particles"] = effort.num_particles
+        found = importance_weighted_bound(problem, effort.num_particles, tolerance, max_samples, seed)
+        variables["importance_weighted_bound"], variables["importance_weighted_bound_se"] = found
     checked = optimum.converged & reliable_evidence(evidence, tolerance)
     variables["reliable"] = _reliable(variables, tolerance) & checked
-    settings = {"tolerance": tolerance, "max_samples": max_samples, "seed": seed}
     return GapEstimate(to_dataset(problem, variables, **settings)), evidence
 
 
