@@ -7,12 +7,14 @@ put them together for Pyro, ``diagnostics`` measure the result, ``training`` hol
 """
 
 from pyro_amortized.diagnostics import (
+    AtypicalDataWarning,
     CalibrationReport,
     CollapseReport,
     GapComparison,
     GapEstimate,
     LocalOptimum,
     Simulation,
+    TypicalityReport,
     calibrate,
     collapse_report,
     compare_gaps,
@@ -22,6 +24,7 @@ from pyro_amortized.diagnostics import (
     optimize_local,
     psis,
     simulate,
+    typicality,
 )
 from pyro_amortized.encoders import (
     Codebook,
@@ -60,6 +63,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Adam",
     "AmortizedGuide",
+    "AtypicalDataWarning",
     "CalibrationReport",
     "Codebook",
     "ConvEncoder",
@@ -88,6 +92,7 @@ __all__ = [
     "SetEncoder",
     "Simulation",
     "Structured",
+    "TypicalityReport",
     "UnseenSizeWarning",
     "UpdateRule",
     "VariationalFamily",
@@ -104,4 +109,5 @@ __all__ = [
     "psis",
     "simulate",
     "to_arviz",
+    "typicality",
 ]

@@ -9,14 +9,17 @@ from pyro_amortized.diagnostics.gaps.comparison import GapComparison, compare_ga
 from pyro_amortized.diagnostics.gaps.gaps import GapEstimate, estimate_gaps
 from pyro_amortized.diagnostics.optimum.local_optimum import LocalOptimum, optimize_local
 from pyro_amortized.diagnostics.simulation import Simulation, simulate
+from pyro_amortized.diagnostics.typicality.typicality import AtypicalDataWarning, TypicalityReport, typicality
 
 __all__ = [
+    "AtypicalDataWarning",
     "CalibrationReport",
     "CollapseReport",
     "GapComparison",
     "GapEstimate",
     "LocalOptimum",
     "Simulation",
+    "TypicalityReport",
     "calibrate",
     "collapse_report",
     "compare_gaps",
@@ -26,4 +29,5 @@ __all__ = [
     "optimize_local",
     "psis",
     "simulate",
+    "typicality",
 ]

@@ -16,6 +16,8 @@ from pyro_amortized.guides.call import Call
 from pyro_amortized.guides.encoding import EncodingGuide
 from pyro_amortized.guides.global_guide import draw_globals, global_median, global_of, global_quantiles
 from pyro_amortized.guides.serving import export_guide
+from pyro_amortized.inference.refined import start_of
+from pyro_amortized.inference.strategies import Encoded, output_parts
 from pyro_amortized.structure.running import isolated
 from pyro_amortized.structure.structure import Structure
 
@@ -89,6 +91,20 @@ class PosteriorGuide(EncodingGuide):
         """What the encoder sees of a call, ``(N, ...)`` each; nothing where phi comes from elsewhere."""
         with isolated():
             return self._inputs(self._read(args, kwargs)) if self._needs_inputs else ()
+
+    def encoder_features(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the encoder makes of the datapoints of a call, ``(N, F)``, before a head turns it to phi.
+
+        Features of several entries of a datapoint are averaged over them, those of all levels and the parts of a pair
+        are put side by side. A guide that encodes nothing has none, F = 0; of one that refines it is the encoder where
+        it starts.
+        """
+        inferred_size = self._infer(args, kwargs, predicting=True).structure.datapoints.size
+        strategy = start_of(self._modules.get("inference"))
+        if not isinstance(strategy, Encoded):
+            return self._like.new_zeros(inferred_size, 0)
+        parts = output_parts(strategy.encoder(*self.encoder_inputs(*args, **kwargs)))
+        return torch.cat([part.flatten(1, -2).mean(1) if part.dim() > 2 else part for part in parts], -1)
 
     def variational_parameters(self, *args: Any, **kwargs: Any) -> Tensor:
         """The variational parameters phi of the datapoints in a call.

@@ -146,7 +146,7 @@ class IWELBO(ELBO):
         shares = (log_p - log_q).detach().softmax(0)
         surrogate = runs[0].outside + (weight * shares * log_p).sum()
         for run, part in zip(runs, shares.split(runs[0].number), strict=True):
-            run.shares = part
+            run.shares.append(part)
             surrogate = surrogate - _through_draws(run, weight / own * part.square())
             if run.factors:
                 surrogate = surrogate - (frame.full_size / frame.size * part * run.factor_terms).sum()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -91,15 +91,15 @@ class Particles:
         number: K, in an outermost plate if it is more than one.
         guide_trace: The guide's run.
         model_trace: The model's.
-        shares: The normalised weights ``(K, N)`` by which gradients from the model to the draws are multiplied; None
-            leaves them as they are. To be set before gradients are taken.
+        shares: Holds the normalised weights ``(K, N)`` by which gradients from the model to the draws are multiplied;
+            while it is empty they are left as they are.
     """
 
     call: ModelCall
     number: int
     guide_trace: Trace
     model_trace: Trace
-    shares: Tensor | None = None
+    shares: list[Tensor] = field(default_factory=list)
 
     @property
     def evaluation(self) -> Evaluation:
@@ -187,21 +187,18 @@ class Particles:
         found = [self.evaluation.scale_of(site) for site in sites]
         return [scale for scale in found if scale is not None]
 
-    def spread(self, values: Tensor, event_dim: int) -> Tensor:
-        """Values ``(K, N)`` in the batch shape of the model's sites, with dimensions for their events."""
-        depth, dim = self.call.structure.depth, self.call.structure.datapoints.dim
-        outer = [self.number, *[1] * (depth + dim)] if self.number > 1 else []
-        return values.reshape([*outer, values.shape[1], *[1] * (-dim - 1 + event_dim)])
-
     def gated(self, site: Site) -> Site:
         """A local site for the model, through which gradients are multiplied by :attr:`shares`."""
         value = site["value"]
         if not (isinstance(value, Tensor) and value.requires_grad):
             return site
-        value, event_dim = value.view_as(value), site["fn"].event_dim
+        depth, frame = self.call.structure.depth, self.call.structure.datapoints
+        outer = [self.number, *[1] * (depth + frame.dim)] if self.number > 1 else []
+        shape = [*outer, frame.size, *[1] * (-frame.dim - 1 + site["fn"].event_dim)]
+        shares, value = self.shares, value.view_as(value)  # a hook that held more would keep its own graph alive
 
         def weigh(gradient: Tensor) -> Tensor:
-            return gradient if self.shares is None else gradient * self.spread(self.shares, event_dim)
+            return gradient * shares[0].reshape(shape) if shares else gradient
 
         value.register_hook(weigh)
         return {**site, "value": value}

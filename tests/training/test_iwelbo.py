@@ -1,6 +1,8 @@
 """The importance-weighted bound per datapoint: against formulas, plain loops and Monte Carlo."""
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -607,3 +609,51 @@ def test_gap_estimates_show_the_bound_of_some_draws() -> None:
     assert comparison.dataset["importance_weighted_bound"].values[0] == pytest.approx(found.mean())
     with pytest.raises(ValueError, match="Cannot use num_particles"):
         estimate_gaps(model.full, guides["plain"], (x,), num_particles=0)
+
+
+def signal_to_noise(num_particles: int, gradient: str) -> float:
+    """Of the gradient by the encoder's bias, near the optimum of a linear-Gaussian model of 20 latents."""
+    latents, copies_of_each, size = 20, 100, 8
+    numbers = torch.Generator().manual_seed(0)
+    theta = torch.randn(latents, generator=numbers)
+    x = (theta + 2**0.5 * torch.randn(size, latents, generator=numbers)).repeat(copies_of_each, 1)
+    matrix = torch.eye(latents) / 2 + 0.01 * torch.randn(latents, latents, generator=numbers)
+    bias = (theta / 2 + 0.01 * torch.randn(latents, generator=numbers)).expand(copies_of_each, -1).clone()
+    bias.requires_grad_()
+
+    def model() -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(theta, 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide() -> None:
+        with pyro.plate("data", len(x)):
+            loc = x @ matrix.T + bias.repeat_interleave(size, 0)
+            pyro.sample("z", dist.Normal(loc, (2 / 3) ** 0.5).to_event(1))
+
+    loss = IWELBO(num_particles, gradient=gradient).differentiable_loss(model, guide)
+    (found,) = torch.autograd.grad(loss, bias)
+    return float((found.mean(0).abs() / found.std(0)).mean())
+
+
+def test_the_signal_of_dreg_rises_with_the_root_of_the_draws_as_in_the_paper() -> None:
+    """Rainforth and others (2018): plain falls with the root of K; Tucker and others (2019): DReG rises with it."""
+    dreg, plain = ([signal_to_noise(number, name) for number in (4, 64)] for name in ("dreg", "plain"))
+    assert dreg[1] / dreg[0] > 1.5
+    assert plain[1] / plain[0] < 0.8
+    assert dreg[1] / plain[1] > 20
+
+
+def test_a_step_keeps_nothing_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, real = [], IWELBO._run
+
+    def run(*args: Any) -> list[Particles]:
+        found = real(*args)
+        runs.extend(map(weakref.ref, found))
+        return found
+
+    monkeypatch.setattr(IWELBO, "_run", run)
+    guide = AmortizedGuide(poisson)
+    SVI(poisson, guide, pyro.optim.Adam({"lr": 0.01}), loss=IWELBO(4)).step(COUNTS)
+    gc.collect()
+    assert [ref() for ref in runs] == [None]

@@ -1,0 +1,1 @@
+"""How unlike known data a datapoint looks to the encoder."""

@@ -1,0 +1,69 @@
+"""Conformal inference: p-values and intervals that hold for any score, if the data are exchangeable."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["conformal_p_values", "conformal_quantile", "discoveries", "extrapolated_p_values", "split"]
+
+
+def split(number: int, seed: torch.Generator, *shares: float) -> list[Tensor]:
+    """Cuts the numbers below ``number``, in random order, into parts of given shares and a last one with the rest."""
+    order = torch.randperm(number, generator=seed)
+    counts = [round(share * number) for share in shares]
+    return list(order.split([*counts, number - sum(counts)]))
+
+
+def conformal_p_values(scores: Tensor, calibration: Tensor) -> Tensor:
+    r""":math:`p_n = (1 + \#\{i : c_i \ge s_n\}) / (M + 1)`, for scores ``(N,)`` that are high where data are odd.
+
+    If a datapoint is exchangeable with the M calibration ones, :math:`P(p_n \le \alpha) \le \alpha` for every
+    :math:`\alpha`. A score that is not a number counts as the oddest.
+
+    Args:
+        scores: Of new datapoints, ``(N,)``.
+        calibration: Of calibration datapoints, ``(M,)``.
+
+    References:
+        Algorithmic Learning in a Random World, Vladimir Vovk, Alexander Gammerman, Glenn Shafer (2005).
+    """
+    found = calibration.nan_to_num(nan=math.inf).sort().values
+    below = torch.searchsorted(found, scores.nan_to_num(nan=math.inf).contiguous())
+    return (1.0 + len(found) - below).double() / (len(found) + 1)
+
+
+def extrapolated_p_values(scores: Tensor, calibration: Tensor) -> Tensor:
+    """The same, but beyond the largest calibration score smaller, as far as an exponential tail says.
+
+    Its mean is twice the mean excess over the 90 % quantile, so that heavier tails than this one are allowed for. With
+    conformal ones alone, few datapoints among many could not be told from chance, however far out they are.
+    """
+    found = conformal_p_values(scores, calibration)
+    known = calibration.nan_to_num(nan=math.inf)
+    threshold = known.quantile(0.9)
+    excess = 2 * (known[known > threshold] - threshold).mean()
+    beyond = (scores.nan_to_num(nan=math.inf) - known.max()).clamp(min=0.0)
+    return found * (-beyond / excess.clamp(min=1e-12)).exp() if excess.isfinite() else found
+
+
+def conformal_quantile(scores: Tensor, level: float) -> float:
+    """What the score of a further datapoint exceeds with probability at most ``1 - level``; infinite for too few."""
+    rank = math.ceil(level * (len(scores) + 1))
+    return math.inf if rank > len(scores) else float(scores.sort().values[rank - 1])
+
+
+def discoveries(p_values: Tensor, level: float) -> Tensor:
+    """Which of N p-values are found at a false discovery rate, which conformal ones allow.
+
+    References:
+        Controlling the False Discovery Rate: A Practical and Powerful Approach to Multiple Testing, Yoav Benjamini,
+        Yosef Hochberg (1995). Testing for Outliers with Conformal p-values, Stephen Bates, Emmanuel Candès, Lihua Lei,
+        Yaniv Romano, Matteo Sesia (2023), https://arxiv.org/abs/2104.08279
+    """
+    ordered = p_values.sort().values
+    bound = level * torch.arange(1, len(p_values) + 1, dtype=p_values.dtype) / len(p_values)
+    below = (ordered <= bound).nonzero()
+    return p_values <= (ordered[below[-1, 0]] if len(below) else -1.0)
