@@ -7,6 +7,7 @@ from pyro_amortized.diagnostics.evidence.evidence import log_evidence
 from pyro_amortized.diagnostics.evidence.importance import psis
 from pyro_amortized.diagnostics.gaps.comparison import GapComparison, compare_gaps
 from pyro_amortized.diagnostics.gaps.gaps import GapEstimate, estimate_gaps
+from pyro_amortized.diagnostics.gaps.prediction import predict_gap
 from pyro_amortized.diagnostics.optimum.local_optimum import LocalOptimum, optimize_local
 from pyro_amortized.diagnostics.simulation import Simulation, simulate
 from pyro_amortized.diagnostics.typicality.typicality import AtypicalDataWarning, TypicalityReport, typicality
@@ -27,6 +28,7 @@ __all__ = [
     "evidence_bounds",
     "log_evidence",
     "optimize_local",
+    "predict_gap",
     "psis",
     "simulate",
     "typicality",

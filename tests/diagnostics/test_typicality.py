@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyro_amortized import AmortizedGuide, AtypicalDataWarning, SetEncoder, TypicalityReport, typicality
-from pyro_amortized.diagnostics.typicality.conformal import (
+from pyro_amortized.diagnostics.conformal import (
     conformal_p_values,
     conformal_quantile,
     discoveries,

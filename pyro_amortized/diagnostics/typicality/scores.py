@@ -76,7 +76,7 @@ class TwoSided:
 
 @dataclass(frozen=True)
 class Oddness:
-    """The two statistics, in units that compare, and the larger of both.
+    """The two statistics, in units that compare, and their sum.
 
     Attributes:
         distance: From the features that were known.
@@ -98,4 +98,4 @@ class Oddness:
         """Scores ``(N,)``, high where a datapoint is odd: of the features, of the ELBO, of both."""
         by_features = self.scale_of_distance.signed(self.distance(features))
         by_elbo = self.elbo.signed(elbo).abs()
-        return {"features": by_features, "elbo": by_elbo, "both": torch.maximum(by_features, by_elbo)}
+        return {"features": by_features, "elbo": by_elbo, "both": by_features + by_elbo}

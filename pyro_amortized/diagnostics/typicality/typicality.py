@@ -13,16 +13,16 @@ from torch import Tensor
 
 from pyro_amortized.checks import check_real, check_seed
 from pyro_amortized.diagnostics.batches import ModelArgs, ToArgs
-from pyro_amortized.diagnostics.optimum.elbo import log_weights
-from pyro_amortized.diagnostics.problem import to_dataset
-from pyro_amortized.diagnostics.report import Report, fill, join, new_axes
-from pyro_amortized.diagnostics.typicality.conformal import (
+from pyro_amortized.diagnostics.conformal import (
     conformal_p_values,
     discoveries,
     extrapolated_p_values,
     split,
 )
-from pyro_amortized.diagnostics.typicality.datapoints import Batch, batches, joined_features
+from pyro_amortized.diagnostics.datapoints import Batch, batches, joined_features
+from pyro_amortized.diagnostics.optimum.elbo import log_weights
+from pyro_amortized.diagnostics.problem import to_dataset
+from pyro_amortized.diagnostics.report import Report, fill, join, new_axes
 from pyro_amortized.diagnostics.typicality.scores import Oddness
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.objective.noise import generator
@@ -49,7 +49,7 @@ class TypicalityReport(Report):
     """How unlike the reference data every datapoint looks.
 
     Attributes:
-        dataset: Over the plate's dimension: ``p_value``, of the larger of the two statistics, with ``atypical``,
+        dataset: Over the plate's dimension: ``p_value``, of the sum of the two statistics, with ``atypical``,
             whether it is at most the level; ``p_features`` and ``p_elbo``, of each of them; ``found``, whether it is
             among those found at a false discovery rate of 1 %, with p-values that an exponential tail extends beyond
             the reference data; ``distance``, of the features, and ``elbo``, nats.
@@ -155,9 +155,9 @@ def typicality(
 
     Two statistics: the Mahalanobis distance of the encoder's features and variational parameters from those of the
     reference data, and the ELBO, which is odd if it is too low or too high (data of constant value, for one, may have a
-    higher likelihood than any real ones). Half of the reference data tell what is usual, of both and of the larger of
-    both; the other half calibrate p-values: of datapoints drawn as the reference data are, at most a share ``level``
-    has a p-value of at most ``level``, whatever the model and however bad the guide.
+    higher likelihood than any real ones). Half of the reference data tell what is usual, and so the units in which
+    both are added; the other half calibrate p-values: of datapoints drawn as the reference data are, at most a share
+    ``level`` has a p-value of at most ``level``, whatever the model and however bad the guide.
 
     Args:
         model: The Pyro model.
