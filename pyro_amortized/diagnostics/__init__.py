@@ -3,8 +3,8 @@
 from pyro_amortized.diagnostics.calibration.calibration import CalibrationReport, calibrate
 from pyro_amortized.diagnostics.collapse.collapse import CollapseReport, collapse_report
 from pyro_amortized.diagnostics.evidence.bounds import evidence_bounds
-from pyro_amortized.diagnostics.evidence.evidence import log_evidence
 from pyro_amortized.diagnostics.evidence.importance import psis
+from pyro_amortized.diagnostics.evidence.log_evidence import log_evidence
 from pyro_amortized.diagnostics.gaps.comparison import GapComparison, compare_gaps
 from pyro_amortized.diagnostics.gaps.gaps import GapEstimate, estimate_gaps
 from pyro_amortized.diagnostics.gaps.prediction import predict_gap

@@ -16,7 +16,7 @@ from pyro_amortized.export.runs import Draws, ModelRuns, Pass, Results
 from pyro_amortized.objective.draws import chunks
 from pyro_amortized.structure.influence import PlateLogProbs
 
-__all__ = ["Batch", "Options"]
+__all__ = ["Batch", "Options", "systematic"]
 
 MAX_ELEMENTS = 2**19
 """How many elements of a site to evaluate at once; bounds memory, and what fits in a cache is several times faster."""
@@ -83,7 +83,7 @@ class Batch:
         )
         smoothed, khat = psis(weights.double())
         self._add_khat(khat)
-        chosen = _systematic(smoothed.softmax(0), rng)
+        chosen = systematic(smoothed.softmax(0), rng)
         return Draws(z.gather(0, chosen.unsqueeze(-1).expand_as(z)), draws.globals)
 
     def add_posterior(self, draws: Draws, with_globals: bool) -> None:
@@ -197,7 +197,7 @@ class Batch:
             self.groups["sample_stats"]["khat"] = ((str(self.structure.plate),), to_numpy(khat))
 
 
-def _systematic(weights: Tensor, rng: torch.Generator) -> Tensor:
+def systematic(weights: Tensor, rng: torch.Generator) -> Tensor:
     """Draws positions ``(K, N)`` from each column's weights ``(K, N)``, evenly spaced, in random order."""
     size = len(weights)
     shape = (weights.shape[1], 1)

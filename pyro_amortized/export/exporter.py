@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from pyro_amortized.diagnostics.problem import bind
 from pyro_amortized.diagnostics.shards import Shards
 from pyro_amortized.export.batch import Batch, Options
 from pyro_amortized.export.groups import to_dataset
+from pyro_amortized.export.marginal import Marginal
 from pyro_amortized.export.runs import Draws, Mode, ModelRuns
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.objective.noise import draw, generator, seeded
@@ -52,19 +53,28 @@ class Exporter:
         guide: The guide.
         options: What was asked for.
         shards: How processes share the batches.
+        marginal: Log-likelihoods at draws of the global latents, which are then those of the export; or None.
 
     Attributes:
         plate: Name of the datapoint plate; None before the first batch, and if there is none.
     """
 
-    def __init__(self, model: Callable[..., Any], guide: LocalGuide, options: Options, shards: Shards) -> None:
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: LocalGuide,
+        options: Options,
+        shards: Shards,
+        marginal: Marginal | None = None,
+    ) -> None:
         check_model(model)
         self.model = model
         self.guide = guide
         self.options = options
         self.plate: str | None = None
         self._shards, self._number = shards, shards.number(0)
-        self._globals: dict[str, Tensor] | None = None
+        self._marginal = marginal
+        self._globals: Mapping[str, Tensor] | None = None if marginal is None else marginal.globals
         self._prior_globals: dict[str, Tensor] = {}
         self._modes: dict[Any, dict[str, Mode]] = {}
 
@@ -91,6 +101,8 @@ class Exporter:
                 self._prior_globals = self._prior_globals or found
         batch.add_observed()
         batch.add_arguments(named_arguments(self.model, args, kwargs))
+        if self._marginal is not None:
+            self._marginal.add_to(batch.groups, self._number, batch.runs)
         self._number += self._shards.number(1) - self._shards.number(0)
         self.plate = structure.plate
         attributes = self._attributes(structure)
@@ -202,5 +214,6 @@ class Exporter:
             if drawn
             else "none",
             "resampled": int(options.resample),
+            "log_likelihood": "marginal" if self._marginal is not None else "given local latents",
             "seed": options.seed,
         }

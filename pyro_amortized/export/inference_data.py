@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pyro_amortized.checks import check_count, check_seed
@@ -13,6 +14,7 @@ from pyro_amortized.diagnostics.shards import Shards
 from pyro_amortized.export.batch import Options
 from pyro_amortized.export.exporter import Exporter, check_guide
 from pyro_amortized.export.joining import Joined
+from pyro_amortized.export.marginal import marginal_likelihood
 from pyro_amortized.export.store import Store, StorePath, open_groups
 from pyro_amortized.guides import LocalGuide
 
@@ -24,6 +26,7 @@ __all__ = ["open_store", "to_arviz"]
 GROUPS = ("posterior", "posterior_predictive", "log_likelihood", "sample_stats", "observed_data", "constant_data")
 """The groups of an export, but for those of the prior."""
 PRIOR_GROUPS = ("prior", "prior_predictive")
+_NUM_SAMPLES, _NUM_MARGINAL = 1000, 200
 
 
 def to_arviz(
@@ -32,7 +35,8 @@ def to_arviz(
     model_args: ModelArgs = (),
     model_kwargs: Mapping[str, Any] | None = None,
     *,
-    num_samples: int = 1000,
+    num_samples: int | None = None,
+    log_likelihood: str | None = None,
     prior: bool = False,
     num_prior_samples: int | None = None,
     resample: bool = False,
@@ -75,7 +79,12 @@ def to_arviz(
         guide: A guide of this package.
         model_args: The model's positional arguments as a tuple, or a ``DataLoader`` of batches.
         model_kwargs: The model's keyword arguments.
-        num_samples: Number of draws K.
+        num_samples: Number of draws K; by default 1000, or 200 with ``log_likelihood="marginal"``.
+        log_likelihood: ``"marginal"`` for :math:`\log p(x_n \mid \theta)`, ``(chain, draw, plate)``, with the local
+            latents integrated out, on which ``arviz.loo``, ``arviz.waic`` and ``arviz.compare`` are right. The draws of
+            the global latents are then drawn again, by Pareto-smoothed importance weights of
+            :math:`p(x, \theta) / q(\theta)`, and are draws from the posterior; the weights' tail shape is
+            ``global_khat`` of ``sample_stats``, and warned of above 0.7.
         prior: Whether to add the groups ``prior`` and ``prior_predictive``.
         num_prior_samples: Number of draws from the prior; by default K.
         resample: Whether to correct the guide by importance resampling: each datapoint's draws are drawn once more, in
@@ -117,18 +126,25 @@ def to_arviz(
         >>> data["sample_stats"]["log_weight"].dims
         ('chain', 'draw', 'data')
     """
-    options = _checked(num_samples, num_prior_samples, prior, resample, groups, seed)
+    is_marginal = _is_marginal(log_likelihood)
+    number = (_NUM_MARGINAL if is_marginal else _NUM_SAMPLES) if num_samples is None else num_samples
+    options = _checked(number, num_prior_samples, prior, resample, groups, seed)
     check_guide(guide)
-    total, shards = num_calls(model_args), Shards(model_args)
-    _check_shared(shards, store, options)
-    exporter = Exporter(model, guide, options, shards)
+    total, num_samples, marginal = num_calls(model_args), options.num_samples, None
+    shards = Shards(model_args)
+    _check_shared(shards, store, options, is_marginal)
+    if is_marginal:
+        options = replace(options, groups=options.groups - {"log_likelihood"})
+        asked: dict[str, Any] = {"num_samples": num_samples, "to_args": to_args, "seed": seed, "progress": progress}
+        marginal = marginal_likelihood(model, guide, model_args, model_kwargs, **asked)
+    exporter = Exporter(model, guide, options, shards, marginal)
     with (
         progress_bar(None if total is None else total * num_samples, "Drawing", progress) as bar,
         _InMemory() if store is None else Store(store) as written,
     ):
         batches = calls(model_args, model_kwargs, to_args, model)
         for made, plate in shards.collect((exporter.export(*call, bar.update), exporter.plate) for call in batches):
-            if groups is None and guide.has_local_latents:
+            if groups is None and guide.has_local_latents and not is_marginal:
                 made.pop("log_likelihood", None)
             written.add(made, plate)
     if not isinstance(written, _InMemory):
@@ -136,13 +152,15 @@ def to_arviz(
     return _inference_data({name: shards.in_order(part, plate) for name, part in written.joined().items()})
 
 
-def _check_shared(shards: Shards, store: StorePath | None, options: Options) -> None:
+def _check_shared(shards: Shards, store: StorePath | None, options: Options, is_marginal: bool) -> None:
     """Raises a ValueError if processes are to do together what each has to do by itself."""
     cause = None
     if store is not None:
         cause, remedy = "write one store", "a loader without DistributedSampler in one of them"
     elif options.groups & set(PRIOR_GROUPS):
         cause, remedy = "draw from the prior", "prior=False, and another export of the prior"
+    elif is_marginal:
+        cause, remedy = "weigh draws of global latents by all data", "one process, a loader without DistributedSampler"
     if shards.shared and cause is not None:
         raise ValueError(f"Cannot {cause} in several processes because they share the data; try {remedy}.")
 
@@ -185,6 +203,15 @@ class _InMemory(AbstractContextManager["_InMemory"]):
     def joined(self) -> dict[str, xarray.Dataset]:
         """The groups of all batches."""
         return {name: group.dataset() for name, group in self._groups.items()}
+
+
+def _is_marginal(log_likelihood: Any) -> bool:
+    if log_likelihood not in (None, "marginal"):
+        raise ValueError(
+            f"Cannot export log_likelihood={log_likelihood!r} because it is of no such kind; try "
+            'log_likelihood="marginal", or groups=("posterior", "log_likelihood") for those given local latents.'
+        )
+    return log_likelihood is not None
 
 
 def _checked(

@@ -28,6 +28,7 @@ __all__ = [
     "global_quantiles",
     "is_amortized",
     "stored",
+    "weighted_globals",
 ]
 
 
@@ -103,6 +104,13 @@ def draw_globals(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     """One draw of the global latents of a guide, whatever the global guide returns."""
     nodes: dict[str, Any] = run_model(global_of(owner), args, kwargs).nodes
     return {name: nodes[name]["value"] for name in owner.global_sites}
+
+
+def weighted_globals(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+    """One draw of the global latents of a guide, and its log-density."""
+    trace = run_model(global_of(owner), args, kwargs)
+    nodes: dict[str, Any] = trace.nodes
+    return {name: nodes[name]["value"] for name in owner.global_sites}, torch.as_tensor(trace.log_prob_sum())
 
 
 def global_quantiles(

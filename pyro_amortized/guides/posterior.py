@@ -14,7 +14,13 @@ from pyro_amortized.checks import check_probabilities
 from pyro_amortized.families import VariationalFamily
 from pyro_amortized.guides.call import Call
 from pyro_amortized.guides.encoding import EncodingGuide
-from pyro_amortized.guides.global_guide import draw_globals, global_median, global_of, global_quantiles
+from pyro_amortized.guides.global_guide import (
+    draw_globals,
+    global_median,
+    global_of,
+    global_quantiles,
+    weighted_globals,
+)
 from pyro_amortized.guides.serving import export_guide
 from pyro_amortized.inference.refined import start_of
 from pyro_amortized.inference.strategies import Encoded, output_parts
@@ -230,3 +236,10 @@ class PosteriorGuide(EncodingGuide):
         with isolated():
             self._read(args, kwargs, predicting=True)
             return draw_globals(self, args, kwargs)
+
+    @torch.no_grad()
+    def sample_globals_and_log_prob(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Tensor], Tensor]:
+        """One draw of the global latents by site name, with its log-density in their supports, in nats."""
+        with isolated():
+            self._read(args, kwargs, predicting=True)
+            return weighted_globals(self, args, kwargs)

@@ -97,6 +97,11 @@ class Evaluation:
         shape = self.num_draws, self.call.structure.datapoints.size
         return total.expand(shape) if isinstance(total, Tensor) else torch.full(shape, total)
 
+    def outside(self, trace: Trace) -> dict[str, Tensor]:
+        """Log-probabilities of a run's sites outside of the datapoint plate by name, masked and scaled, nats."""
+        sites = {name: site for name, site in sample_sites(trace).items() if self.scale_of(site) is None}
+        return {n: scale_and_mask(_log_prob(site), site["scale"], site["mask"]).sum() for n, site in sites.items()}
+
     def scale_of(self, site: Site) -> float | Tensor | None:
         """The model's own scale of a site of the datapoints, without those of subsamples; None for other sites."""
         frame = self._group_frame(site)

@@ -22,7 +22,7 @@ from pyro_amortized.structure.running import isolated
 from pyro_amortized.structure.sites import sample_sites
 from pyro_amortized.structure.state import modes_of_modules, untouched
 from pyro_amortized.structure.structure import Structure
-from pyro_amortized.training.particles import Particles, at_particle, outside_terms, run_particles, value_at
+from pyro_amortized.training.particles import Particles, at_particle, run_particles, value_at
 
 __all__ = ["IWELBO"]
 
@@ -182,7 +182,7 @@ class IWELBO(ELBO):
         runs = [first, *(run_particles(call, guide, 1, shared=first) for _ in range(self.num_particles - 1))]
         _check_draws(runs, self.gradient)
         last = runs[-1]
-        _check_outside(first, *(outside_terms(run.evaluation, run.model_trace) for run in (first, last)))
+        _check_outside(first, *(run.evaluation.outside(run.model_trace) for run in (first, last)))
         return runs
 
     def _key(self, call: ModelCall) -> Any:

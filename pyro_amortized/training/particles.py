@@ -11,7 +11,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
 from pyro.util import check_model_guide_match
@@ -23,7 +22,7 @@ from pyro_amortized.structure.local_site import bounds
 from pyro_amortized.structure.running import Site, isolated
 from pyro_amortized.structure.sites import sample_sites
 
-__all__ = ["Particles", "at_particle", "outside_terms", "run_particles", "value_at"]
+__all__ = ["Particles", "at_particle", "run_particles", "value_at"]
 
 
 class _LocalPlate(pyro.plate):
@@ -125,7 +124,7 @@ class Particles:
     def outside(self) -> Tensor:
         """What sites outside of the datapoint plate add to an ELBO: log p - log q of global latents, mostly."""
         signs = ((1.0, self.model_trace), (-1.0, self.guide_trace))
-        terms = [sign * term for sign, trace in signs for term in outside_terms(self.evaluation, trace).values()]
+        terms = [sign * term for sign, trace in signs for term in self.evaluation.outside(trace).values()]
         return torch.stack(terms).sum() if terms else self.log_p.new_zeros(())
 
     def outside_error(self, name: str) -> ValueError:
@@ -246,23 +245,16 @@ def _outside(particles: Particles) -> Trace:
     return trace
 
 
-def outside_terms(evaluation: Evaluation, trace: Trace) -> dict[str, Tensor]:
-    """Log-probabilities of the sites of a run that are outside of the datapoint plate, by name."""
-    sites = {name: site for name, site in sample_sites(trace).items() if evaluation.scale_of(site) is None}
-    terms = {name: site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]) for name, site in sites.items()}
-    return {name: scale_and_mask(term, sites[name]["scale"], sites[name]["mask"]).sum() for name, term in terms.items()}
-
-
 @torch.no_grad()
 def at_particle(particles: Particles, number: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The log-joints ``(1, N)`` of one of the draws, evaluated on its own, and :func:`outside_terms`."""
+    """The log-joints ``(1, N)`` of one of the draws, evaluated on its own, and what lies outside of the plate."""
     structure, nodes = particles.call.structure, sample_sites(particles.guide_trace)
     values = {name: nodes[name]["value"] for name in structure.global_sites if name in nodes}
     for name in (site.name for site in structure.layout.sites):  # type: ignore[union-attr]
         values[name] = value_at(nodes[name], number, structure.depth)
     handlers = [poutine.enum(first_available_dim=-structure.depth - 2)] if structure.enumerated else []
     evaluation, trace = Evaluation(particles.call, 1), particles.call.run(values, handlers)
-    return evaluation.of_run(trace), outside_terms(evaluation, trace)
+    return evaluation.of_run(trace), evaluation.outside(trace)
 
 
 def value_at(site: Site, number: int, depth: int) -> Tensor:

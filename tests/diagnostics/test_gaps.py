@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 
 from pyro_amortized import AmortizedGuide, GapEstimate, PerDatapointGuide, estimate_gaps, log_evidence, optimize_local
 from pyro_amortized.diagnostics.evidence.annealing import anneal
-from pyro_amortized.diagnostics.evidence.evidence import _summary
+from pyro_amortized.diagnostics.evidence.evidence import summary
 from pyro_amortized.diagnostics.evidence.proposal import first_proposals
 from pyro_amortized.diagnostics.gaps.gaps import warn_of_violations
 from pyro_amortized.diagnostics.optimum import local_optimum
@@ -772,7 +772,7 @@ def test_annealing_from_where_the_model_has_no_density() -> None:
 def test_datapoints_of_which_no_draw_has_weight_are_flagged() -> None:
     weights = torch.randn(1000, 2)
     weights[:, 1] = -math.inf
-    summary = _summary(weights)
-    assert summary["log_evidence"][0].isfinite()
-    assert summary["log_evidence"][1].isneginf()
-    assert summary["khat"][1].isposinf()
+    found = summary(weights)
+    assert found["log_evidence"][0].isfinite()
+    assert found["log_evidence"][1].isneginf()
+    assert found["khat"][1].isposinf()

@@ -10,31 +10,29 @@ and the tail of the weights is light.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from pyro_amortized.diagnostics.batches import ModelArgs, ToArgs, calls, is_single
-from pyro_amortized.diagnostics.checks import check_effort
 from pyro_amortized.diagnostics.evidence.annealing import anneal
 from pyro_amortized.diagnostics.evidence.importance import psis
 from pyro_amortized.diagnostics.evidence.proposal import Proposal, first_proposals
-from pyro_amortized.diagnostics.optimum.local_optimum import LocalOptimum, solve
-from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar, to_dataset
-from pyro_amortized.diagnostics.report import join, widening
-from pyro_amortized.diagnostics.shards import Shards
-from pyro_amortized.graphs.cache import GraphCache
-from pyro_amortized.guides import LocalGuide
+from pyro_amortized.diagnostics.problem import LocalProblem, progress_bar
+from pyro_amortized.diagnostics.report import widening
 from pyro_amortized.objective.draws import chunks
-from pyro_amortized.objective.noise import batch_seed, draw, generator
+from pyro_amortized.objective.noise import generator
 
-if TYPE_CHECKING:
-    import xarray
-
-__all__ = ["adapted_proposals", "estimate_evidence", "log_evidence", "log_weights_at", "reliable_evidence"]
+__all__ = [
+    "Rounds",
+    "adapted_proposals",
+    "estimate_evidence",
+    "estimate_rows",
+    "log_weights_at",
+    "reliable_evidence",
+    "summary",
+]
 
 _LIGHT_TAIL, _HEAVY_TAIL = 0.5, 0.7
 _ROUND = 1000
@@ -50,109 +48,6 @@ _ANNEALING = 8
 _NUM_ADAPTATIONS = 4
 _PATIENCE = 4
 """Rounds that a proposal gets before it is adapted."""
-
-
-def log_evidence(
-    model: Callable[..., Any],
-    guide: LocalGuide,
-    model_args: ModelArgs = (),
-    model_kwargs: Mapping[str, Any] | None = None,
-    *,
-    tolerance: float = 0.02,
-    max_samples: int = 20000,
-    optimum: LocalOptimum | None = None,
-    plate: str | None = None,
-    to_args: ToArgs | None = None,
-    seed: int = 0,
-    compile: bool = False,
-    progress: bool = False,
-) -> xarray.Dataset:
-    r"""Estimates :math:`\log p(x_n) = \log \int p(x_n, z)\, dz` for every datapoint.
-
-    The estimate is the logarithm of the mean weight. Its standard error is calibrated while ``khat`` is below 0.5 and
-    too small above.
-
-    Args:
-        model: The Pyro model.
-        guide: A guide of this package; only the efficiency depends on how well it is trained.
-        model_args: The model's positional arguments, or a ``DataLoader``, whose batches are worked on one by one.
-        model_kwargs: The model's keyword arguments.
-        tolerance: Twice the standard error at which a datapoint is done, in nats.
-        max_samples: Most draws from one proposal per datapoint.
-        optimum: The result of :func:`optimize_local` on the same call, if it is at hand.
-        plate: The datapoint plate of the guide, by default; of guides that amortize both sides of crossed plates, the
-            side, with the other side's latents held at their medians.
-        to_args: Where batches of a loader hold something else than the model's arguments: a function from a batch to
-            the positional arguments, a tuple, or to a pair of these and keyword arguments, ``(args, kwargs)``.
-        seed: Seed of the draws; torch's global seed is not touched.
-        compile: Whether to compile the log-joint, which pays for many datapoints or a costly model.
-        progress: Whether to show progress bars.
-
-    Returns:
-        A dataset over the plate's dimension with ``log_evidence`` and ``log_evidence_se`` in nats; ``khat``, the shape
-        of the weights' tail (0 or less where no weight exceeds five times the mean: there is no tail then); ``ess``
-        (effective sample size); ``num_samples``; ``reliable``, whether ``khat`` is below 0.7, the standard error at
-        most ``tolerance``, and the last climbs have found no further mode. The attribute ``num_annealed`` counts the
-        datapoints whose weights are those of annealed chains, the last resort. Global latents are held at the guide's
-        median.
-
-    Raises:
-        ValueError: If the log-joint cannot be evaluated, or is not finite, naming the datapoints; if a setting is out
-            of range.
-
-    References:
-        Bayesian Inference in Econometric Models Using Monte Carlo Integration, John Geweke (1989).
-        Pareto Smoothed Importance Sampling, Aki Vehtari, Daniel Simpson, Andrew Gelman, Yuling Yao, Jonah Gabry (2024),
-        https://arxiv.org/abs/1507.02646
-        Adaptive Importance Sampling in General Mixture Classes, Olivier Cappé, Randal Douc, Arnaud Guillin, Jean-Michel
-        Marin, Christian P. Robert (2008).
-    """
-    if optimum is not None and not is_single(model_args):
-        raise ValueError(
-            "Cannot use one optimum for several batches because it belongs to one call; try leaving it out."
-        )
-    tolerance, max_samples, seed = check_effort(tolerance, max_samples, seed)
-    graphs, parts, shards = GraphCache(compile), [], Shards(model_args)
-    for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs, to_args, model)):
-        own_seed = batch_seed(seed, shards.number(number))
-        problem = bind(model, guide, args, kwargs, own_seed, graphs=graphs, plate=plate)
-        if optimum is None:
-            phi = solve(problem, tolerance, own_seed, progress).phi
-        else:
-            phi = _checked_optimum(problem, optimum, own_seed)
-        evidence = estimate_evidence(problem, phi, tolerance, max_samples, own_seed, progress)
-        num_annealed = int(evidence.pop("annealed").sum())
-        evidence["reliable"] = reliable_evidence(evidence, tolerance)
-        del evidence["settled"]
-        settings = {"tolerance": tolerance, "max_samples": max_samples, "seed": seed, "num_annealed": num_annealed}
-        parts.append(to_dataset(problem, evidence, **settings))
-    parts = list(shards.collect(parts))
-    num_annealed = sum(part.attrs["num_annealed"] for part in parts)
-    return shards.in_order(join(parts, problem.plate), problem.plate).assign_attrs(num_annealed=num_annealed)
-
-
-@torch.no_grad()
-def _checked_optimum(problem: LocalProblem, optimum: Any, seed: int) -> Tensor:
-    """phi of an optimum that is that of this call: its ELBO must be what it was found to be."""
-    cause = None
-    if not isinstance(optimum, LocalOptimum):
-        cause = f"it is a {type(optimum).__name__}"
-    elif optimum.phi.shape != problem.phi.shape:
-        cause = f"its phi has shape {tuple(optimum.phi.shape)}, and this call's {tuple(problem.phi.shape)}"
-    else:
-        family, phi = problem.objective.family, optimum.phi.to(problem.phi)
-        z = draw(family, phi, 100, generator(seed, 16))
-        values = (problem.objective.log_joint(z) - family(phi).log_prob(z)).double().cpu()
-        error = torch.hypot(values.std(0) / 10, optimum.elbo_se.double().cpu())
-        off = (values.mean(0) - optimum.elbo.double().cpu()).abs() > 8 * error + 1e-3 * (1 + values.mean(0).abs())
-        if off.any():
-            cause = f"at {int(off.sum())} datapoints the ELBO of its phi is another one now"
-    if cause is not None:
-        raise ValueError(
-            f"Cannot use this optimum because it belongs to another call: {cause}; try optimize_local(...) with the "
-            "arguments of this call, or leaving it out."
-        )
-    return optimum.phi
 
 
 def estimate_evidence(
@@ -190,15 +85,15 @@ def _estimate_block(
     problem: LocalProblem, phi: Tensor, tolerance: float, max_samples: int, seed: tuple[int, ...]
 ) -> dict[str, Tensor]:
     """Results of all datapoints of a block, those with many modes apart from the others."""
-    rounds, result = _Rounds(problem, tolerance, max_samples), dict[str, Tensor]()
+    rounds, result = Rounds(problem, tolerance, max_samples), dict[str, Tensor]()
     for rows, proposal, settled in first_proposals(problem, phi, seed):
-        own = {**_estimate_rows(rounds, proposal, rows, seed), "settled": settled}
+        own = {**estimate_rows(rounds, proposal, rows, seed), "settled": settled}
         for name, values in own.items():
             result.setdefault(name, values.new_zeros(len(phi)))[rows] = values
     return result
 
 
-def _estimate_rows(rounds: _Rounds, proposal: Proposal, rows: Tensor, seed: tuple[int, ...]) -> dict[str, Tensor]:
+def estimate_rows(rounds: Rounds, proposal: Proposal, rows: Tensor, seed: tuple[int, ...]) -> dict[str, Tensor]:
     """Estimates by the first proposal, by a fitted one, with more draws, by annealing."""
     problem, tolerance = rounds.problem, rounds.tolerance
     result = rounds.run(proposal, rows, generator(*seed, 6), patience=_PATIENCE)
@@ -215,7 +110,7 @@ def _estimate_rows(rounds: _Rounds, proposal: Proposal, rows: Tensor, seed: tupl
     if len(hopeless) and 4 * proposal.num_parts <= _ROUND:  # chains take long where there are many modes
         most = _ANNEALING * rounds.max_samples
         weights = anneal(problem, proposal[hopeless], rows[hopeless], tolerance, most, seed)
-        _keep_better(result, _checked(_summary(weights), result, hopeless), hopeless)
+        _keep_better(result, _checked(summary(weights), result, hopeless), hopeless)
     return result
 
 
@@ -223,7 +118,7 @@ def adapted_proposals(
     problem: LocalProblem, phi: Tensor, tolerance: float, seed: tuple[int, ...]
 ) -> list[tuple[Tensor, Proposal]]:
     """Rows and their proposals: the first ones where a few rounds show that they do, adapted ones elsewhere."""
-    rounds, pairs = _Rounds(problem, tolerance, _PATIENCE * _ROUND), []
+    rounds, pairs = Rounds(problem, tolerance, _PATIENCE * _ROUND), []
     for rows, proposal, _ in first_proposals(problem, phi, seed):
         done = rounds.done(rounds.run(proposal, rows, generator(*seed, 6)))
         good, poor = done.nonzero().squeeze(-1), (~done).nonzero().squeeze(-1)
@@ -244,16 +139,18 @@ def _log_weights(
 
 
 @torch.no_grad()
-def log_weights_at(problem: LocalProblem, proposal: Proposal, rows: Tensor, z: Tensor) -> Tensor:
-    """Log-weights ``(K, n)`` of ``rows`` at latents ``(K, n, D)``."""
+def log_weights_at(
+    problem: LocalProblem, proposal: Proposal, rows: Tensor, z: Tensor, log_q: Tensor | None = None
+) -> Tensor:
+    """Log-weights ``(K, n)`` of ``rows`` at latents ``(K, n, D)``, whose log-densities may be given."""
     log_joint = problem.objective.log_joint.on_rows(rows)
     values = [log_joint(z[piece].to(problem.phi)) for piece in chunks(len(z), len(rows))]
     log_p = torch.cat(values).double().cpu()
     log_p = torch.where(log_p.isfinite(), log_p, -math.inf)  # infinite only where numbers underflow
-    return log_p - proposal.log_prob(z)
+    return log_p - (proposal.log_prob(z) if log_q is None else log_q)
 
 
-def _summary(log_weights: Tensor) -> dict[str, Tensor]:
+def summary(log_weights: Tensor) -> dict[str, Tensor]:
     """Log-mean-exp, its standard error, tail shape and effective sample size of log-weights ``(K, n)``.
 
     Draws come in fours, two independent pairs from the same interval, so that their differences show the error. A few
@@ -280,7 +177,7 @@ def _summary(log_weights: Tensor) -> dict[str, Tensor]:
 
 
 @dataclass
-class _Rounds:
+class Rounds:
     """Rounds of importance sampling until every datapoint is done or has had ``max_samples`` draws."""
 
     problem: LocalProblem
@@ -305,12 +202,12 @@ class _Rounds:
             num_draws = min(4 * proposal.num_parts, max(4, (self.max_samples - len(collected)) // 4 * 4))
             fresh = _log_weights(self.problem, proposal[active], rows[active], num_draws, rng)[1]
             collected = torch.cat([collected, fresh])
-            summary = _summary(collected)
-            for name, values in summary.items():
+            found = summary(collected)
+            for name, values in found.items():
                 result.setdefault(name, values.new_zeros(len(rows)))[active] = values
-            done = self.done(summary)
+            done = self.done(found)
             if patience is not None and len(collected) >= patience * _ROUND:
-                done = done | self._hopeless(summary)
+                done = done | self._hopeless(found)
             active, collected = active[~done], collected[:, ~done]
         return result
 

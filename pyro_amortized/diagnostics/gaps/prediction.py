@@ -16,18 +16,20 @@ from pyro_amortized.diagnostics.conformal import conformal_quantile, split
 from pyro_amortized.diagnostics.datapoints import Batch, batches, joined_features
 from pyro_amortized.diagnostics.gaps.regression import GaussianProcess
 from pyro_amortized.diagnostics.optimum.elbo import log_weights
+from pyro_amortized.diagnostics.optimum.laplace import moments
 from pyro_amortized.diagnostics.optimum.local_optimum import solve
 from pyro_amortized.diagnostics.problem import to_dataset
 from pyro_amortized.diagnostics.report import join
 from pyro_amortized.guides import LocalGuide
-from pyro_amortized.objective.noise import generator
+from pyro_amortized.objective.noise import generator, seeded
 
 if TYPE_CHECKING:
     import xarray
 
 __all__ = ["predict_gap"]
 
-_NUM_DRAWS = 64
+_NUM_DRAWS, _NUM_SLOPES = 64, 32
+"""Draws for the spread of log weights, and for the gradient of the ELBO."""
 _LEAST_REFERENCE = 40
 _MOST_REFERENCE = 1500
 """Datapoints that the regression takes; it costs their number to the third power."""
@@ -53,8 +55,8 @@ def predict_gap(
     r"""Predicts every datapoint's amortization gap, and says which datapoints to refine first.
 
     For reference data the gap is found by :func:`optimize_local`. A Gaussian process learns the logarithm of it from
-    what needs neither optimisation nor gradients: the variational parameters, and mean and standard deviation of the
-    log weights of 64 draws, whose spread is what tells most. (The encoder's features alone tell little.) Part of the
+    what one look at a datapoint tells: the variational parameters, mean and standard deviation of the log weights of 64
+    draws, and the slope of the ELBO from 32. (The encoder alone tells little: draws are what tells most.) Part of the
     reference data is kept for calibration: the interval of a datapoint that is drawn as they are holds its gap with
     probability ``level``, however good the prediction.
 
@@ -124,12 +126,24 @@ def predict_gap(
 
 @torch.no_grad()
 def _inputs(batch: Batch) -> Tensor:
-    """Mean and log standard deviation of log weights, and the variational parameters, ``(N, 2 + P)``."""
+    """Mean and log standard deviation of log weights, log slope of the ELBO, variational parameters, ``(N, 3 + P)``."""
     problem = batch.problem
     weights = log_weights(problem.objective, problem.phi, None, _NUM_DRAWS, batch.seed)
     weights = weights.clamp(min=-1e30)  # where there is no density at all
-    spread = weights.std(0).clamp(min=1e-6).log()
-    return torch.cat([weights.mean(0).unsqueeze(-1), spread.unsqueeze(-1), problem.phi.double().cpu()], -1)
+    spread, slope = (value.clamp(min=1e-6).log() for value in (weights.std(0), _slope(batch)))
+    return torch.cat([torch.stack([weights.mean(0), spread, slope], -1), problem.phi.double().cpu()], -1)
+
+
+def _slope(batch: Batch) -> Tensor:
+    """The norm ``(N,)`` of the gradient of the ELBO by the variational parameters, locations in units of q."""
+    objective, phi = batch.problem.objective, batch.problem.phi
+    family, root = objective.family, moments(objective.family, phi, generator(batch.seed, 62))[1]
+    with seeded(generator(batch.seed, 63)):
+        gradient = objective.gradient(phi, objective.noise(phi, _NUM_SLOPES)).double().cpu().nan_to_num()
+    locs = gradient[:, family.locations].unflatten(-1, (-1, family.latent_dim)) @ root
+    rest = gradient.clone()
+    rest[:, family.locations] = 0.0
+    return (locs.square().sum((-1, -2)) + rest.square().sum(-1)).sqrt()
 
 
 @dataclass(frozen=True)
@@ -161,7 +175,7 @@ class _Head:
         offset = max(tolerance, 0.05 * float(gaps.median()))
         targets = (gaps.clamp(min=0.0) + offset).log()
         first, rest = split(len(gaps), generator(seed, 61), 2 / 3)
-        process = GaussianProcess.fit(inputs[first], targets[first], [slice(0, 2), slice(0, None)])
+        process = GaussianProcess.fit(inputs[first], targets[first], [slice(0, 3), slice(0, None)])
         found = process(inputs[rest])
         residual = targets[rest] - found
         return cls(
