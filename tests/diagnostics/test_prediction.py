@@ -7,7 +7,7 @@ from models import LinearGaussian
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pyro_amortized import AmortizedGuide, optimize_local, predict_gap
+from pyro_amortized import AmortizedGuide, MLPEncoder, optimize_local, predict_gap
 from pyro_amortized.diagnostics.gaps.prediction import _Head
 from pyro_amortized.diagnostics.gaps.regression import GaussianProcess
 
@@ -137,12 +137,15 @@ def test_digits() -> None:
             z = pyro.sample("z", dist.Normal(torch.zeros(8), 1.0).to_event(1))
             pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
 
-    guide = AmortizedGuide(digits)
+    guide = AmortizedGuide(digits, MLPEncoder(64, (64, 64), standardize=False))
     guide.setup(train)
     svi = SVI(digits, guide, pyro.optim.ClippedAdam({"lr": 3e-3}), Trace_ELBO())
-    for _ in range(2000):
+    for _ in range(3000):
         svi.step(train[torch.randint(len(train), (100,))])
     gaps = predict_gap(digits, guide, (new,), reference_args=(reference,))
     exact = optimize_local(digits, guide, (new,)).improvement
     assert rank_correlation(torch.from_numpy(gaps["amortization_gap"].values), exact) >= 0.8
-    assert float(exact[torch.from_numpy(gaps["refine"].values)].sum() / exact.sum()) >= 0.6
+    share = float(exact[torch.from_numpy(gaps["refine"].values)].sum() / exact.sum())
+    best = float(exact.sort(descending=True).values[:39].sum() / exact.sum())
+    assert share >= 0.6
+    assert share >= 0.9 * best  # no order can do more
