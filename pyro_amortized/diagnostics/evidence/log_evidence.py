@@ -16,6 +16,7 @@ from pyro_amortized.diagnostics.evidence.global_draws import averaged, draw_glob
 from pyro_amortized.diagnostics.optimum.local_optimum import LocalOptimum, solve
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, to_dataset
 from pyro_amortized.diagnostics.report import join
+from pyro_amortized.diagnostics.shards import Shards
 from pyro_amortized.graphs.cache import GraphCache
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.objective.noise import batch_seed, draw, generator
@@ -92,11 +93,11 @@ def log_evidence(
             "Cannot use one optimum for several batches because it belongs to one call; try leaving it out."
         )
     tolerance, max_samples, seed = check_effort(tolerance, max_samples, seed)
-    graphs, parts, num_annealed, draws = GraphCache(compile), [], 0, None
+    graphs, parts, shards, draws = GraphCache(compile), [], Shards(model_args), None
     if num_global_samples is not None:
         num_global_samples = check_count("num_global_samples", num_global_samples, 2, 200)
     for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs, to_args, model)):
-        own_seed = batch_seed(seed, number)
+        own_seed = batch_seed(seed, shards.number(number))
         problem = bind(model, guide, args, kwargs, own_seed, graphs=graphs, plate=plate)
         if optimum is None:
             phi = solve(problem, tolerance, own_seed, progress).phi
@@ -108,17 +109,20 @@ def log_evidence(
             draws = draws or draw_globals(guide, args, kwargs, num_global_samples, seed)
             effort = Effort(tolerance, max_samples)
             evidence = averaged(evidence_of_draws(problem, phi, draws.values, effort, own_seed, progress))
-        num_annealed += int(evidence.pop("annealed").sum())
+        num_annealed = int(evidence.pop("annealed").sum())
         evidence["reliable"] = reliable_evidence(evidence, tolerance)
         del evidence["settled"]
         of_draws = {name: evidence.pop(name) for name in [*evidence] if evidence[name].dim() > 1}
-        part = to_dataset(problem, evidence, tolerance=tolerance, max_samples=max_samples, seed=seed)
+        settings = {"tolerance": tolerance, "max_samples": max_samples, "seed": seed, "num_annealed": num_annealed}
+        part = to_dataset(problem, evidence, **settings)
         cells = {name: (("global_draw", problem.plate), values.numpy()) for name, values in of_draws.items()}
         parts.append(part.assign(cells))
         if draws is not None:
             held = f"averaged over {num_global_samples} draws from the guide: {', '.join(draws.names)}"
             parts[-1].attrs["global_latents"] = held
-    return join(parts, problem.plate).assign_attrs(num_annealed=num_annealed)
+    parts = list(shards.collect(parts))
+    num_annealed = sum(part.attrs["num_annealed"] for part in parts)
+    return shards.in_order(join(parts, problem.plate), problem.plate).assign_attrs(num_annealed=num_annealed)
 
 
 @torch.no_grad()
