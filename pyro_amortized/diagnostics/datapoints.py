@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pyro_amortized.diagnostics.batches import ModelArgs, ToArgs, calls, num_calls
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar
-from pyro_amortized.encoders.modes import evaluating
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.objective.noise import batch_seed
 
@@ -48,7 +47,7 @@ def batches(
         for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs, to_args, model)):
             own = batch_seed(seed, number)
             problem = bind(model, guide, args, kwargs, own)
-            with torch.no_grad(), evaluating(guide):
+            with torch.no_grad():
                 features = guide.encoder_features(*args, **kwargs)
             known = torch.cat([features.to(problem.phi), problem.phi], -1)
             yield Batch(problem, known.double().cpu(), own)

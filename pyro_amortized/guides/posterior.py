@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_amortized.checks import check_probabilities
+from pyro_amortized.encoders.modes import evaluating
 from pyro_amortized.families import VariationalFamily
 from pyro_amortized.guides.call import Call
 from pyro_amortized.guides.encoding import EncodingGuide
@@ -103,13 +104,14 @@ class PosteriorGuide(EncodingGuide):
 
         Features of several entries of a datapoint are averaged over them, those of all levels and the parts of a pair
         are put side by side. A guide that encodes nothing has none, F = 0; of one that refines it is the encoder where
-        it starts.
+        it starts. It runs in evaluation mode, without dropout.
         """
         inferred_size = self._infer(args, kwargs, predicting=True).structure.datapoints.size
         strategy = start_of(self._modules.get("inference"))
         if not isinstance(strategy, Encoded):
             return self._like.new_zeros(inferred_size, 0)
-        parts = output_parts(strategy.encoder(*self.encoder_inputs(*args, **kwargs)))
+        with evaluating(self):
+            parts = output_parts(strategy.encoder(*self.encoder_inputs(*args, **kwargs)))
         return torch.cat([part.flatten(1, -2).mean(1) if part.dim() > 2 else part for part in parts], -1)
 
     def variational_parameters(self, *args: Any, **kwargs: Any) -> Tensor:
