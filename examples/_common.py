@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from pyro.infer import SVI, TraceMeanField_ELBO
 from pyro.optim import ClippedAdam
 from torch import nn
+from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from pyro_amortized import AmortizedGuide, IterativeAmortizedGuide, MLPEncoder, SemiAmortizedGuide
@@ -162,21 +163,31 @@ def train(
 
 
 @torch.no_grad()
-def elbo(model: VAE, guide: Guide, images: torch.Tensor, num_particles: int = 250) -> tuple[float, float]:
-    """The ELBO in nats per image, a mean over images and draws, and its Monte Carlo standard error.
+def elbo_draws(model: VAE, posterior: Distribution, images: torch.Tensor, num_particles: int = 250) -> torch.Tensor:
+    """The ELBO in nats per image, a mean over the images for each of ``num_particles`` draws.
 
-    Draws are the same in every call, so that guides can be compared closely.
+    Draws are the same in every call, so that posteriors can be compared closely.
     """
     torch.manual_seed(0)
-    posterior = guide.posterior(images)
     draws = []
     for _ in range(num_particles // 25):
         z = posterior.rsample((25,))
         log_joint = dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
         log_joint += dist.Bernoulli(logits=model.decoder(z)).log_prob(images).sum(-1)
         draws.append((log_joint - posterior.log_prob(z)).mean(-1))
-    values = torch.cat(draws)
-    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+    return torch.cat(draws)
+
+
+def mean_and_error(draws: torch.Tensor) -> tuple[float, float]:
+    """The mean of draws and its standard error."""
+    return draws.mean().item(), (draws.std() / len(draws) ** 0.5).item()
+
+
+def elbo(model: VAE, guide: Guide, images: torch.Tensor) -> tuple[float, float]:
+    """The ELBO of a guide in nats per image, and its Monte Carlo standard error."""
+    with torch.no_grad():
+        posterior = guide.posterior(images)
+    return mean_and_error(elbo_draws(model, posterior, images))
 
 
 def elbo_by_steps(
@@ -196,11 +207,12 @@ def drawing(path: Path, title: str, rows: int = 1, columns: int = 1, **options: 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained", **options)
-    yield axes.ravel()
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with plt.style.context("pyro_amortized.style"):
+        figure, axes = plt.subplots(rows, columns, squeeze=False, **options)
+        yield axes.ravel()
+        figure.suptitle(title)
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
 
 
 def save_curves(
@@ -222,5 +234,5 @@ def save_curves(
                 ax.plot(steps, values, "o-", label=name)
             ax.set(xlabel="steps", ylabel="held-out ELBO, nats per image", xticks=steps)
         whole.set(title="all")
-        whole.legend(frameon=False)
+        whole.legend()
         detail.set(title="the uppermost part", ylim=(high - height, high + 0.05 * height))

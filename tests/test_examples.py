@@ -23,9 +23,10 @@ def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
     runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
 
 
-def test_vae(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    run(monkeypatch, "vae.py", "--num-steps", "2")
+def test_vae(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run(monkeypatch, "vae.py", "--num-steps", "2", "--out", str(tmp_path))
     assert "held-out: ELBO" in capsys.readouterr().out
+    assert (tmp_path / "vae.png").exists()
 
 
 @pytest.fixture

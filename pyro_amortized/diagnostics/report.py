@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from html import escape
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +20,10 @@ if TYPE_CHECKING:
     import xarray
     from matplotlib.axes import Axes
 
-__all__ = ["Report", "fill", "join", "new_axes", "widening"]
+__all__ = ["Report", "fill", "in_style", "join", "new_axes", "put_title", "widening"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass
@@ -30,6 +35,22 @@ class Report:
     """
 
     dataset: xarray.Dataset
+
+    @property
+    def verdict(self) -> str:
+        """What the numbers say, in words."""
+        return ""
+
+    def _repr_html_(self) -> str:
+        """The verdict, the table and, folded away, the dataset."""
+        lines, words = str(self).splitlines(), self.verdict.split()
+        ends = [i for i in range(len(lines)) if " ".join(lines[i:]).split() == words]
+        table = "\n".join(lines[: ends[0]] if ends else lines)
+        verdict = f"<p>{escape(' '.join(words))}</p>" if words else ""
+        return (
+            f'{verdict}<pre style="overflow-x: auto">{escape(table)}</pre>'
+            f"<details><summary>dataset</summary>{self.dataset._repr_html_()}</details>"
+        )
 
     def to_netcdf(self, path: str | os.PathLike[str]) -> None:
         """Saves the dataset; :meth:`from_netcdf` reads it again.
@@ -122,6 +143,27 @@ def new_axes(ax: Axes | None, figsize: tuple[float, float] = (7, 4)) -> Axes:
     import matplotlib.pyplot as plt
 
     return plt.subplots(figsize=figsize)[1]
+
+
+def in_style(draw: Callable[P, T]) -> Callable[P, T]:
+    """A function that draws, in the style of the package, ``plt.style.use("pyro_amortized.style")``."""
+
+    @functools.wraps(draw)
+    def drawing(*args: P.args, **kwargs: P.kwargs) -> T:
+        import matplotlib.style
+
+        with matplotlib.style.context("pyro_amortized.style"):
+            return draw(*args, **kwargs)
+
+    return drawing
+
+
+def put_title(ax: Axes, title: str, verdict: str = "", most: int = 4) -> None:
+    """Puts a title and the first lines of a verdict over axes."""
+    lines = fill(verdict, 84)
+    if len(lines) > most:
+        lines = [*lines[: most - 1], f"{lines[most - 1]} ..."]
+    ax.set_title("\n".join([title, *lines]), fontsize="small" if lines else "medium")
 
 
 def widening(degrees_of_freedom: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from pyro_amortized.guides.global_guide import (
 from pyro_amortized.guides.inputs import EncoderInput
 from pyro_amortized.guides.levels import Sharing
 from pyro_amortized.guides.posterior import PosteriorGuide
-from pyro_amortized.guides.printing import describe
+from pyro_amortized.guides.printing import describe, describe_in_html
 from pyro_amortized.guides.sampling import (
     KeepLogDensity,
     add_gradient,
@@ -123,6 +123,9 @@ class LocalGuide(PosteriorGuide):
     def __repr__(self) -> str:
         """The model, its sites, and what guides them, before and after the guide is set up."""
         return describe(self)
+
+    def _repr_html_(self) -> str:
+        return describe_in_html(self)
 
     # Building
 

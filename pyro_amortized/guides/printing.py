@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import Any
 
 from pyro_amortized.inference.refined import start_of
 from pyro_amortized.structure.signature import named_function
 
-__all__ = ["describe"]
+__all__ = ["describe", "describe_in_html"]
 
 
 def describe(guide: Any) -> str:
@@ -35,3 +36,13 @@ def describe(guide: Any) -> str:
     parts = {"encoder": encoder, "inference": modules.get("inference"), "global guide": modules.get("global_guide")}
     lines += [f"  {what}: {type(module).__name__}" for what, module in parts.items() if module is not None]
     return "\n".join([*lines, f"  parameters: {sum(p.numel() for p in guide.parameters()):,}"])
+
+
+def describe_in_html(guide: Any) -> str:
+    """The same as a table."""
+    heading, *lines = describe(guide).splitlines()
+    cells = [
+        (escape(part) for part in (line.strip().partition(": ") if ": " in line else ("", "", line))) for line in lines
+    ]
+    rows = "".join(f'<tr><th style="text-align: left">{what}</th><td>{said}</td></tr>' for what, _, said in cells)
+    return f"<strong>{escape(heading)}</strong><table>{rows}</table>"

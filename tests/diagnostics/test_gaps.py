@@ -253,6 +253,33 @@ def test_plot_returns_axes(gaps: GapEstimate) -> None:
     plt.close(axes.figure)
 
 
+def test_plot_leaves_out_what_is_far_above(gaps: GapEstimate) -> None:
+    import matplotlib.pyplot as plt
+
+    before = gaps.plot().get_ylim()[1]
+    data = gaps.dataset.copy(deep=True)
+    for name in ("amortization_gap", "inference_gap"):
+        data[name].values[3] = 4321.0
+    data["reliable"].values[:2] = False
+    axes = GapEstimate(data).plot()
+    assert axes.get_ylim()[1] < 5 * before
+    assert [text.get_text() for text in axes.texts] == ["1 above the axis: 4.32e+03"]
+    assert "unreliable (2)" in [text.get_text() for text in axes.get_legend().get_texts()]
+    assert "datapoints of plate 'data'" in axes.get_title()
+    assert "gap" in axes.get_title().splitlines()[1]
+    for name in ("amortization_gap", "inference_gap"):
+        data[name].values[:] = np.inf
+    GapEstimate(data).plot()
+    plt.close("all")
+
+
+def test_reports_have_an_html_form(gaps: GapEstimate) -> None:
+    html = gaps._repr_html_()
+    assert html.count(" ".join(gaps.verdict.split()).replace('"', "&quot;")) == 1
+    assert "log evidence  log p(x)" in html
+    assert "<script" not in html
+
+
 def test_batches_concatenate_to_the_whole() -> None:
     oracle = Oracle(hard=False, points=10)
     guide = AmortizedGuide(oracle.model, oracle.encoder())

@@ -21,7 +21,7 @@ from pyro_amortized.diagnostics.calibration.plots import draw_coverage, draw_ecd
 from pyro_amortized.diagnostics.calibration.ranks import prior_location, ranks
 from pyro_amortized.diagnostics.calibration.uniformity import holm, simultaneous_band, uniformity_test
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar
-from pyro_amortized.diagnostics.report import Report, new_axes
+from pyro_amortized.diagnostics.report import Report, in_style, new_axes, put_title
 from pyro_amortized.diagnostics.simulation import Simulator
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.objective.noise import generator
@@ -64,6 +64,15 @@ class CalibrationReport(Report):
         data = self.dataset.sortby("p_adjusted")
         return tuple(str(name) for name in data["quantity"].values[data["p_adjusted"].values < LEVEL])
 
+    @property
+    def verdict(self) -> str:
+        """Whether the guide is calibrated, and in how many quantities it fails."""
+        return (
+            f"{'CALIBRATED' if self.calibrated else 'NOT CALIBRATED'}: {len(self.failing)} of "
+            f"{self.dataset.sizes['quantity']} quantities fail (an exact posterior fails in any with probability "
+            f"{LEVEL:.0%})"
+        )
+
     def coverage(self, level: float) -> tuple[float, float]:
         """Share of simulations whose latents lie in the guide's region of highest density with the given content.
 
@@ -79,12 +88,10 @@ class CalibrationReport(Report):
         words = dict(zip(data["quantity"].values.tolist(), data["finding"].values.tolist(), strict=True))
         count = data.sizes["quantity"]
         shown = data.isel(quantity=np.argsort(data["p_value"].values, kind="stable")[:_SHOWN])
-        verdict = "CALIBRATED" if self.calibrated else "NOT CALIBRATED"
         lines = [
             f"Simulation-based calibration: {data.sizes['simulation']} simulations of plate {attrs['plate']!r}, "
             f"{attrs['num_samples']} draws each ({attrs['guide']}, {attrs['family']} family)",
-            f"{verdict}: {len(self.failing)} of {count} quantities fail (an exact posterior fails in any with "
-            f"probability {LEVEL:.0%})",
+            self.verdict,
             f"{'quantity':16s}{'shift':>8s}{'spread':>8s}{'p':>10s}{'adjusted':>10s}  finding",
         ]
         for name in shown["quantity"].values:
@@ -101,6 +108,7 @@ class CalibrationReport(Report):
             lines.append(f"global latents {attrs['global_latents']}")
         return "\n".join([*lines, *(f"- {line}" for line in advice(words))])
 
+    @in_style
     def plot(self, kind: str = "ecdf", ax: Axes | None = None, *, quantity: str | None = None) -> Axes:
         """Draws one of four pictures.
 
@@ -126,6 +134,7 @@ class CalibrationReport(Report):
         if quantity is not None and quantity not in names:
             raise ValueError(f"Cannot draw quantity {quantity!r} because there is none; try one of {names[:20]}.")
         ax = new_axes(ax)
+        put_title(ax, f"{self.dataset.attrs['guide']}, {self.dataset.attrs['family']} family", self.verdict)
         if kind == "ecdf":
             return draw_ecdf(self.dataset, ax, names if quantity is None else [quantity], self.failing)
         if kind == "ranks":

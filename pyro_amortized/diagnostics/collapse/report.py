@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyro_amortized.diagnostics.report import Report, new_axes
+from pyro_amortized.diagnostics.report import Report, in_style, new_axes, put_title
 
 if TYPE_CHECKING:
     import xarray
@@ -128,6 +128,7 @@ class CollapseReport(Report):
             rows.setdefault(str(name), []).append(i)
         return rows
 
+    @in_style
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draws the KL divergence of every dimension; those that are not active are pale.
 
@@ -157,13 +158,15 @@ class CollapseReport(Report):
                     alpha=alpha,
                     label=f"{name} ({chosen.sum()})",
                 )
-        ax.axhline(level, color="black", lw=0.8, ls=":", label=label)
+        ax.axhline(level, color="0.5", lw=0.8, ls=":", label=label)
         few = position[:: max(1, len(position) // 20)]
         ax.set_xticks(few, [str(self.dataset["latent"].values[i]) for i in few], rotation=90)
         ax.set(ylabel="entropy of the codes, nats" if is_codes else "KL, nats per datapoint")
         ax.legend(frameon=is_codes, loc="lower right" if is_codes else "best")
+        put_title(ax, f"{self.num_datapoints} datapoints of plate {self.dataset.attrs['plate']!r}", self.verdict)
         return ax
 
+    @in_style
     def plot_curve(self, ax: Axes | None = None, label: str | None = None) -> Axes:
         """Draws the share of collapsed dimensions against epsilon; reports may be compared in one picture.
 
@@ -179,7 +182,8 @@ class CollapseReport(Report):
         ax.plot(curve["epsilon"].values, 100 * curve.values, drawstyle="steps-post", label=label)
         ax.set(xscale="log", xlabel="epsilon, nats", ylabel="collapsed dimensions, %", ylim=(-3, 103))
         if label is not None:
-            ax.legend(frameon=False)
+            ax.legend()
+        ax.set_title("Collapsed dimensions by threshold")
         return ax
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from pyro_amortized.diagnostics.batches import ModelArgs, ToArgs, calls, num_calls
 from pyro_amortized.diagnostics.checks import Effort, check_effort
-from pyro_amortized.diagnostics.gaps.gaps import GapEstimate, decompose, warn_of_violations
+from pyro_amortized.diagnostics.gaps.gaps import QUANTITIES, GapEstimate, decompose, warn_of_violations
+from pyro_amortized.diagnostics.gaps.plots import AMORTIZATION, APPROXIMATION
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar
-from pyro_amortized.diagnostics.report import Report, fill, new_axes
+from pyro_amortized.diagnostics.report import Report, fill, in_style, new_axes, put_title
 from pyro_amortized.graphs.cache import GraphCache
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.objective.noise import batch_seed
@@ -134,6 +135,7 @@ class GapComparison(Report):
                 words.append(case + gaps.concentration)
         return " ".join(words)
 
+    @in_style
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draws the two mean gaps of every case, stacked, with the standard error of their sum.
 
@@ -148,12 +150,13 @@ class GapComparison(Report):
         ax = new_axes(ax, (7, 1.2 + 0.4 * len(names)))
         position = np.arange(len(names))[::-1]
         left = np.zeros(len(names))
-        for gap in ("approximation_gap", "amortization_gap"):
-            ax.barh(position, data[gap].values, left=left, label=gap.replace("_", " "))
+        for gap, colour in (("approximation_gap", APPROXIMATION), ("amortization_gap", AMORTIZATION)):
+            ax.barh(position, data[gap].values, left=left, color=colour, label=gap.replace("_", " "))
             left = left + data[gap].values
-        ax.errorbar(left, position, xerr=data["inference_gap_se"].values, fmt="none", color="black", capsize=3)
+        ax.errorbar(left, position, xerr=data["inference_gap_se"].values, fmt="none", color="C3", capsize=3)
         ax.set(yticks=position, yticklabels=names, xlabel="nats per datapoint")
-        ax.legend(frameon=False)
+        ax.legend()
+        put_title(ax, "Mean gaps, with the standard error of their sum", self.verdict)
         return ax
 
 

@@ -21,9 +21,10 @@ from pyro_amortized.diagnostics.batches import ModelArgs, ToArgs, calls, is_sing
 from pyro_amortized.diagnostics.checks import Effort, check_effort
 from pyro_amortized.diagnostics.evidence.evidence import estimate_evidence, reliable_evidence
 from pyro_amortized.diagnostics.gaps.importance_weighted import importance_weighted_bound
+from pyro_amortized.diagnostics.gaps.plots import draw_stacks
 from pyro_amortized.diagnostics.optimum.local_optimum import solve
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar, to_dataset
-from pyro_amortized.diagnostics.report import Report, fill, join, new_axes
+from pyro_amortized.diagnostics.report import Report, fill, in_style, join, new_axes, put_title
 from pyro_amortized.diagnostics.shards import Shards
 from pyro_amortized.graphs.cache import GraphCache
 from pyro_amortized.guides import LocalGuide
@@ -160,8 +161,11 @@ class GapEstimate(Report):
         order = np.argsort(-self.dataset[by].values, kind="stable")[: check_count("n", n, 1, 10)]
         return self.dataset.isel({self.plate: order})
 
+    @in_style
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draws every datapoint's two gaps, stacked, in order of their sum; unreliable ones are marked.
+
+        The axis leaves out gaps far above the others, whose values are written beside it.
 
         Args:
             ax: Axes to draw on; new ones if None.
@@ -169,23 +173,9 @@ class GapEstimate(Report):
         Returns:
             The axes.
         """
-        ax = new_axes(ax)
-        data = self.dataset.sortby("inference_gap")
-        position = np.arange(data.sizes[self.plate])
-        amortization, approximation = data["amortization_gap"].values, data["approximation_gap"].values
-        ax.bar(position, approximation, width=1.0, label=f"approximation gap (mean {approximation.mean():.2f})")
-        ax.bar(
-            position,
-            amortization,
-            bottom=approximation,
-            width=1.0,
-            label=f"amortization gap (mean {amortization.mean():.2f})",
-        )
-        doubtful = position[~data["reliable"].values]
-        if len(doubtful):
-            ax.plot(doubtful, np.zeros_like(doubtful), "x", color="black", ms=4, label=f"unreliable ({len(doubtful)})")
-        ax.set(xlabel=f"{self.plate} (sorted)", ylabel="nats", xlim=(-0.5, len(position) - 0.5))
-        ax.legend(frameon=False)
+        ax = draw_stacks(self.dataset, new_axes(ax))
+        count, family = self.dataset.sizes[self.plate], self.dataset.attrs.get("family", "")
+        put_title(ax, f"Gaps of {count} datapoints of plate {self.plate!r} ({family} family)", _dominance(self))
         return ax
 
     @classmethod
