@@ -5,11 +5,13 @@ DEMO_ARGS ?=
 TEST_ARGS ?= -n auto --dist loadgroup
 SEED ?= 0
 NUM ?= 5000
+TUTORIALS ?=
+RELEASE_ARGS ?=
 START ?= 0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow fuzz lint format house docs bench bench-scale encoders hierarchies robustness public-models clean
+.PHONY: help demo test test-slow fuzz lint format house docs docs-full tutorials pictures test-docs release-check test-oldest bench bench-scale hierarchies robustness public-models encoders clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -39,7 +41,27 @@ house: $(VENV)/.test  ## print the structure of the package in figures
 	$(BIN)/python tests/house.py --rooms
 
 docs: $(VENV)/.docs  ## build the documentation into docs/_build/html
-	$(BIN)/sphinx-build -W --keep-going docs docs/_build/html
+	$(BIN)/sphinx-build -j auto -W --keep-going docs docs/_build/html
+
+docs-full: $(VENV)/.docs  ## the same, with every page and every tutorial executed
+	DOCS_FULL=1 $(BIN)/sphinx-build -E -j auto -W --keep-going docs docs/_build/html
+
+tutorials: $(VENV)/.docs  ## execute the tutorials and write their outputs into them (names in TUTORIALS)
+	$(BIN)/python docs/execute.py $(TUTORIALS)
+
+pictures: $(VENV)/.docs  ## draw the logo and the pictures of the front pages
+	$(BIN)/python docs/pictures.py
+
+test-docs: docs $(VENV)/.site  ## open every page of the built documentation in a headless Chromium
+	$(BIN)/python -m pytest -m site tests/test_site.py
+
+release-check: $(VENV)/.release  ## build the distributions and check all that can be without publishing (RELEASE_ARGS=--all)
+	$(BIN)/python tests/release.py $(RELEASE_ARGS)
+
+test-oldest:  ## run the default tests with the oldest versions that the package takes, in .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
+	.venv-oldest/bin/python -m pytest $(TEST_ARGS)
 
 bench: $(VENV)/.examples  ## run the benchmarks
 	$(BIN)/python benchmarks/run.py
@@ -60,13 +82,13 @@ public-models: $(VENV)/.examples  ## train public models with default guides, wi
 	$(BIN)/python benchmarks/public_models.py
 
 clean:  ## remove the virtual environment and everything built
-	rm -rf $(VENV) build dist *.egg-info docs/_build .coverage .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest build dist *.egg-info docs/_build .coverage .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp per extra: install once, and again when the dependencies or their pins change.
-$(VENV)/.examples $(VENV)/.test $(VENV)/.lint $(VENV)/.docs: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.examples $(VENV)/.test $(VENV)/.lint $(VENV)/.docs $(VENV)/.release $(VENV)/.site: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	@touch $@

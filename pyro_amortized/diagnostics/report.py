@@ -47,10 +47,9 @@ class Report:
         ends = [i for i in range(len(lines)) if " ".join(lines[i:]).split() == words]
         table = "\n".join(lines[: ends[0]] if ends else lines)
         verdict = f"<p>{escape(' '.join(words))}</p>" if words else ""
-        return (
-            f'{verdict}<pre style="overflow-x: auto">{escape(table)}</pre>'
-            f"<details><summary>dataset</summary>{self.dataset._repr_html_()}</details>"
-        )
+        box = '<pre style="overflow-x: auto">{}</pre>'
+        numbers = f"<details><summary>dataset</summary>{box.format(escape(repr(self.dataset)))}</details>"
+        return verdict + box.format(escape(table)) + numbers
 
     def to_netcdf(self, path: str | os.PathLike[str]) -> None:
         """Saves the dataset; :meth:`from_netcdf` reads it again.
