@@ -118,6 +118,57 @@ def draw_gaps() -> None:
     plt.close(figure)
 
 
+def draw_refinement() -> None:
+    """The amortization gap of the README's example by number of refinement steps."""
+    model, guide, x, _ = readme_example()
+    refined, steps, means, errors = guide.refined(20), (0, 1, 2, 3, 5, 10, 20), [], []
+    for refined.num_steps in steps:
+        left = optimize_local(model, refined, (x[:100],)).improvement.detach()
+        means.append(float(left.mean()))
+        errors.append(float(left.std() / len(left) ** 0.5))
+    figure, ax = plt.subplots(figsize=(6, 3))
+    ax.errorbar(range(len(steps)), means, errors, fmt="o-", capsize=3)
+    ax.set(xticks=range(len(steps)), xticklabels=steps, yscale="log", ylim=(5e-4, 1), xlabel="refinement steps")
+    ax.set(ylabel="nats per datapoint", title="amortization gap, mean and standard error over 100 datapoints")
+    figure.savefig(OUT / "refinement.png", dpi=150)
+    plt.close(figure)
+
+
+def draw_families() -> None:
+    """What each family makes of one bent posterior."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(bend(z), 0.3), obs=x)
+
+    def bend(z: Tensor) -> Tensor:
+        return z[..., 1] + z[..., 0] + 0.6 * z[..., 0] ** 2
+
+    pyro.set_rng_seed(0)
+    x, families = torch.tensor([1.0]), ("normal", "multivariate_normal", "mixture", "flow")
+    grid = torch.linspace(-2.5, 2.5, 160)
+    z = torch.stack(torch.meshgrid(grid, grid, indexing="xy"), -1)
+    exact = dist.Normal(bend(z), 0.3).log_prob(x) - 0.5 * z.square().sum(-1)
+    figure, axes = plt.subplots(1, len(families), figsize=(9, 2.6), sharex=True, sharey=True)
+    for ax, name in zip(axes, families, strict=True):
+        guide = AmortizedGuide(model, family=name, name=name)
+        elbo = pyro.infer.Trace_ELBO(num_particles=32, vectorize_particles=True, max_plate_nesting=1)
+        svi = pyro.infer.SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.01, "lrd": 0.998}), elbo)
+        for _ in range(1000):  # a flow has networks that all datapoints share
+            svi.step(x)
+        optimum = optimize_local(model, guide, (x,))
+        with torch.no_grad():
+            density = guide.infer(x).family(optimum.phi).log_prob(z.reshape(-1, 1, 2)).reshape(z.shape[:2])
+        gap = float(torch.logsumexp(exact - np.log(2 * np.pi), (0, 1)) + 2 * np.log(5 / 159)) - float(optimum.elbo)
+        ax.contourf(grid, grid, (exact - exact.max()).exp(), levels=np.linspace(0.05, 1, 8), cmap="Greys", alpha=0.6)
+        ax.contour(grid, grid, (density - density.max()).exp(), levels=[0.1, 0.5], colors=[BLUE], linewidths=1.5)
+        ax.set(title=f"{name}\n{gap:.2f} nats short", xlabel="$z_1$", xlim=(-2.2, 2.2), ylim=(-2.5, 2.2))
+    axes[0].set_ylabel("$z_2$")
+    figure.savefig(OUT / "families.png", dpi=150)
+    plt.close(figure)
+
+
 def _box(ax: Axes, x: float, y: float, text: str, colour: str = GREY, width: float = 2.5) -> None:
     """A box with a text, around a point."""
     style = {"boxstyle": "round,pad=0.06", "fc": "none", "ec": colour, "lw": 1.5}
@@ -171,6 +222,8 @@ def main() -> None:
     draw_badge("typed", "types", "mypy")
     draw_choosing()
     draw_gaps()
+    draw_refinement()
+    draw_families()
 
 
 if __name__ == "__main__":
