@@ -23,6 +23,7 @@ TITLES = {
     "objective": "Log-joint and ELBO",
     "graphs": "Compilation",
     "training": "Training",
+    "lightning": "Training by Lightning",
     "diagnostics": "Diagnostics",
     "export": "Export",
     "checks": "Values of options",
@@ -120,10 +121,10 @@ class Messages(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """The sections."""
         messages = all_messages()
-        assert {message.room for message in messages} <= set(TITLES), "a room without a title"
+        rooms = [*TITLES, *sorted({message.room for message in messages} - set(TITLES))]
         return [
-            self._section(room, title, chosen)
-            for room, title in TITLES.items()
+            self._section(room, TITLES.get(room, room), chosen)
+            for room in rooms
             if (chosen := [message for message in messages if message.room == room])
         ]
 

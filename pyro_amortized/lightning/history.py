@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pyro_amortized.diagnostics.report import Report, new_axes
+from pyro_amortized.diagnostics.report import Report, in_style, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +37,7 @@ class History(Report):
 
     __repr__ = __str__
 
+    @in_style
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draws the losses over the steps of training; those of training as they come, and smoothed.
 
