@@ -47,6 +47,7 @@ nb_execution_cache_path = str(HERE / "_build/outputs" / sha256(sources).hexdiges
 nb_execution_excludepatterns = [] if full else [f"tutorials/{name}" for name in tutorials if name not in in_turn]
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
+nb_execution_in_temp = True
 nb_merge_streams = True
 nb_output_stderr = "remove"
 myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "deflist", "dollarmath"]

@@ -54,11 +54,16 @@ def save_gaps(results: Results, path: Path) -> None:
     """A panel per guide and data: both gaps of every image, stacked."""
     title = "Gap between the log evidence and the ELBO, image by image"
     rows = len(results) // 2
+    names = dict.fromkeys(name for name, _ in results)
+    cases = [(name, split) for name in names for split in ("training", "held-out")]
+    limits = []
     with drawing(path, title, rows, 2, figsize=(11, 2.5 * rows), sharex=True, sharey=True) as axes:
-        for ax, ((name, split), gaps) in zip(axes, results.items(), strict=True):
-            gaps.plot(ax)
+        for ax, (name, split) in zip(axes, cases, strict=True):
+            results[name, split].plot(ax)
+            limits.append(ax.get_ylim())
             ax.set_title(f"{name} guide, {split} images", fontsize="medium")
             ax.label_outer()
+        axes[0].set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,9 @@ class Refinement:
         best = elbo_draws(model, family(optimize_local(model, guide, (images,)).phi), images)
         before, steps, errors = guide.num_steps, [], []
         for guide.num_steps in REFINEMENT:
-            mean, error = mean_and_error(elbo_draws(model, guide.posterior(images), images) - best)
+            with guide.repeatable():  # as the diagnostics see it
+                posterior = guide.posterior(images)
+            mean, error = mean_and_error(elbo_draws(model, posterior, images) - best)
             steps.append(best.mean().item() + mean)
             errors.append(error)
         guide.num_steps = before

@@ -263,7 +263,7 @@ def test_plot_leaves_out_what_is_far_above(gaps: GapEstimate) -> None:
     data["reliable"].values[:2] = False
     axes = GapEstimate(data).plot()
     assert axes.get_ylim()[1] < 5 * before
-    assert [text.get_text() for text in axes.texts] == ["1 above the axis: 4.32e+03"]
+    assert [text.get_text() for text in axes.texts] == ["largest: 4.32e+03"]
     assert "unreliable (2)" in [text.get_text() for text in axes.get_legend().get_texts()]
     assert "datapoints of plate 'data'" in axes.get_title()
     assert "gap" in axes.get_title().splitlines()[1]

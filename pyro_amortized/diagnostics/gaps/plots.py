@@ -41,19 +41,12 @@ def draw_stacks(data: xarray.Dataset, ax: Axes) -> Axes:
     if len(doubtful):
         marks = np.full(len(doubtful), -0.05 * top)
         ax.plot(doubtful, marks, "x", color="C3", ms=5, label=f"unreliable ({len(doubtful)})")
-    above = position[~(total <= top)]
+    above = total[~(total <= top)]
     if len(above):
-        text = ", ".join(f"{total[i]:.3g}" for i in above[::-1][:_WRITTEN]) + (
-            "" if len(above) <= _WRITTEN else ", ..."
+        text = ", ".join(f"{value:.3g}" for value in above[::-1][:_WRITTEN]) + (
+            ", ..." if len(above) > _WRITTEN else ""
         )
-        ax.annotate(
-            f"{len(above)} above the axis: {text}",
-            (1, 1),
-            xycoords="axes fraction",
-            ha="right",
-            va="top",
-            fontsize="small",
-        )
+        ax.annotate(f"largest: {text}", (1, 1), xycoords="axes fraction", ha="right", va="top", fontsize="small")
     ax.legend(loc="upper left")
     return ax
 
