@@ -217,7 +217,7 @@ def main() -> None:
     plt.style.use("pyro_amortized.style")
     plt.rcParams["svg.hashsalt"] = "pyro_amortized"
     draw_logo()
-    draw_badge("python", "python", "3.10 | 3.11 | 3.12 | 3.13")
+    draw_badge("python", "python", "3.10 or later")
     draw_badge("licence", "licence", "Apache 2.0")
     draw_badge("typed", "types", "mypy")
     draw_choosing()
