@@ -64,6 +64,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autosummary_generate = False
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # properties have descriptions of their own
 
 html_theme = "furo"
 html_title = f"{project} {release}"
