@@ -22,7 +22,7 @@ def messages(monkeypatch: pytest.MonkeyPatch):
 def test_messages_have_remedies(messages) -> None:
     found = messages.all_messages()
     assert len(found) > 200
-    without = [message.what for message in found if not message.remedy]
+    without = [message.what for message in found if not message.remedy and not message.is_warning]
     assert len(without) <= 3, without
 
 
