@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_amortized.diagnostics.batches import ModelArgs, ToArgs, calls, num_calls
 from pyro_amortized.diagnostics.checks import Effort, check_effort
-from pyro_amortized.diagnostics.gaps.gaps import QUANTITIES, GapEstimate, decompose, warn_of_violations
+from pyro_amortized.diagnostics.gaps.gaps import GapEstimate, decompose, warn_of_violations
 from pyro_amortized.diagnostics.gaps.plots import AMORTIZATION, APPROXIMATION
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar
 from pyro_amortized.diagnostics.report import Report, fill, in_style, new_axes, put_title
