@@ -122,6 +122,8 @@ def test_shifted_data_are_found_and_usual_ones_are_not() -> None:
         shifted = typicality(model.full, guide, (x + 6.0,), reference_args=(reference,))
     assert auroc(shifted, usual) > 0.95
     assert shifted.dataset["atypical"].all()
+    with pytest.warns(AtypicalDataWarning, match="as a whole are unlike"):  # though few are far out by themselves
+        typicality(model.full, guide, (x + 2.5,), reference_args=(reference,))
     with pytest.warns(AtypicalDataWarning, match=r"1 datapoints are unlike.*first: \[3\].*try guide.refined\(20\)"):
         mixed = typicality(model.full, guide, (torch.cat([x[:3], x[3:4] + 9.0, x[4:10]]),), reference_args=(reference,))
     assert mixed.dataset["found"].values.tolist() == [False] * 3 + [True] + [False] * 6

@@ -96,7 +96,7 @@ class TypicalityReport(Report):
                 "which estimate_gaps tells."
             )
         data = self.dataset
-        share = float(data["found"].mean())
+        share = float((data["atypical"] if self.batch_p_value <= _RATE else data["found"]).mean())
         lower = float((data["elbo"] < data["reference_elbo"].quantile(data.attrs["level"])).mean())
         if share < _MOST and bool(data["found"].any()):
             first = data[self.plate].values[data["found"].values][:5].tolist()
