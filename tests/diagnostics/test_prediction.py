@@ -129,7 +129,8 @@ def test_digits() -> None:
 
     images = torch.tensor(load_digits().images.reshape(-1, 64) > 8, dtype=torch.float)
     train, reference, new = images[torch.randperm(len(images))].split([1400, 200, 197])
-    decoder = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64))
+    layers = [nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)]
+    decoder = nn.Sequential(*layers)
 
     def digits(x: Tensor) -> None:
         pyro.module("decoder", decoder)
@@ -147,5 +148,5 @@ def test_digits() -> None:
     assert rank_correlation(torch.from_numpy(gaps["amortization_gap"].values), exact) >= 0.8
     share = float(exact[torch.from_numpy(gaps["refine"].values)].sum() / exact.sum())
     best = float(exact.sort(descending=True).values[:39].sum() / exact.sum())
-    assert share >= 0.6
     assert share >= 0.9 * best  # no order can do more
+    assert share >= 0.6
