@@ -3,7 +3,7 @@
 ``make encoders``, or ``python benchmarks/encoders.py NAME ...`` with names of the models. In all but the last the model
 is known, so that the encoder alone is on trial, and what one ELBO exceeds another by is what its amortization gap is
 smaller by. Figures are in nats per datapoint. Seeds draw models and data anew, so that encoders are compared seed by
-seed: the mean of what they gain over the perceptron, and its standard deviation.
+seed: the mean of what they gain over the perceptron, and its standard error.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    columns = ("ELBO", "over MLP", "+- sd", "parameters", "seconds")
+    columns = ("ELBO", "over MLP", "+- s.e.", "parameters", "seconds")
     print(f"{'model':10s} {'encoder':16s}" + "".join(f"{column:>11s}" for column in columns))
     for name in options.names:
         base: list[float] = []
@@ -218,7 +218,7 @@ def main() -> None:
             elbos = [elbo for elbo, _, _ in runs]
             base = base or elbos
             gains = [elbo - other for elbo, other in zip(elbos, base, strict=True)]
-            figures = (mean(elbos), mean(gains), stdev(gains) if len(gains) > 1 else 0.0)
+            figures = (mean(elbos), mean(gains), stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan"))
             row = "".join(f"{figure:11.3f}" for figure in figures)
             print(f"{name:10s} {encoder:16s}{row}{runs[0][1]:11d}{mean(s for _, _, s in runs):11.0f}", flush=True)
 

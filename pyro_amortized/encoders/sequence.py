@@ -170,8 +170,7 @@ class SequenceEncoder(ElementsEncoder):
             check_heads(width, num_heads)
             self.over_time = _Attentive(width, num_layers, causal, num_heads, activation)
         self.pool = Pool(width) if pooled else None
-        last = (4 * width, width) if pooled else (width,) if network == "gru" else (width, width)
-        self.last_layers = hidden_layers(last[0], last[1:], activation)
+        self.last_layers = hidden_layers(4 * width, (width,), activation) if pooled else nn.Identity()
 
     def _mask(self, x: Tensor, *inputs: Tensor | None) -> Tensor | None:
         """The mask among the further inputs, or that of lengths ``(N,)`` among them."""
@@ -201,7 +200,7 @@ class SequenceEncoder(ElementsEncoder):
         lengths = ((steps + 1) * (member != 0)).amax(1)
         hidden = self.over_time(self.step_layers(torch.cat([x, member.unsqueeze(-1)], -1)), lengths)
         if self.pool is None:
-            return self.last_layers(hidden)
+            return hidden
         within = (steps < lengths.unsqueeze(-1)).to(x.dtype).unsqueeze(-1)
         last = (lengths - 1).clamp(min=0).reshape(-1, 1, 1).expand(-1, 1, hidden.shape[-1])
         ends = [hidden[:, 0], hidden.gather(1, last).squeeze(1)]
