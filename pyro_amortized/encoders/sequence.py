@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_amortized.checks import check_count, check_flag, check_widths
@@ -50,25 +51,61 @@ class _Recurrent(_OverTime):
         return hidden
 
 
+class _Attention(nn.Module):
+    """Attention of steps to steps and a layer for each, both added to what comes in, normalised before.
+
+    Torch's own layer takes another path in evaluation, on which biases of single heads come out otherwise.
+    """
+
+    def __init__(self, width: int, num_heads: int, activation: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.seek, self.found = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.layer = nn.Sequential(nn.Linear(width, 2 * width), activation(), nn.Linear(2 * width, width))
+
+    def forward(self, hidden: Tensor, bias: Tensor) -> Tensor:
+        """Features ``(N, T, H)`` from such, with biases ``(N, heads, T, T)`` of the logits of attention."""
+        parts = self.seek(self.norms[0](hidden)).unflatten(-1, (3, self.num_heads, -1))
+        query, key, value = parts.permute(2, 0, 3, 1, 4).unbind()
+        found = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        hidden = hidden + self.found(found.transpose(1, 2).flatten(2))
+        return hidden + self.layer(self.norms[1](hidden))
+
+
 class _Attentive(_OverTime):
-    """Attention to all steps or, where features are causal, to earlier ones."""
+    """Attention to all steps or, where features are causal, to earlier ones, each head with a reach of its own.
+
+    How much a step attends to another falls with their distance d, by a bias of -d, -d / 2, -d / 4, ...: the features
+    are moving averages to begin with, as a GRU's are, and of any number of steps. Of two heads of one reach one looks
+    back, the other ahead.
+    """
 
     def __init__(
         self, width: int, num_layers: int, causal: bool, num_heads: int, activation: Callable[[], nn.Module]
     ) -> None:
         super().__init__()
-        self.causal = causal
-        layer = nn.TransformerEncoderLayer(
-            width, num_heads, 2 * width, dropout=0.0, activation=activation(), batch_first=True, norm_first=True
-        )
-        self.layers = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
+        self.causal, self.num_heads = causal, num_heads
+        self.layers = nn.ModuleList(_Attention(width, num_heads, activation) for _ in range(num_layers))
 
     def forward(self, hidden: Tensor, lengths: Tensor) -> Tensor:
+        bias = self._bias(hidden, lengths)
+        for layer in self.layers:
+            hidden = layer(hidden, bias)
+        return hidden
+
+    def _bias(self, hidden: Tensor, lengths: Tensor) -> Tensor:
+        """What is added to the logits of attention, ``(N, heads, T, T)``; every step sees itself, if nothing else."""
         steps = torch.arange(hidden.shape[1], device=hidden.device)
-        beyond = steps >= lengths.clamp(min=1).unsqueeze(-1)  # softmax over nothing is not defined
-        later = steps > steps.unsqueeze(-1) if self.causal else None
-        hidden = hidden + _places(steps, hidden)
-        return self.layers(hidden, later, src_key_padding_mask=beyond, is_causal=False)  # which need not be found out
+        heads = torch.arange(self.num_heads, device=hidden.device).reshape(-1, 1, 1)
+        ahead = steps - steps.unsqueeze(-1)
+        pairs = not self.causal and self.num_heads > 1
+        bias = -ahead.abs() * 2.0 ** -(heads // 2 if pairs else heads).to(hidden.dtype)
+        unseen = ahead > 0 if self.causal else ahead * (1 - 2 * (heads % 2)) > 0
+        if self.causal or pairs:
+            bias = bias.masked_fill(unseen, -torch.inf)
+        beyond = (steps >= lengths.unsqueeze(-1)).unsqueeze(-2) & (ahead != 0)
+        return bias.masked_fill(beyond.unsqueeze(1), -torch.inf)
 
 
 def _turned(x: Tensor, lengths: Tensor) -> Tensor:
@@ -77,14 +114,6 @@ def _turned(x: Tensor, lengths: Tensor) -> Tensor:
     ends = lengths.unsqueeze(-1)
     order = torch.where(steps < ends, ends - 1 - steps, steps)
     return x.gather(1, order.unsqueeze(-1).expand_as(x))
-
-
-def _places(steps: Tensor, like: Tensor) -> Tensor:
-    """Sines and cosines of the numbers of steps, of all wavelengths, ``(T, H)``."""
-    width = like.shape[-1]
-    exponents = torch.arange(0, width, 2, device=like.device, dtype=like.dtype) / width
-    angles = steps.to(like).unsqueeze(-1) * 10000.0**-exponents
-    return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)[:, :width]
 
 
 class SequenceEncoder(ElementsEncoder):
@@ -128,6 +157,9 @@ class SequenceEncoder(ElementsEncoder):
 
         Attention Is All You Need, Ashish Vaswani, Noam Shazeer, Niki Parmar, Jakob Uszkoreit, Llion Jones, Aidan N.
         Gomez, Lukasz Kaiser, Illia Polosukhin (2017), https://arxiv.org/abs/1706.03762
+
+        Train Short, Test Long: Attention with Linear Biases Enables Input Length Extrapolation, Ofir Press, Noah A.
+        Smith, Mike Lewis (2022), https://arxiv.org/abs/2108.12409
     """
 
     kind = "a sequence"

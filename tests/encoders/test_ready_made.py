@@ -168,6 +168,34 @@ def test_order_counts(network: str) -> None:
     assert not torch.allclose(encoder(x.flip(1)), encoder(x), atol=1e-3)
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU])
+@pytest.mark.parametrize("num_heads", [1, 4])
+@pytest.mark.parametrize("causal", [False, True])
+def test_transformer_by_hand(causal: bool, num_heads: int, activation: Callable[[], nn.Module]) -> None:
+    """In the evaluation mode too, without gradients, where torch's own layers take another path."""
+    encoder = SequenceEncoder(2, network="transformer", causal=causal, num_heads=num_heads, activation=activation)
+    x, layer = torch.randn(5, 7, 2), encoder.eval().over_time.layers[0]  # type: ignore[union-attr, index]
+    hidden = encoder.step_layers(torch.cat([x, torch.arange(7).lt(LENGTHS[:, None])[..., None]], -1))
+    query, key, value = layer.seek(layer.norms[0](hidden)).chunk(3, -1)
+    size, expected = 64 // num_heads, torch.zeros(5, 7, 64)
+    for row, length in enumerate(LENGTHS.tolist()):
+        for head in range(num_heads):
+            own = slice(head * size, (head + 1) * size)
+            reach = 2.0 ** (head if causal else head // 2)
+            for t in range(length):
+                back, ahead = causal or head % 2 == 0, not causal and (head % 2 == 1 or num_heads == 1)
+                seen = [s for s in range(length) if s == t or (back or num_heads == 1) * (s < t) or ahead * (s > t)]
+                logits = key[row, seen, own] @ query[row, t, own] / size**0.5
+                weights = (logits - (torch.tensor(seen) - t).abs() / reach).softmax(0)
+                expected[row, t, own] = weights @ value[row, seen, own]
+    expected = hidden + layer.found(expected)
+    expected = expected + layer.layer(layer.norms[1](expected))
+    within = torch.arange(7) < LENGTHS.unsqueeze(-1)
+    with torch.no_grad():
+        features = encoder(x.masked_fill(~within.unsqueeze(-1), 0.0), LENGTHS)
+    torch.testing.assert_close(features[within], expected[within])
+
+
 def test_missing_steps_within_have_features_of_their_neighbours() -> None:
     encoder, x = SequenceEncoder(1), torch.randn(4, 7)
     mask = torch.tensor([True, True, False, True, True, True, True]).expand(4, 7)
