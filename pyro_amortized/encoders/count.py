@@ -18,10 +18,11 @@ __all__ = ["CountEncoder"]
 class CountEncoder(StandardizedEncoder):
     r"""A multilayer perceptron over counts, such as those of genes in cells or of words in documents.
 
-    .. math:: f\big(\log(1 + x_n),\; \log s_n,\; \mathrm{onehot}(b_n)\big)
+    .. math:: f\big(\log(1 + x_n \bar s / s_n),\; \log s_n,\; \mathrm{onehot}(b_n)\big)
 
-    with the size factor :math:`s_n`, by default the datapoint's total count and one, and the batch :math:`b_n` in which
-    it was measured. Counts and size factor are standardised after the logarithm.
+    with the size factor :math:`s_n`, by default the datapoint's total count and one, its median :math:`\bar s` in the
+    data of the guide's ``setup``, and the batch :math:`b_n` in which the datapoint was measured. So datapoints that
+    differ in size alone differ in one input alone. Counts and size factor are standardised after the logarithm.
 
     Args:
         input_dim: Number of counts per datapoint G.
@@ -43,6 +44,9 @@ class CountEncoder(StandardizedEncoder):
         I. Jordan, Nir Yosef (2018), https://doi.org/10.1038/s41592-018-0229-2
     """
 
+    typical: Tensor
+    fitted: Tensor
+
     def __init__(
         self,
         input_dim: int,
@@ -56,11 +60,13 @@ class CountEncoder(StandardizedEncoder):
         self.input_dim = input_dim = check_sizes(input_dim, activation, standardize)
         self.num_batches = check_count("num_batches", num_batches, 0, 2)
         hidden_dims = check_widths("hidden_dims", hidden_dims, least=1)
+        self.register_buffer("typical", torch.tensor(1.0))
+        self.register_buffer("fitted", torch.tensor(False))
         self.standardize = Standardize(input_dim + 1) if standardize else None
         self.layers = hidden_layers(input_dim + 1 + self.num_batches, hidden_dims, activation)
 
-    def _parts(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
-        """Logarithms of counts and size factor, ``(N, G + 1)``, and one-hot batches, if there are any."""
+    def _parts(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Counts ``(N, G)``, size factors ``(N, 1)``, and one-hot batches, if there are any."""
         check_inputs(self, inputs)
         least = 2 if self.num_batches else 1
         if not least <= len(inputs) <= least + 1:
@@ -75,7 +81,11 @@ class CountEncoder(StandardizedEncoder):
         size = inputs[1].reshape(-1, 1).to(dtype) if len(inputs) > least else 1 + counts.sum(-1, keepdim=True)
         self._check_values(counts, size)
         batch = self._one_hot(inputs[-1]).to(dtype) if self.num_batches else None
-        return torch.cat([counts.log1p(), size.log()], -1), batch
+        return counts, size, batch
+
+    def _logarithms(self, counts: Tensor, size: Tensor) -> Tensor:
+        """Those of counts at the typical size, and of the size, ``(N, G + 1)``."""
+        return torch.cat([(counts * (self.typical / size)).log1p(), size.log()], -1)
 
     def _one_hot(self, batch: Tensor) -> Tensor:
         """Batches ``(N, num_batches)`` from their numbers ``(N,)``, or from what is one-hot already."""
@@ -98,10 +108,13 @@ class CountEncoder(StandardizedEncoder):
             )
 
     def fit(self, *inputs: Tensor) -> None:
-        """Takes the standardisation from counts, and the other inputs as they come."""
-        values, _ = self._parts(inputs)
+        """Takes the typical size and the standardisation, once, from counts and the other inputs as they come."""
+        counts, size, _ = self._parts(inputs)
+        if not self.fitted:
+            self.fitted.fill_(True)
+            self.typical.copy_(size.median())
         if self.standardize is not None:
-            self.standardize.fit(values)
+            self.standardize.fit(self._logarithms(counts, size))
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Features of counts.
@@ -113,6 +126,7 @@ class CountEncoder(StandardizedEncoder):
         Returns:
             Features ``(N, H)``.
         """
-        values, batch = self._parts(inputs)
+        counts, size, batch = self._parts(inputs)
+        values = self._logarithms(counts, size)
         values = values if self.standardize is None else self.standardize(values)
         return self.layers(values if batch is None else torch.cat([values, batch], -1))

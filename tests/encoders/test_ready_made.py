@@ -285,7 +285,13 @@ def test_counts_go_in_as_logarithms_beside_size_and_batch() -> None:
     encoder = CountEncoder(4, num_batches=3, hidden_dims=(5,), standardize=False)
     counts, size, batch = torch.tensor([[0.0, 1, 2, 9], [3, 0, 0, 0]]), torch.tensor([2.0, 0.5]), torch.tensor([2, 0])
     one_hot = torch.eye(3)[batch]
-    by_hand = torch.cat([(1 + counts).log(), size.log().unsqueeze(-1), one_hot], -1)
+    for typical in (1.0, 8.0):  # of the first set-up, and only of that
+        rates = typical * counts / size.unsqueeze(-1)
+        by_hand = torch.cat([(1 + rates).log(), size.log().unsqueeze(-1), one_hot], -1)
+        torch.testing.assert_close(encoder(counts, size, batch), encoder.layers(by_hand))
+        encoder.fit(
+            torch.ones(3, 4), torch.tensor([1.0, 8.0, 100.0]) * (10.0 if encoder.fitted else 1.0), torch.arange(3)
+        )
     torch.testing.assert_close(encoder(counts, size, batch), encoder.layers(by_hand))
     torch.testing.assert_close(encoder(counts, size, one_hot), encoder(counts, size.unsqueeze(-1), batch.double()))
     torch.testing.assert_close(encoder(counts, batch), encoder(counts, 1 + counts.sum(-1), batch))
