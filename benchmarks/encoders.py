@@ -19,8 +19,8 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, Trace_ELBO
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from pyro_amortized import AmortizedGuide, ConvEncoder, CountEncoder, MLPEncoder, SequenceEncoder
 
@@ -96,56 +96,35 @@ def some_spots(size: int) -> tuple[Tensor]:
 # Counts of genes
 
 
-def genes(num_genes: int = 50, num_factors: int = 4, num_batches: int = 10) -> Comparison:
-    """Poisson counts with size factors and batch effects."""
-    loadings = 0.4 * torch.randn(num_factors, num_genes)
-    effects = torch.randn(num_batches, num_genes)
+class Cells(nn.Module):
+    """Negative binomial counts, whose shares a cell's state and batch decide; the size of a cell is known."""
 
-    def cells(counts: Tensor, size: Tensor, batch: Tensor) -> None:
-        with pyro.plate("cells", len(counts)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(num_factors), 1.0).to_event(1))
-            rate = size.unsqueeze(-1) * (z @ loadings + effects[batch]).exp()
-            pyro.sample("counts", dist.Poisson(rate).to_event(1), obs=counts)
-
-    def some_cells(size: int) -> tuple[Tensor, ...]:
-        batch, depth = torch.randint(num_batches, (size,)), (0.7 * torch.randn(size)).exp()
-        log_rate = torch.randn(size, num_factors) @ loadings + effects[batch]
-        return torch.poisson(depth.unsqueeze(-1) * log_rate.exp()), depth, batch
-
-    encoders = {
-        "MLPEncoder": lambda: MLPEncoder(num_genes + 2),
-        "CountEncoder": lambda: CountEncoder(num_genes, num_batches=num_batches),
-    }
-    inputs = {"encoder_input": ["counts", "size", "batch"]}
-    return Comparison(lambda: cells, some_cells, encoders, inputs, num_train=3000)
-
-
-# Digits that are not in the middle
-
-
-class Digits(nn.Module):
-    """A VAE of binary images."""
-
-    def __init__(self, num_pixels: int, latent_dim: int = 8) -> None:
+    def __init__(self, num_genes: int, num_batches: int, latent_dim: int = 4) -> None:
         super().__init__()
         self.latent_dim = latent_dim
-        self.decoder = nn.Sequential(nn.Linear(latent_dim, 200), nn.SiLU(), nn.Linear(200, num_pixels))
+        self.hidden = nn.Sequential(nn.Linear(latent_dim + num_batches, 64), nn.Softplus())
+        self.share = nn.Linear(64, num_genes)
+        self.log_dispersion = nn.Parameter(torch.zeros(num_genes))
 
-    def forward(self, x: Tensor) -> None:
-        pyro.module("digits", self)
-        with pyro.plate("images", len(x)):
+    def forward(self, counts: Tensor, size: Tensor, batch: Tensor) -> None:
+        pyro.module("cells", self)
+        with pyro.plate("cells", len(counts)):
             z = pyro.sample("z", dist.Normal(torch.zeros(self.latent_dim), 1.0).to_event(1))
-            logits = self.decoder(z).unflatten(-1, x.shape[1:])
-            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(2), obs=x)
+            share = self.share(self.hidden(torch.cat([z, batch], -1))).log_softmax(-1)
+            logits = size.log().unsqueeze(-1) + share - self.log_dispersion
+            likelihood = dist.NegativeBinomial(self.log_dispersion.exp(), logits=logits)
+            pyro.sample("counts", likelihood.to_event(1), obs=counts)
 
 
-def some_digits(size: int, width: int = 16) -> tuple[Tensor]:
-    """Digits of scikit-learn, 8 x 8, each somewhere in a larger image."""
-    digits = torch.as_tensor(load_digits().images / 16).float()[torch.randperm(1797)[:size]]
-    x = torch.zeros(len(digits), width, width)
-    for row, (i, j) in enumerate(torch.randint(width - 7, (len(digits), 2)).tolist()):
-        x[row, i : i + 8, j : j + 8] = digits[row]
-    return (torch.bernoulli(x),)
+def some_cells(size: int, num_genes: int = 60, num_batches: int = 4) -> tuple[Tensor, ...]:
+    """Counts, sizes over a factor of 30, and one-hot batches."""
+    loadings, effects = 0.7 * torch.randn(4, num_genes), 0.5 * torch.randn(num_batches, num_genes)
+    base, z = torch.randn(num_genes), torch.randn(size, 4)
+    batch = one_hot(torch.randint(num_batches, (size,)), num_batches).float()
+    share = (base + z @ loadings + batch @ effects).softmax(-1)
+    mean = 60 * 30 ** torch.rand(size, 1) * share
+    counts = torch.poisson(mean * dist.Gamma(3.0, 3.0).sample(mean.shape))
+    return counts, 1 + counts.sum(-1), batch
 
 
 COMPARISONS: dict[str, Callable[[], Comparison]] = {
@@ -155,9 +134,11 @@ COMPARISONS: dict[str, Callable[[], Comparison]] = {
         {
             "MLPEncoder": lambda: MLPEncoder(15),
             "SequenceEncoder": lambda: SequenceEncoder(1),
+            "by attention": lambda: SequenceEncoder(1, network="transformer"),
         },
         {"encoder_input": "x"},
         num_train=200,
+        num_steps=300,
     ),
     "images": lambda: Comparison(
         lambda: spots,
@@ -165,13 +146,12 @@ COMPARISONS: dict[str, Callable[[], Comparison]] = {
         {"MLPEncoder": lambda: MLPEncoder(24 * 24), "ConvEncoder": lambda: ConvEncoder(1)},
         {},
     ),
-    "counts": genes,
-    "digits": lambda: Comparison(
-        lambda: Digits(16 * 16),
-        some_digits,
-        {"MLPEncoder": lambda: MLPEncoder(16 * 16), "ConvEncoder": lambda: ConvEncoder(1)},
-        {},
-        num_train=1500,
+    "counts": lambda: Comparison(
+        lambda: Cells(60, 4),
+        some_cells,
+        {"MLPEncoder": lambda: MLPEncoder(60 + 1 + 4), "CountEncoder": lambda: CountEncoder(60, num_batches=4)},
+        {"encoder_input": ["counts", "size", "batch"]},
+        num_train=2000,
     ),
 }
 
