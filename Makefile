@@ -11,7 +11,7 @@ START ?= 0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow fuzz lint format house docs docs-full tutorials pictures test-docs release-check test-oldest bench bench-scale hierarchies robustness public-models encoders clean
+.PHONY: help demo test test-slow fuzz lint format house docs docs-full tutorials pictures test-docs release-check test-oldest bench certificates bench-scale hierarchies robustness public-models encoders clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -74,6 +74,9 @@ encoders: $(VENV)/.examples  ## ready-made encoders against the multilayer perce
 
 hierarchies: $(VENV)/.examples  ## gaps of guides of hierarchies, crossed plates and data sets (15 minutes)
 	$(BIN)/python benchmarks/hierarchies.py
+
+certificates: $(VENV)/.examples  ## certified posteriors against known ones, and their cost against NUTS (an hour)
+	$(BIN)/python benchmarks/certificates.py
 
 robustness: $(VENV)/.examples  ## train every guide at every usual learning rate (an hour)
 	$(BIN)/python benchmarks/robustness.py

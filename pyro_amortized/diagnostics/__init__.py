@@ -1,6 +1,8 @@
 """Diagnostics of amortized inference."""
 
 from pyro_amortized.diagnostics.calibration.calibration import CalibrationReport, calibrate
+from pyro_amortized.diagnostics.certificates.certified import certified_posterior
+from pyro_amortized.diagnostics.certificates.posterior import CertifiedPosterior
 from pyro_amortized.diagnostics.collapse.collapse import CollapseReport, collapse_report
 from pyro_amortized.diagnostics.evidence.bounds import evidence_bounds
 from pyro_amortized.diagnostics.evidence.importance import psis
@@ -15,6 +17,7 @@ from pyro_amortized.diagnostics.typicality.typicality import AtypicalDataWarning
 __all__ = [
     "AtypicalDataWarning",
     "CalibrationReport",
+    "CertifiedPosterior",
     "CollapseReport",
     "GapComparison",
     "GapEstimate",
@@ -22,6 +25,7 @@ __all__ = [
     "Simulation",
     "TypicalityReport",
     "calibrate",
+    "certified_posterior",
     "collapse_report",
     "compare_gaps",
     "estimate_gaps",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from pyro_amortized.diagnostics.batches import calls
 from pyro_amortized.graphs.cache import GraphCache
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.objective.checks import check_log_joint
+from pyro_amortized.objective.draws import chunks
 from pyro_amortized.objective.elbo import LocalObjective
 from pyro_amortized.objective.log_joint import LocalLogJoint
 from pyro_amortized.objective.noise import draw, generator, seeded
@@ -29,7 +31,10 @@ from pyro_amortized.diagnostics.checks import (
     check_unscaled,
 )
 
-__all__ = ["LocalProblem", "bind", "progress_bar", "to_dataset"]
+__all__ = ["LocalProblem", "bind", "blocks", "progress_bar", "to_dataset", "value_and_gradient"]
+
+_BLOCK = 256
+"""Datapoints worked on at a time; bounds memory."""
 
 
 @dataclass
@@ -109,6 +114,40 @@ def bind(
     frame = structure.datapoints
     index = torch.arange(frame.size) if structure.positions is None else structure.positions
     return LocalProblem(LocalObjective(log_joint, family), phi.detach(), frame.name, index.cpu(), tuple(held))
+
+
+def blocks(problem: LocalProblem, phi: Tensor) -> list[tuple[LocalProblem, Tensor]]:
+    """The problem and phi in blocks of datapoints, where the model can be run on each of them."""
+    if len(phi) <= _BLOCK:
+        return [(problem, phi)]
+    parts = []
+    for rows in torch.arange(len(phi)).split(_BLOCK):
+        objective = problem.objective.select(rows)
+        if objective is None:
+            return [(problem, phi)]
+        part = replace(problem, objective=objective, phi=problem.phi[rows], index=problem.index[rows])
+        parts.append((part, phi[rows]))
+    return parts
+
+
+def value_and_gradient(log_joint: Callable[[Tensor], Tensor], z: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-joints and their gradients in float64 on the CPU; minus infinity and zeros where they are not finite.
+
+    Args:
+        log_joint: From ``(K, n, D)`` to ``(K, n)``.
+        z: Where, ``(K, n, D)``.
+        like: A tensor of the dtype and device that the model runs with.
+    """
+    values, gradients = [], []
+    with torch.enable_grad():
+        for piece in chunks(len(z), z.shape[1]):
+            x = z[piece].detach().to(like).requires_grad_()
+            value = log_joint(x)
+            (gradient,) = torch.autograd.grad(value.sum(), x)
+            values.append(value.detach().double().cpu())
+            gradients.append(gradient.double().cpu())
+    value = torch.cat(values)
+    return torch.where(value.isfinite(), value, -math.inf), torch.cat(gradients).nan_to_num(0.0, 0.0, 0.0)
 
 
 def _side(guide: LocalGuide, plate: str) -> LocalGuide:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import xarray
     from matplotlib.axes import Axes
 
-__all__ = ["Report", "fill", "in_style", "join", "new_axes", "put_title", "widening"]
+__all__ = ["Report", "fill", "in_style", "inference_data", "join", "new_axes", "put_title", "widening"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -123,6 +123,16 @@ def join(datasets: Sequence[xarray.Dataset], plate: str) -> xarray.Dataset:
     if len(np.unique(joined[plate].values)) < joined.sizes[plate]:
         joined = joined.assign_coords({plate: np.arange(joined.sizes[plate])})
     return joined
+
+
+def inference_data(groups: Mapping[str, xarray.Dataset]) -> Any:
+    """Groups as an ``arviz.InferenceData`` (ArviZ below 1) or an ``xarray.DataTree`` (from 1 on)."""
+    import arviz
+    import xarray
+
+    if int(arviz.__version__.split(".")[0]) >= 1:
+        return xarray.DataTree.from_dict(dict(groups))
+    return arviz.InferenceData(**dict[str, Any](groups))
 
 
 def fill(text: str, width: int = 92) -> list[str]:

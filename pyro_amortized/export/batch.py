@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_amortized.diagnostics.evidence.importance import psis
-from pyro_amortized.export.groups import Group, label, label_arguments, to_numpy
+from pyro_amortized.diagnostics.evidence.importance import psis, systematic
+from pyro_amortized.export.groups import Group, label_arguments, to_numpy
 from pyro_amortized.export.runs import Draws, ModelRuns, Pass, Results
 from pyro_amortized.objective.draws import chunks
+from pyro_amortized.structure.axes import label
 from pyro_amortized.structure.influence import PlateLogProbs
 
 __all__ = ["Batch", "Options", "systematic"]
@@ -195,14 +196,3 @@ class Batch:
     def _add_khat(self, khat: Tensor) -> None:
         if "sample_stats" in self.groups:
             self.groups["sample_stats"]["khat"] = ((str(self.structure.plate),), to_numpy(khat))
-
-
-def systematic(weights: Tensor, rng: torch.Generator) -> Tensor:
-    """Draws positions ``(K, N)`` from each column's weights ``(K, N)``, evenly spaced, in random order."""
-    size = len(weights)
-    shape = (weights.shape[1], 1)
-    positions = (torch.arange(size) + torch.rand(shape, generator=rng, dtype=torch.float64)) / size
-    cumulative = weights.T.cpu().double().cumsum(-1)
-    chosen = torch.searchsorted(cumulative / cumulative[:, -1:], positions).clamp(max=size - 1)
-    order = torch.rand(chosen.shape, generator=rng).argsort(-1)
-    return chosen.gather(-1, order).T.to(weights.device)

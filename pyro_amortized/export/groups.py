@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_amortized.export.runs import SiteShape
 from pyro_amortized.structure.influence import PlateLogProbs
 from pyro_amortized.structure.plates import PlateFrame
 from pyro_amortized.structure.structure import Structure
@@ -17,7 +16,7 @@ from pyro_amortized.structure.structure import Structure
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["Group", "label", "label_arguments", "to_dataset", "to_numpy"]
+__all__ = ["Group", "label_arguments", "to_dataset", "to_numpy"]
 
 Variable = tuple[tuple[str, ...], np.ndarray[Any, Any]]
 """Names of the axes, and the values."""
@@ -27,37 +26,6 @@ Group = dict[str, Variable]
 def to_numpy(value: Tensor) -> np.ndarray[Any, Any]:
     """A copy in NumPy, of the same dtype."""
     return np.array(value.detach().cpu().numpy())
-
-
-def label(
-    name: str, value: Tensor, site: SiteShape, frames: Mapping[str, PlateFrame], lead: tuple[str, ...] = ()
-) -> tuple[tuple[str, ...], Tensor]:
-    """Names the axes of a site's values: after its plates, and ``<name>_dim_<i>`` where there is no plate.
-
-    Args:
-        name: Name of the site.
-        value: Values of shape ``(*lead, *batch, *event)``.
-        site: Which batch dimension belongs to which plate.
-        frames: The plates.
-        lead: Names of the leading axes.
-
-    Returns:
-        The names, and the values without the batch dimensions that no plate uses.
-    """
-    dims, shape, expanded, unnamed = list(lead), list(value.shape[: len(lead)]), list(value.shape[: len(lead)]), 0
-    batch = value.dim() - len(lead) - site.event_dim
-    for axis, size in enumerate(value.shape[len(lead) :]):
-        plate = site.plates.get(axis - batch) if axis < batch else None
-        if axis < batch and plate is None and size == 1:
-            continue
-        if plate is None:
-            dims.append(f"{name}_dim_{unnamed}")
-            unnamed += 1
-        else:
-            dims.append(plate)
-        shape.append(size)
-        expanded.append(size if plate is None else frames[plate].size)
-    return tuple(dims), value.reshape(shape).expand(expanded)
 
 
 def label_arguments(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pyro_amortized.checks import check_count, check_seed
 from pyro_amortized.diagnostics.batches import ModelArgs, ToArgs, calls, num_calls
 from pyro_amortized.diagnostics.problem import progress_bar
+from pyro_amortized.diagnostics.report import inference_data
 from pyro_amortized.diagnostics.shards import Shards
 from pyro_amortized.export.batch import Options
 from pyro_amortized.export.exporter import Exporter, check_guide
@@ -241,11 +242,5 @@ def _checked(
 
 
 def _inference_data(found: Mapping[str, xarray.Dataset]) -> Any:
-    import arviz
-    import xarray
-
-    groups = {name: found[name] for name in (*GROUPS, *PRIOR_GROUPS) if name in found and found[name].data_vars}
-
-    if int(arviz.__version__.split(".")[0]) >= 1:
-        return xarray.DataTree.from_dict(groups)
-    return arviz.InferenceData(**dict[str, Any](groups))
+    groups = (name for name in (*GROUPS, *PRIOR_GROUPS) if name in found and found[name].data_vars)
+    return inference_data({name: found[name] for name in groups})

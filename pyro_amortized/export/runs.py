@@ -24,31 +24,17 @@ from pyro_amortized.objective.checks import check_outside
 from pyro_amortized.objective.draws import agrees, draws_plate
 from pyro_amortized.objective.enumeration import log_likelihood
 from pyro_amortized.objective.evaluation import Evaluation
+from pyro_amortized.structure.axes import SiteShape
 from pyro_amortized.structure.call import ModelCall
 from pyro_amortized.structure.influence import close
 from pyro_amortized.structure.plates import batch_depth, probe
 from pyro_amortized.structure.running import Site
 from pyro_amortized.structure.sites import is_data, latent_sites, sample_sites
 
-__all__ = ["Draws", "Mode", "ModelRuns", "Pass", "Results", "SiteShape"]
+__all__ = ["Draws", "Mode", "ModelRuns", "Pass", "Results"]
 
 Results = dict[tuple[str, str], Tensor]
 """Tensors of shape ``(K, *batch, *event)`` by group and site, with as many batch dimensions as the call has."""
-
-
-@dataclass(frozen=True)
-class SiteShape:
-    """What the axes of a site's values are.
-
-    Attributes:
-        event_dim: Number of event dimensions.
-        batch_rank: Number of batch dimensions in the model.
-        plates: Names of its plates by their dimension.
-    """
-
-    event_dim: int
-    batch_rank: int
-    plates: Mapping[int, str]
 
 
 @dataclass(frozen=True)

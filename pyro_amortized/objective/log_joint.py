@@ -18,6 +18,7 @@ from pyro_amortized.graphs.cache import Function, GraphCache
 from pyro_amortized.objective.blocks import InBlocks, block_lengths
 from pyro_amortized.objective.draws import Copying, Mode, agrees
 from pyro_amortized.objective.evaluation import Evaluation
+from pyro_amortized.objective.meter import Meter
 from pyro_amortized.structure.arguments import Arguments, CallArguments
 from pyro_amortized.structure.call import ModelCall
 from pyro_amortized.structure.influence import DatapointAxes, close, cut_to_rows
@@ -52,6 +53,7 @@ class LocalLogJoint:
         self.graphs: GraphCache | None = None
         self.verified: dict[Any, Function | None] = {}
         self.copying: Copying | None = None
+        self.meter: Meter | None = None
         self._axes: DatapointAxes | None = None
         self._origin: tuple[LocalLogJoint, Tensor] | None = None
         self._verifying = False
@@ -83,6 +85,7 @@ class LocalLogJoint:
         """The same without the local latents' densities: a function of z with other maxima."""
         part = self.of_call(self.call)
         part.selectable, part.with_priors = self.selectable, False
+        part.meter = self.meter
         return part
 
     # Values
@@ -96,11 +99,15 @@ class LocalLogJoint:
         of_one_size = self.graphs is not None and not self.structure.groups
         blocks = set(block_lengths(z.shape[0] * z.shape[1])) if of_one_size else set()
         if blocks and all(self._serves(torch.arange(length) % self.num_datapoints) for length in blocks):
+            if self.meter is not None:
+                self.meter.add(z)
             return InBlocks.apply(z, self)
         return self.plain(z)
 
     def plain(self, z: Tensor) -> Tensor:
         """The same without graphs; differentiable any number of times, with respect to everything."""
+        if self.meter is not None:
+            self.meter.add(z)
         if self.vectorized:
             return self._evaluate(z)
         if self._verifying:
@@ -226,7 +233,11 @@ class LocalLogJoint:
         Returns:
             The evaluator for these datapoints, or None if the model cannot be run on such a part of the arguments.
         """
-        return self.cut(rows) if self._serves(rows, once=once) else None
+        if not self._serves(rows, once=once):
+            return None
+        part = self.cut(rows)
+        part.meter = None if self.meter is None else self.meter.of_rows(rows)
+        return part
 
     def _serves(self, rows: Tensor, *, once: bool = False) -> bool:
         if self._origin is not None:

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_amortized.checks import check_count, check_seed
+from pyro_amortized.checks import check_count, check_function, check_seed
 from pyro_amortized.diagnostics.batches import ModelArgs, ToArgs, calls, num_calls
 from pyro_amortized.diagnostics.calibration.findings import DENSITY, JOINT, LEVEL, TARP, advice, findings
 from pyro_amortized.diagnostics.calibration.plots import draw_coverage, draw_ecdf, draw_ranks
-from pyro_amortized.diagnostics.calibration.ranks import prior_location, ranks
+from pyro_amortized.diagnostics.calibration.ranks import Posterior, prior_location, ranks
 from pyro_amortized.diagnostics.calibration.uniformity import holm, simultaneous_band, uniformity_test
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar
 from pyro_amortized.diagnostics.report import Report, in_style, new_axes, put_title
@@ -79,8 +79,16 @@ class CalibrationReport(Report):
         Returns:
             The share and its binomial standard error.
         """
+        self._check_density()
         inside = float((self.dataset["pit"].sel(quantity=DENSITY).values > 1 - level).mean())
         return inside, float(np.sqrt(inside * (1 - inside) / self.dataset.sizes["simulation"]))
+
+    def _check_density(self) -> None:
+        if DENSITY not in self.dataset["quantity"]:
+            raise ValueError(
+                f"Cannot tell the coverage of regions of highest density because {self.dataset.attrs['guide']} gives "
+                'draws without their density; try plot("tarp").'
+            )
 
     def __str__(self) -> str:
         """The verdict, the quantities with the smallest p-values, expected coverage, and what to try."""
@@ -101,9 +109,12 @@ class CalibrationReport(Report):
             lines.append(f"{name:16s}{scores}{p_values}  {row['finding'].item()}")
         if count > _SHOWN:
             lines.append(f"... and {count - _SHOWN} with larger p")
-        shares = [self.coverage(level) for level in (0.5, 0.8, 0.95)]
-        cells = ", ".join(f"{s:.1%} (+- {e:.1%})" for s, e in shares)
-        lines.append(f"expected coverage of 50%, 80% and 95% regions: {cells}")
+        if DENSITY in data["quantity"]:
+            shares = [self.coverage(level) for level in (0.5, 0.8, 0.95)]
+            cells = ", ".join(f"{s:.1%} (+- {e:.1%})" for s, e in shares)
+            lines.append(f"expected coverage of 50%, 80% and 95% regions: {cells}")
+        if attrs.get("num_left_out"):
+            lines.append(f"{attrs['num_left_out']} more simulations have no certificate and are left out")
         if attrs["global_latents"] != "none":
             lines.append(f"global latents {attrs['global_latents']}")
         return "\n".join([*lines, *(f"- {line}" for line in advice(words))])
@@ -127,6 +138,8 @@ class CalibrationReport(Report):
             ValueError: If there is no such picture or quantity.
         """
         names = [str(name) for name in self.dataset["quantity"].values]
+        if kind == "coverage":
+            self._check_density()
         if kind not in ("ecdf", "ranks", "coverage", "tarp"):
             raise ValueError(
                 f"Cannot draw kind={kind!r} because it is unknown; try 'ecdf', 'ranks', 'coverage' or 'tarp'."
@@ -150,6 +163,7 @@ def calibrate(
     *,
     num_simulations: int = 1000,
     num_samples: int = 199,
+    posterior: Posterior | None = None,
     to_args: ToArgs | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -175,6 +189,9 @@ def calibrate(
         model_kwargs: Its keyword arguments.
         num_simulations: S, at least 20. 500 show a scale that is off by 20%.
         num_samples: L, draws from the guide for each simulation, at least 19.
+        posterior: A procedure to test in place of the guide, such as :func:`~pyro_amortized.certified_posterior`, or
+            ``functools.partial`` of it: it is run on the simulated data. Simulations that it does not certify, as it
+            decides by their data alone, are left out and counted; there is no log q then.
         to_args: Where batches of a loader hold something else than the model's arguments: a function from a batch to
             the positional arguments, a tuple, or to a pair of these and keyword arguments, ``(args, kwargs)``.
         seed: Seed of all draws; torch's global seed is left alone.
@@ -219,6 +236,8 @@ def calibrate(
     num_simulations = check_count("num_simulations", num_simulations, _LEAST_SIMULATIONS, 10 * _LEAST_SIMULATIONS)
     num_samples = check_count("num_samples", num_samples, _LEAST_SAMPLES, 10 * _LEAST_SAMPLES)
     seed = check_seed(seed)
+    if posterior is not None:
+        check_function("posterior", posterior, "a function such as certified_posterior", "certified_posterior")
     rng, parts = generator(seed, 21), []
     with progress_bar(num_simulations, "calibration", progress) as bar:
         for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs, to_args, model)):
@@ -228,11 +247,18 @@ def calibrate(
             problem = bind(model, guide, args, kwargs, seed)
             prior = prior_location(problem, rng)
             for simulation in Simulator(problem, guide).blocks(share, rng):
-                found = ranks(guide, problem, simulation, prior, num_samples, rng)[:share]
-                parts.append(found)
-                share -= len(found)
-                bar.update(len(found))
-    return CalibrationReport(_to_dataset(torch.cat(parts), problem, guide, num_samples, seed))
+                found, served = ranks(guide, problem, simulation, prior, num_samples, rng, posterior)
+                parts.append((found[:share], served[:share]))
+                share -= len(parts[-1][0])
+                bar.update(len(parts[-1][0]))
+    found, served = (torch.cat(column) for column in zip(*parts, strict=True))
+    if int(served.sum()) < _LEAST_SIMULATIONS:
+        raise ValueError(
+            f"Cannot test calibration because {int(served.sum())} of {len(served)} simulations have a certificate; try "
+            f"num_simulations={10 * len(served)}, or a reparameterised model, of which more have one."
+        )
+    dataset = _to_dataset(found[served], problem, guide, num_samples, seed, posterior)
+    return CalibrationReport(dataset.assign_attrs(num_left_out=int((~served).sum())))
 
 
 def _share(total: int, number_of_calls: int | None, number: int) -> int:
@@ -245,10 +271,17 @@ def _share(total: int, number_of_calls: int | None, number: int) -> int:
     return total // number_of_calls + (number < total % number_of_calls)
 
 
-def _to_dataset(found: Tensor, problem: LocalProblem, guide: LocalGuide, num_samples: int, seed: int) -> xarray.Dataset:
+def _to_dataset(
+    found: Tensor,
+    problem: LocalProblem,
+    guide: LocalGuide,
+    num_samples: int,
+    seed: int,
+    posterior: Posterior | None,
+) -> xarray.Dataset:
     import xarray
 
-    names = [*problem.objective.log_joint.layout.names, JOINT, DENSITY, TARP]
+    names = [*problem.objective.log_joint.layout.names, JOINT, *([DENSITY] if posterior is None else []), TARP]
     noise = torch.rand(found.shape, generator=generator(seed, 22), dtype=torch.float64)
     pit = ((found + noise) / (num_samples + 1)).numpy()
     points = _points(num_samples)
@@ -275,13 +308,18 @@ def _to_dataset(found: Tensor, problem: LocalProblem, guide: LocalGuide, num_sam
             "seed": seed,
             "family_wise_level": LEVEL,
             "plate": problem.plate,
-            "guide": type(guide).__name__,
+            "guide": type(guide).__name__ if posterior is None else _name(posterior),
             "family": type(problem.objective.family).__name__,
             "latent_dim": problem.objective.family.latent_dim,
             "latents": "unconstrained",
             "global_latents": f"held at the guide's median: {held}" if held else "none",
         },
     )
+
+
+def _name(posterior: Any) -> str:
+    """What a procedure is called, also inside of ``functools.partial``."""
+    return str(getattr(getattr(posterior, "func", posterior), "__name__", type(posterior).__name__))
 
 
 def _shown_p(p_value: float) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,10 @@ from pyro_amortized.objective.noise import draw, seeded
 from pyro_amortized.objective.prior import prior_draws
 from pyro_amortized.structure.structure import Structure
 
-__all__ = ["prior_location", "ranks"]
+__all__ = ["Posterior", "prior_location", "ranks"]
+
+Posterior = Callable[..., Any]
+"""A procedure such as :func:`~pyro_amortized.certified_posterior`, from a model, a guide and a call to draws."""
 
 
 @torch.no_grad()
@@ -26,10 +31,15 @@ def ranks(
     prior: tuple[Tensor, Tensor],
     num_samples: int,
     rng: torch.Generator,
-) -> Tensor:
-    """Ranks of the true value of every quantity among draws from the guide, ties broken at random, ``(S, Q)``.
+    posterior: Posterior | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Ranks of the true value of every quantity among draws from the guide, or from another procedure.
 
-    Reference points are draws from a normal with the prior's mean and standard deviation.
+    Ties are broken at random. Reference points are draws from a normal with the prior's mean and standard deviation.
+
+    Returns:
+        Ranks ``(S, Q)``, without those of log q where it is not the guide that is asked; and which simulations have
+        draws, ``(S,)``.
     """
     structure, phi = _infer(guide, simulation, rng)
     before = original.objective.log_joint
@@ -40,19 +50,45 @@ def ranks(
     reference = loc + scale * torch.randn(simulation.latents.shape, generator=rng, dtype=torch.float64).to(scale)
 
     def quantities(z: Tensor) -> Tensor:
-        log_q = family(phi).log_prob(z)
+        log_q = [family(phi).log_prob(z)] if posterior is None else []
         distance = ((z - reference) / scale).square().sum(-1)
-        others = torch.stack([part.to(z) for part in (log_joint.plain(z), log_q, distance)], -1)
+        others = torch.stack([part.to(z) for part in (log_joint.plain(z), *log_q, distance)], -1)
         return torch.cat([z, others.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)], -1)
 
+    served, draws = torch.ones(len(phi), dtype=torch.bool), None
+    if posterior is not None:
+        served, draws = _ask(posterior, guide, original, simulation, num_samples, rng)
     truth = quantities(simulation.latents.to(phi).unsqueeze(0))
     below, equal = torch.zeros(truth.shape[1:]), torch.zeros(truth.shape[1:])
     for piece in chunks(num_samples, len(phi)):
-        values = quantities(draw(family, phi, piece.stop - piece.start, rng))
+        number = piece.stop - piece.start
+        values = quantities(draw(family, phi, number, rng) if draws is None else draws[piece].to(phi))
         below += (values < truth).sum(0).cpu()
         equal += (values == truth).sum(0).cpu()
     ties = torch.rand(equal.shape, generator=rng, dtype=torch.float64) * (equal + 1)
-    return below.long() + ties.floor().long()
+    return below.long() + ties.floor().long(), served
+
+
+def _ask(
+    posterior: Posterior,
+    guide: LocalGuide,
+    original: LocalProblem,
+    simulation: Simulation,
+    num_samples: int,
+    rng: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Which simulations a procedure answers, and draws ``(L, S, D)`` chosen at random from its own."""
+    seed = int(torch.randint(2**31 - 1, (), generator=rng))
+    model = original.objective.log_joint.call.model
+    found = posterior(model, guide, simulation.args, simulation.kwargs, seed=seed)
+    draws = found.draws
+    if len(draws) < num_samples:
+        raise ValueError(
+            f"Cannot take num_samples={num_samples} draws from this posterior because it gives {len(draws)}; try "
+            f"num_samples={max(19, len(draws) // 4)}."
+        )
+    chosen = torch.randperm(len(draws), generator=rng)[:num_samples]
+    return torch.from_numpy(found.dataset["certified"].values), draws[chosen]
 
 
 def _infer(guide: LocalGuide, simulation: Simulation, rng: torch.Generator) -> tuple[Structure, Tensor]:

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from pyro_amortized.diagnostics.evidence.proposal import DF, Proposal
-from pyro_amortized.diagnostics.problem import LocalProblem
-from pyro_amortized.objective.draws import chunks
+from pyro_amortized.diagnostics.problem import LocalProblem, value_and_gradient
 from pyro_amortized.objective.noise import generator
 
-__all__ = ["anneal"]
+__all__ = ["Path", "Points", "anneal"]
 
 _NUM_CHAINS = 256
 _NUM_PILOT_CHAINS = 64
@@ -30,7 +29,7 @@ _LEAST_TEMPERATURES = 32
 
 
 @dataclass
-class _Points:
+class Points:
     """Where chains are: positions, both log-densities ``(K, n)`` and their gradients ``(K, n, D)``."""
 
     z: Tensor
@@ -44,13 +43,22 @@ class _Points:
         """log p - log q."""
         return self.log_p - self.log_q
 
-    def where(self, condition: Tensor, other: _Points) -> _Points:
+    def where(self, condition: Tensor, other: Points) -> Points:
         """These where the condition ``(K, n)`` holds, and the other points elsewhere."""
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return _Points(*(torch.where(condition if a.dim() == 2 else condition.unsqueeze(-1), a, b) for a, b in pairs))
+        return Points(*(torch.where(condition if a.dim() == 2 else condition.unsqueeze(-1), a, b) for a, b in pairs))
+
+    def of_rows(self, rows: Tensor) -> Points:
+        """Those of some datapoints."""
+        return Points(*(value[:, rows] for value in vars(self).values()))
+
+    def taken(self, chosen: Tensor) -> Points:
+        """Those at some positions ``(K, n)`` among them."""
+        wide = chosen.unsqueeze(-1).expand_as(self.z)
+        return Points(*(value.gather(0, chosen if value.dim() == 2 else wide) for value in vars(self).values()))
 
 
-class _Path:
+class Path:
     """The path of some datapoints from a proposal to their posteriors, and the steps of chains along it."""
 
     def __init__(self, problem: LocalProblem, proposal: Proposal, rows: Tensor) -> None:
@@ -59,23 +67,16 @@ class _Path:
         self.proposal = proposal
         self.units = proposal.scale_tril[0]
 
-    def at(self, z: Tensor) -> _Points:
+    def at(self, z: Tensor) -> Points:
         """Evaluates both ends of the path."""
-        parts: list[tuple[Tensor, ...]] = []
+        log_p, grad_p = value_and_gradient(self.log_joint, z, self.like)
         with torch.enable_grad():
-            for piece in chunks(len(z), z.shape[1]):
-                x = z[piece].detach().to(self.like).requires_grad_()
-                log_p = self.log_joint(x)
-                (grad_p,) = torch.autograd.grad(log_p.sum(), x)
-                y = z[piece].detach().requires_grad_()
-                log_q = self.proposal.log_prob(y)
-                (grad_q,) = torch.autograd.grad(log_q.sum(), y)
-                parts.append((log_p.detach().double().cpu(), log_q.detach(), grad_p.double().cpu(), grad_q))
-        log_p, log_q, grad_p, grad_q = (torch.cat(values) for values in zip(*parts, strict=True))
-        log_p = torch.where(log_p.isfinite(), log_p, -math.inf)
-        return _Points(z.detach(), log_p, log_q, grad_p.nan_to_num(0.0, 0.0, 0.0), grad_q)
+            y = z.detach().requires_grad_()
+            log_q = self.proposal.log_prob(y)
+            (grad_q,) = torch.autograd.grad(log_q.sum(), y)
+        return Points(z.detach(), log_p, log_q.detach(), grad_p, grad_q)
 
-    def move(self, points: _Points, beta: Tensor, step_size: Tensor, rng: torch.Generator) -> tuple[_Points, Tensor]:
+    def move(self, points: Points, beta: Tensor, step_size: Tensor, rng: torch.Generator) -> tuple[Points, Tensor]:
         """One Hamiltonian Monte Carlo step at inverse temperatures ``(n,)``; also the acceptance rate ``(n,)``."""
         momentum = torch.randn(points.z.shape, generator=rng, dtype=torch.float64)
         jitter = 0.8 + 0.4 * torch.rand(points.log_p.shape, generator=rng, dtype=torch.float64)
@@ -89,11 +90,11 @@ class _Path:
         uniform = torch.rand(accepted.shape, generator=rng, dtype=torch.float64)
         return new.where(uniform < accepted, points), accepted.mean(0)
 
-    def _force(self, points: _Points, beta: Tensor) -> Tensor:
+    def _force(self, points: Points, beta: Tensor) -> Tensor:
         blend = beta.unsqueeze(-1) * points.grad_p + (1 - beta).unsqueeze(-1) * points.grad_q
         return torch.einsum("nji,knj->kni", self.units, blend)
 
-    def _energy(self, points: _Points, beta: Tensor, momentum: Tensor) -> Tensor:
+    def _energy(self, points: Points, beta: Tensor, momentum: Tensor) -> Tensor:
         return 0.5 * momentum.square().sum(-1) - beta * points.log_p - (1 - beta) * points.log_q
 
 
@@ -139,7 +140,7 @@ def anneal(
         Simulating Normalizing Constants: From Importance Sampling to Bridge Sampling to Path Sampling, Andrew Gelman,
         Xiao-Li Meng (1998).
     """
-    path = _Path(
+    path = Path(
         problem, replace(proposal, df=torch.full_like(proposal.df, DF)), rows
     )  # chains from far away would set the pace
     pilot = _pilot(path, generator(*seed, 20))
@@ -149,7 +150,7 @@ def anneal(
     return _run(path, pilot.at_speed(num_temperatures), _NUM_CHAINS, generator(*seed, 21))
 
 
-def _run(path: _Path, schedule: _Schedule, num_chains: int, rng: torch.Generator) -> Tensor:
+def _run(path: Path, schedule: _Schedule, num_chains: int, rng: torch.Generator) -> Tensor:
     points = path.at(path.proposal.sample(num_chains, rng))
     log_weights = torch.zeros_like(points.log_p)
     last = len(schedule.beta) - 2
@@ -160,7 +161,7 @@ def _run(path: _Path, schedule: _Schedule, num_chains: int, rng: torch.Generator
     return torch.where(log_weights.isfinite(), log_weights, -math.inf)
 
 
-def _pilot(path: _Path, rng: torch.Generator) -> _Schedule:
+def _pilot(path: Path, rng: torch.Generator) -> _Schedule:
     """Step sizes by stochastic approximation, and the length of the path by the spread of log p - log q along it."""
     points = path.at(path.proposal.sample(_NUM_PILOT_CHAINS, rng))
     size, dim = points.z.shape[1:]

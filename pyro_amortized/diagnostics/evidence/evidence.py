@@ -11,21 +11,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pyro_amortized.diagnostics.evidence.annealing import anneal
 from pyro_amortized.diagnostics.evidence.importance import psis
-from pyro_amortized.diagnostics.evidence.proposal import Proposal, first_proposals
-from pyro_amortized.diagnostics.problem import LocalProblem, progress_bar
+from pyro_amortized.diagnostics.evidence.proposal import Approximation, Proposal, first_proposals
+from pyro_amortized.diagnostics.problem import LocalProblem, blocks, progress_bar
 from pyro_amortized.diagnostics.report import widening
 from pyro_amortized.objective.draws import chunks
 from pyro_amortized.objective.noise import generator
 
 __all__ = [
+    "BOUNDED",
     "Rounds",
+    "adapt",
     "adapted_proposals",
     "estimate_evidence",
     "estimate_rows",
@@ -38,9 +40,7 @@ _LIGHT_TAIL, _HEAVY_TAIL = 0.5, 0.7
 _ROUND = 1000
 _LEAST_ROUNDS = 2
 """Rounds that every datapoint gets, so that its khat and standard error mean something."""
-_BLOCK = 256
-"""Datapoints worked on at a time; bounds memory."""
-_BOUNDED = 5.0
+BOUNDED = 5.0
 """Weights that exceed their mean by no more than this have no tail to fit: of those that have one, the largest of a
 thousand exceed it many times over."""
 _ANNEALING = 8
@@ -56,7 +56,7 @@ def estimate_evidence(
     """:func:`log_evidence` of a call that is bound already, from the optimal phi ``(N, P)``."""
     results = []
     with progress_bar(len(phi), "log evidence", progress) as bar:
-        for number, (part, part_phi) in enumerate(_parts(problem, phi)):
+        for number, (part, part_phi) in enumerate(blocks(problem, phi)):
             results.append(_estimate_block(part, part_phi, tolerance, max_samples, (seed, number)))
             bar.update(len(part_phi))
     return {name: torch.cat([result[name] for result in results]) for name in results[0]}
@@ -65,20 +65,6 @@ def estimate_evidence(
 def reliable_evidence(evidence: Mapping[str, Tensor], tolerance: float) -> Tensor:
     """Where nothing speaks against the results of :func:`estimate_evidence`."""
     return (evidence["khat"] < _HEAVY_TAIL) & (evidence["log_evidence_se"] <= tolerance) & evidence["settled"]
-
-
-def _parts(problem: LocalProblem, phi: Tensor) -> list[tuple[LocalProblem, Tensor]]:
-    """The problem and phi in blocks of datapoints, where the model can be run on each of them."""
-    if len(phi) <= _BLOCK:
-        return [(problem, phi)]
-    parts = []
-    for rows in torch.arange(len(phi)).split(_BLOCK):
-        objective = problem.objective.select(rows)
-        if objective is None:
-            return [(problem, phi)]
-        part = replace(problem, objective=objective, phi=problem.phi[rows], index=problem.index[rows])
-        parts.append((part, phi[rows]))
-    return parts
 
 
 def _estimate_block(
@@ -99,7 +85,7 @@ def estimate_rows(rounds: Rounds, proposal: Proposal, rows: Tensor, seed: tuple[
     result = rounds.run(proposal, rows, generator(*seed, 6), patience=_PATIENCE)
     poor = (~rounds.done(result)).nonzero().squeeze(-1)
     if len(poor):
-        fitted = _adapt(problem, proposal[poor], rows[poor], generator(*seed, 7))
+        fitted = adapt(problem, proposal[poor], rows[poor], generator(*seed, 7))
         _keep_better(result, rounds.run(fitted, rows[poor], generator(*seed, 8)), poor)
     stuck = (~rounds.done(result) & (result["khat"] <= _LIGHT_TAIL)).nonzero().squeeze(-1)
     if len(stuck):  # the first proposal was the better one, and only lacks draws
@@ -125,7 +111,7 @@ def adapted_proposals(
         if len(good):
             pairs.append((rows[good], proposal[good]))
         if len(poor):
-            fitted = _adapt(problem, proposal[poor], rows[poor], generator(*seed, 7))
+            fitted = adapt(problem, proposal[poor], rows[poor], generator(*seed, 7))
             pairs.append((rows[poor], fitted))
     return pairs
 
@@ -140,7 +126,7 @@ def _log_weights(
 
 @torch.no_grad()
 def log_weights_at(
-    problem: LocalProblem, proposal: Proposal, rows: Tensor, z: Tensor, log_q: Tensor | None = None
+    problem: LocalProblem, proposal: Approximation, rows: Tensor, z: Tensor, log_q: Tensor | None = None
 ) -> Tensor:
     """Log-weights ``(K, n)`` of ``rows`` at latents ``(K, n, D)``, whose log-densities may be given."""
     log_joint = problem.objective.log_joint.on_rows(rows)
@@ -168,9 +154,7 @@ def summary(log_weights: Tensor) -> dict[str, Tensor]:
     return {
         "log_evidence": torch.where(none, -math.inf, log_weights.logsumexp(0) - math.log(count)),
         "log_evidence_se": torch.where(none, math.inf, widening(few) * total.sqrt() / (mean * count / 2)),
-        "khat": torch.where(
-            none, math.inf, torch.where(relative.amax(0) <= _BOUNDED * mean, khat.clamp(max=0.0), khat)
-        ),
+        "khat": torch.where(none, math.inf, torch.where(relative.amax(0) <= BOUNDED * mean, khat.clamp(max=0.0), khat)),
         "ess": torch.where(none, 0.0, relative.sum(0).square() / relative.square().sum(0)),
         "num_samples": torch.full_like(mean, count),
     }
@@ -243,11 +227,13 @@ def _badness(summary: Mapping[str, Tensor]) -> Tensor:
     return summary["khat"].clamp(min=_LIGHT_TAIL) + summary["log_evidence_se"].clamp(max=1.0) * 0.1
 
 
-def _adapt(problem: LocalProblem, proposal: Proposal, rows: Tensor, rng: torch.Generator) -> Proposal:
+def adapt(
+    problem: LocalProblem, proposal: Proposal, rows: Tensor, rng: torch.Generator, num_rounds: int = _NUM_ADAPTATIONS
+) -> Proposal:
     """Moves the proposals of ``rows`` towards weighted draws from them, a few times."""
     if 4 * proposal.num_parts > _ROUND:  # what many modes hold is no matter of their widths
         return proposal
-    for _ in range(_NUM_ADAPTATIONS):
+    for _ in range(num_rounds):
         z, log_weights = _log_weights(problem, proposal, rows, 8 * proposal.num_parts, rng)
         usable = torch.where(log_weights.isneginf().all(0), 0.0, log_weights)
         proposal = proposal.adapted(z, psis(usable)[0].softmax(0))

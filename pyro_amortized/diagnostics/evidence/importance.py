@@ -5,7 +5,7 @@ fitted to them; the fitted shape `khat` says whether importance sampling can be 
 tail, fit it, replace it.
 """
 
-__all__ = ["psis"]
+__all__ = ["psis", "systematic"]
 
 import math
 
@@ -242,3 +242,14 @@ def _expected_order_statistics(
     log_survival = torch.log1p(-((length - rank - 0.5) / length))
     exponential = k.abs() < torch.finfo(k.dtype).eps
     return sigma * torch.where(exponential, -log_survival, torch.expm1(-k * log_survival) / k)
+
+
+def systematic(weights: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Positions `(K, N)` in proportion to each column's weights `(K, N)`, evenly spaced, in random order."""
+    size = len(weights)
+    shape = (weights.shape[1], 1)
+    positions = (torch.arange(size) + torch.rand(shape, generator=rng, dtype=torch.float64)) / size
+    cumulative = weights.T.cpu().double().cumsum(-1)
+    chosen = torch.searchsorted(cumulative / cumulative[:, -1:], positions).clamp(max=size - 1)
+    order = torch.rand(chosen.shape, generator=rng).argsort(-1)
+    return chosen.gather(-1, order).T.to(weights.device)

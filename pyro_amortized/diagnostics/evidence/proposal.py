@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from pyro_amortized.diagnostics.optimum.modes import Search, as_wide_as, log_volume, mahalanobis
+from pyro_amortized.diagnostics.optimum.modes import Modes, Search, as_wide_as, log_volume, mahalanobis
 from pyro_amortized.diagnostics.problem import LocalProblem
 
-__all__ = ["DF", "Proposal", "first_proposals"]
+__all__ = ["DF", "Approximation", "Proposal", "first_proposals", "proposals_at"]
 
 DF, HEAVY_DF = 10.0, 1.0
 """Degrees of freedom of components, and of those at modes with heavy tails."""
@@ -32,6 +33,19 @@ _SMALLEST_PARTS = 5
 """Least share of a mode found, so that a wrong guess of its weight does little harm."""
 _LEAST_SHARE = 1e-6
 """Of the mass of all modes, for one to have a component."""
+
+
+class Approximation(Protocol):
+    """A distribution for each of n datapoints, such as a proposal of the evidence."""
+
+    def sample(self, num_draws: int, rng: torch.Generator) -> Tensor:
+        """Draws ``(K, n, D)``."""
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-densities ``(K, n)`` of ``(K, n, D)``."""
+
+    def __getitem__(self, rows: Tensor) -> Approximation:
+        """That of some of the datapoints."""
 
 
 @dataclass
@@ -201,11 +215,16 @@ def first_proposals(problem: LocalProblem, phi: Tensor, seed: tuple[int, ...]) -
         seed: Seed of the search.
     """
     search = Search(problem, phi, seed)
-    modes, mean, root = search.run(), search.mean, search.root
+    return proposals_at(problem, search, search.run())
+
+
+def proposals_at(problem: LocalProblem, search: Search, modes: Modes) -> list[tuple[Tensor, Proposal, Tensor]]:
+    """:func:`first_proposals` at the modes of a search that has run."""
+    mean, root = search.mean, search.root
     close = mahalanobis(mean - modes.loc[0], modes.root[0]) <= 1.0
     if problem.objective.family.multimodal:  # whose mean may lie where there is next to nothing
         with torch.no_grad():
-            height = problem.objective.log_joint(mean.to(phi).unsqueeze(0)).squeeze(0).double().cpu()
+            height = problem.objective.log_joint(mean.to(problem.phi).unsqueeze(0)).squeeze(0).double().cpu()
     else:
         height = modes.log_mass[0] - log_volume(modes.root[0])
     mass = torch.where(close | ~height.isfinite(), -math.inf, height + log_volume(root))

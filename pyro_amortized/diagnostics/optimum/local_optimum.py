@@ -26,7 +26,7 @@ from pyro_amortized.objective.noise import generator, quasi_normal, seeded
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["LocalOptimum", "optimize_local"]
+__all__ = ["FixedNoiseLoss", "LocalOptimum", "optimize_local"]
 
 _LBFGS_MAX_DIM = 128
 _SEED_TOLERANCE = 0.005
@@ -162,7 +162,7 @@ def _smooth_optimum(problem: LocalProblem, seed: int, progress: bool) -> tuple[T
         results, ended = [], torch.ones(len(rows), dtype=torch.bool)
         for half, start in enumerate(starts):
             noise = quasi_normal(num_draws, size, noise_dim, generator(seed, 1, attempt, half))
-            loss = _FixedNoiseLoss(problem, noise.to(problem.phi), rows, start[rows], units[rows])
+            loss = FixedNoiseLoss(problem, noise.to(problem.phi), rows, start[rows], units[rows])
             with progress_bar(len(rows), f"q* ({num_draws} draws, pass {half + 1})", progress) as bar:
                 found = minimize_rows(loss, loss.origin, max_length=_MAX_LENGTH, on_step=partial(_show, bar))
             results.append(start.index_copy(0, rows, loss.phi_at(found.x, torch.arange(len(rows)))))
@@ -205,7 +205,7 @@ def _show(bar: Any, finished: int) -> None:
     bar.update(finished - bar.n)
 
 
-class _FixedNoiseLoss:
+class FixedNoiseLoss:
     """The negative ELBO on fixed noise and its gradient, for some of the datapoints.
 
     The optimiser sees those entries of phi that are locations (:attr:`VariationalFamily.locations`) in given units
@@ -230,6 +230,7 @@ class _FixedNoiseLoss:
         return phi
 
     def __call__(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Values ``(n,)`` and gradients ``(n, P)`` at what the optimiser sees of some datapoints."""
         value, gradient = self._on_rows(self.phi_at(x, positions), self.rows[positions])
         return value, self._in_units(gradient, self.units[positions].transpose(-1, -2))
 

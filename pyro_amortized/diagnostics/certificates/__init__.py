@@ -1,0 +1,1 @@
+"""Posteriors with a certificate, datapoint by datapoint."""

@@ -1,0 +1,127 @@
+"""Whether weighted draws of an approximation can stand for the posterior."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_amortized.diagnostics.certificates.target import Target
+from pyro_amortized.diagnostics.evidence.evidence import BOUNDED, log_weights_at
+from pyro_amortized.diagnostics.evidence.importance import psis, systematic
+from pyro_amortized.diagnostics.evidence.proposal import Approximation
+from pyro_amortized.diagnostics.problem import LocalProblem
+from pyro_amortized.families import VariationalFamily
+from pyro_amortized.objective.draws import chunks
+from pyro_amortized.objective.noise import draw
+
+__all__ = ["Member", "Weighed", "weigh"]
+
+_SCREENED, _LEAST_SHARE = 8, 0.5
+"""One in so many draws shows first whether the rest is worth its cost: at half of the share wanted, it is."""
+
+
+@dataclass
+class Member:
+    """Members of a variational family, as an approximation.
+
+    Attributes:
+        family: The family.
+        phi: Variational parameters, ``(n, P)``.
+    """
+
+    family: VariationalFamily
+    phi: Tensor
+
+    def sample(self, num_draws: int, rng: torch.Generator) -> Tensor:
+        """Independent draws ``(K, n, D)``, float64."""
+        return draw(self.family, self.phi, num_draws, rng).double().cpu()
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-densities ``(K, n)``, float64."""
+        parts = [self.family(self.phi).log_prob(z[piece].to(self.phi)) for piece in chunks(len(z), z.shape[1])]
+        return torch.cat(parts).double().cpu()
+
+    def __getitem__(self, rows: Tensor) -> Member:
+        """Those of some datapoints."""
+        return Member(self.family, self.phi[rows.to(self.phi.device)])
+
+
+@dataclass
+class Weighed:
+    """What weighted draws say of n datapoints.
+
+    Attributes:
+        draws: ``(S, n, D)``, drawn again in proportion to their smoothed weights.
+        khat: Shape of the weights' tail, ``(n,)``; minus infinity for equal weights.
+        ess: Effective sample size, ``(n,)``: the smallest of that of the weights and those of the means of all
+            dimensions; an extrapolation where a few draws showed it to be small.
+        tail_ess: The smallest of those of the dimensions' standard deviations, ``(n,)``.
+    """
+
+    draws: Tensor
+    khat: Tensor
+    ess: Tensor
+    tail_ess: Tensor
+
+    def reach(self, target: Target) -> Tensor:
+        """For which datapoints they can be trusted, ``(n,)``."""
+        return (self.khat < target.khat) & (self.ess >= target.ess) & (self.tail_ess >= target.tail_ess)
+
+
+@torch.no_grad()
+def weigh(problem: LocalProblem, rows: Tensor, q: Approximation, target: Target, rng: torch.Generator) -> Weighed:
+    """Weighs draws of an approximation by Pareto-smoothed importance sampling.
+
+    Args:
+        problem: The bound call.
+        rows: Which datapoints, ``(n,)``.
+        q: The approximations of their posteriors.
+        target: How many draws, and what they must be worth.
+        rng: Source of the draws.
+    """
+    first = 4 * -(-target.num_samples // (4 * _SCREENED))
+    z = q.sample(first, rng)
+    log_weights = log_weights_at(problem, q, rows, z)
+    found = _summarise(z, log_weights, target, rng)
+    good = (found.ess >= _LEAST_SHARE * target.ess).nonzero().squeeze(-1)
+    if len(good):
+        more = q[good].sample(4 * -(-(target.num_samples - first) // 4), rng)[: target.num_samples - first]
+        whole = torch.cat([log_weights[:, good], log_weights_at(problem, q[good], rows[good], more)])
+        own = _summarise(torch.cat([z[:, good], more]), whole, target, rng)
+        for name, value in vars(found).items():
+            value.index_copy_(1 if name == "draws" else 0, good, getattr(own, name))
+    return found
+
+
+def _summarise(z: Tensor, log_weights: Tensor, target: Target, rng: torch.Generator) -> Weighed:
+    """What weights ``(K, n)`` of draws ``(K, n, D)`` say, effective sizes as those of all draws wanted."""
+    count, wanted = len(z), target.num_samples
+    none = ~(log_weights.amax(0) > -torch.inf)
+    smoothed, khat = psis(torch.where(none, 0.0, log_weights.nan_to_num(nan=-torch.inf)))
+    weights = smoothed.softmax(0)
+    khat = torch.where(weights.amax(0) * count <= BOUNDED, khat.double().clamp(max=0.0), khat.double())
+    chosen = systematic(weights, rng)[torch.arange(wanted) * count // wanted]
+    draws = z.gather(0, chosen.unsqueeze(-1).expand(-1, -1, z.shape[-1]))
+    sizes = (torch.where(none, 0.0, size * wanted / count) for size in _effective_sizes(z, weights))
+    return Weighed(draws, torch.where(none, torch.inf, khat), *sizes)
+
+
+def _effective_sizes(z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    r"""How many independent draws are worth as much as weighted ones ``(K, n, D)``, the smallest number, each ``(n,)``.
+
+    A mean :math:`\sum_k w_k u_k` of standardised draws has variance :math:`\sum_k w_k^2 u_k^2`, and a standard
+    deviation a relative one of :math:`\sum_k w_k^2 (u_k^2 - 1)^2 / 4`, where that of M independent normal draws has
+    :math:`1 / (2 M)`. Where large weights lie far out, as in heavy tails, both are worth less than the weights tell.
+
+    References:
+        Monte Carlo Theory, Methods and Examples, Art B. Owen (2013), chapter 9, https://artowen.su.domains/mc/
+    """
+    squares = weights.square()
+    centred = z - torch.einsum("kn,knd->nd", weights, z)
+    variance = torch.einsum("kn,knd->nd", weights, centred.square()).clamp(min=1e-300)
+    relative = centred.square() / variance
+    of_means = 1 / torch.einsum("kn,knd->nd", squares, relative)
+    of_scales = 2 / torch.einsum("kn,knd->nd", squares, (relative - 1).square())
+    return torch.minimum(1 / squares.sum(0), of_means.amin(-1)), of_scales.amin(-1)
