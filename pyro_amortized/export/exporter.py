@@ -214,6 +214,6 @@ class Exporter:
             if drawn
             else "none",
             "resampled": int(options.resample),
-            "log_likelihood": "marginal" if self._marginal is not None else "given local latents",
+            "kind_of_log_likelihood": "marginal" if self._marginal is not None else "given local latents",
             "seed": options.seed,
         }
