@@ -69,7 +69,7 @@ bench: $(VENV)/.examples  ## run the benchmarks
 bench-scale: $(VENV)/.test  ## time and memory at up to a million datapoints (10 minutes)
 	$(BIN)/python benchmarks/scale.py
 
-encoders: $(VENV)/.examples  ## ready-made encoders against the multilayer perceptron (20 minutes)
+encoders: $(VENV)/.examples  ## ready-made encoders against the multilayer perceptron (15 minutes)
 	$(BIN)/python benchmarks/encoders.py
 
 hierarchies: $(VENV)/.examples  ## gaps of guides of hierarchies, crossed plates and data sets (15 minutes)
