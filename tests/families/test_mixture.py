@@ -198,7 +198,7 @@ def test_fixed_noise_is_cut_by_the_draws_made_of_it(monkeypatch: pytest.MonkeyPa
     monitored = LocalLogJoint.__call__
     monkeypatch.setattr(LocalLogJoint, "__call__", lambda own, z: sizes.append(z.shape[0] * 4) or monitored(own, z))
     noise = torch.randn(MAX_ROWS // 8, 4, 1)
-    loss = local_optimum._FixedNoiseLoss(
+    loss = local_optimum.FixedNoiseLoss(
         problem, noise, torch.arange(4), problem.phi.double(), torch.ones(4, 1, 1).double()
     )
     loss._evaluate(problem.objective, problem.phi.double(), noise)
