@@ -86,7 +86,7 @@ case("a bare tensor", lambda: report(X), r"\(x,\)", report)
 case("no arguments", lambda: report(None), r"\(x,\)", report)
 case("kwargs in a list", lambda: report((), model_kwargs=[X]), r'\{"x": x\}', lambda: report((), model_kwargs={"x": X}))
 case("a shuffled loader", lambda: report(loader(shuffle=True)), "shuffle=False", lambda: report(loader(shuffle=False)))
-case("an empty loader", lambda: report(DataLoader([])), "one that has some", lambda: report(loader()))
+case("an empty loader", lambda: report(DataLoader([])), "data set that is not empty", lambda: report(loader()))
 case("a single datapoint", lambda: report((X[:1],)), "more", report)
 case(
     "a tensor without dimensions",

@@ -71,7 +71,7 @@ def _chunks(part: xarray.Dataset, plate: str | None, key: str) -> dict[str, Any]
 
 def _names_whole(attributes: Any, names: Any, engine: str) -> list[str]:
     if "complete" not in attributes:
-        raise ValueError(f"this {engine} file is not marked as complete")
+        raise OSError(f"this {engine} file is not marked as complete")
     return list(names)
 
 
