@@ -48,7 +48,7 @@ class Format(ABC):
 
     @abstractmethod
     def groups(self) -> list[str]:
-        """Names of the groups of a whole file; a ValueError if it is not marked as whole."""
+        """Names of the groups of a whole file; an OSError if it is not marked as whole."""
 
     def open(self, name: str) -> xarray.Dataset:
         """A group, whose values are read when they are used."""
