@@ -88,7 +88,7 @@ class SVIModule(LightningModule):
         >>> module = SVIModule(model, AmortizedGuide(model))
         >>> quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar"], False)
         >>> trainer = lightning.Trainer(max_epochs=2, accelerator="cpu", enable_model_summary=False, **quiet)
-        >>> trainer.fit(module, loader)
+        >>> trainer.fit(module, loader, loader)
         >>> module.history.dataset.sizes["step"]
         8
     """

@@ -1253,7 +1253,7 @@ def test_a_failed_load_leaves_a_guide_that_is_not_set_up() -> None:
         with pytest.raises(RuntimeError, match="extra_state"):
             guide(x, y)
     assert "not set up yet" in repr(guide)
-    assert "<td>  not set up yet" in guide._repr_html_()
+    assert "not set up yet" in guide._repr_html_()
 
 
 def test_default_encoders_can_be_made_modules_of_pyro() -> None:

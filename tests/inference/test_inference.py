@@ -94,7 +94,7 @@ def test_a_step_moves_only_the_rows_looked_up(sparse: bool) -> None:
 def test_table_is_the_only_state(sparse: bool) -> None:
     strategy = PerDatapoint(torch.randn(6, 4), sparse=sparse)
     other = PerDatapoint(torch.zeros(6, 4), sparse=sparse)
-    assert list(strategy.state_dict()) == ["table"]
+    assert list(strategy.state_dict()) == ["rows.weight"]
     other.load_state_dict(strategy.state_dict())
     assert torch.equal(other((), None), strategy((), None))
 

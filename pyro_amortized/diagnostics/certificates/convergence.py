@@ -61,7 +61,7 @@ def _split(draws: Tensor) -> Tensor:
 
 def _normal_scores(draws: Tensor) -> Tensor:
     """Normal scores of the ranks among all draws, those of ties averaged."""
-    columns = draws.flatten(0, 1).flatten(1).T.contiguous()
+    columns = draws.reshape(draws.shape[0] * draws.shape[1], -1).T.contiguous()
     ordered = columns.sort(-1).values
     below, upto = (torch.searchsorted(ordered, columns, right=right) for right in (False, True))
     rank = (below + upto + 1) / 2
