@@ -77,4 +77,5 @@ class AggressiveTraining(Callback, Turns):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from there."""
-        vars(self).update(state_dict)
+        for name, value in state_dict.items():
+            setattr(self, name, value)

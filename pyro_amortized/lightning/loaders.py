@@ -71,7 +71,8 @@ def give_generators(loaders: Any) -> None:
 
 def restart_loaders(trainer: Trainer) -> None:
     """Starts the loaders for training anew: those resumed at the end of an epoch would give no batch in the next."""
-    iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    iter(fetcher)
 
 
 @contextmanager

@@ -233,7 +233,7 @@ class SVIModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Logs the loss of all batches."""
         loss = self._log_evaluated("val")
-        if not self.trainer.sanity_checking and self.trainer.training is False and self.trainer.state.fn == "fit":
+        if not self.trainer.sanity_checking and self.trainer.state.fn == "fit":
             self._record.validation(self.current_epoch, self.global_step, loss)
 
     def on_test_epoch_end(self) -> None:
@@ -264,7 +264,9 @@ class SVIModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what was saved for the moment when training goes on."""
-        self._resumed = checkpoint["svi"]
+        self._resumed = checkpoint.get("svi")
+        if self._resumed is None:  # one of the weights alone
+            return
         self._record.restore(self._resumed["history"])
         if self.annealing is not None:
             self.annealing.num_steps = self._resumed["annealing_steps"]

@@ -59,7 +59,7 @@ class Turns:
         self._information = information
 
     def turns_state(self) -> dict[str, Any]:
-        """All of it as numbers; ``vars(self).update`` takes them back."""
+        """All of it as numbers, by the names of the attributes."""
         names = ("aggressive", "encoder_steps", "_losses", "_before", "_information")
         return {name: getattr(self, name) for name in names}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyro.poutine.messenger import Messenger
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
 
 from pyro_amortized.structure.layout import datapoint_plate
 from pyro_amortized.structure.plates import probe
@@ -32,10 +32,11 @@ class DataPlate:
         dataset = getattr(loader, "dataset", None)
         if self.size is None or not isinstance(loader, DataLoader) or isinstance(dataset, IterableDataset):
             return
-        if isinstance(dataset, Sized) and len(dataset) != self.size:
+        rows = loader.sampler if isinstance(loader.sampler, SubsetRandomSampler) else dataset
+        if isinstance(rows, Sized) and len(rows) != self.size:
             raise ValueError(
-                f"Cannot train on a loader over {len(dataset)} datapoints because plate {self.name!r} of the model has "
-                f"{self.size}, by which every batch's loss is scaled; try pyro.plate({self.name!r}, {len(dataset)}, "
+                f"Cannot train on a loader over {len(rows)} datapoints because plate {self.name!r} of the model has "
+                f"{self.size}, by which every batch's loss is scaled; try pyro.plate({self.name!r}, {len(rows)}, "
                 "subsample=...) in the model, or a loader over all of the model's datapoints."
             )
 

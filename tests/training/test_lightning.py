@@ -314,6 +314,9 @@ def test_loaders_over_another_number_of_datapoints_are_refused(tmp_path: Path) -
     short = DataLoader(TensorDataset(*data(4)), batch_size=2)
     with pytest.raises(ValueError, match="loader over 4 datapoints because plate 'data' of the model has 10"):
         quiet(tmp_path).fit(SVIModule(model, AmortizedGuide(model)), short)
+    subset = loader(sampler=torch.utils.data.SubsetRandomSampler(range(7)))
+    with pytest.raises(ValueError, match="loader over 7 datapoints"):
+        quiet(tmp_path).fit(SVIModule(model, AmortizedGuide(model, name="other")), subset)
     pyro.clear_param_store()
     model = Factors(sized=False)
     quiet(tmp_path).fit(SVIModule(model, AmortizedGuide(model)), short)
@@ -343,6 +346,17 @@ def test_batches_that_hold_more_than_the_model_takes(tmp_path: Path) -> None:
     torch.testing.assert_close(medians, guide.eval().median(*data())["z"])
     assert "4 steps" in str(module.history)
     assert module.history.plot().get_ylabel() == "loss (negative ELBO, nats)"
+
+
+@pytest.mark.parametrize("kind", ["amortized", "anchored"])
+def test_mixed_precision_and_clipping(kind: str, tmp_path: Path) -> None:
+    model = Factors()
+    Guide, options = GUIDES[kind]
+    module = SVIModule(model, Guide(model, **options))
+    quiet(tmp_path, precision="bf16-mixed", gradient_clip_val=10.0, max_epochs=20).fit(module, loader(5), loader(5))
+    losses = module.history.dataset["val_loss"].values
+    assert module.history.dataset.sizes == {"step": 40, "validation": 20}
+    assert losses[-5:].mean() < losses[:5].mean()
 
 
 def plateau(optimizer: Any) -> Any:
