@@ -60,5 +60,6 @@ def check_built(ready: bool, parameters: Sequence[nn.Parameter]) -> None:
         )
     if not parameters:
         raise ValueError(
-            "Cannot train because neither the model nor the guide has parameters; try a guide that has, AmortizedGuide."
+            "Cannot train because neither the model nor the guide has parameters; try a latent site in the model, for "
+            "which AmortizedGuide makes some, or pyro.param."
         )

@@ -51,11 +51,13 @@ class History(Report):
         train = self.dataset["train_loss"]
         window = max(1, len(train) // 50)
         ax.plot(train["step"], train, color="C0", alpha=0.3, lw=0.8)
-        ax.plot(train["step"], train.rolling(step=window, min_periods=1).mean(), color="C0", label="training")
+        if len(train):
+            ax.plot(train["step"], train.rolling(step=window, min_periods=1).mean(), color="C0", label="training")
         if self.dataset.sizes["validation"]:
             ax.plot(self.dataset["val_step"], self.dataset["val_loss"], "o-", color="C1", ms=3, label="validation")
         ax.set(xlabel="steps", ylabel="loss (negative ELBO, nats)", title="Training")
-        ax.legend()
+        if len(train):
+            ax.legend()
         return ax
 
 

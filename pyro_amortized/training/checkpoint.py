@@ -9,6 +9,7 @@ from typing import Any
 import pyro
 import torch
 from pyro.optim import PyroOptim
+from torch import nn
 
 from pyro_amortized.training.generators import generator_state, restore_generators
 
@@ -50,7 +51,9 @@ def save_checkpoint(path: str | os.PathLike[str], **parts: Any) -> None:
         True
     """
     state = {name: _state(name, part) for name, part in parts.items()}
-    store = {name: value.detach() for name, value in pyro.get_param_store().named_parameters()}
+    of_parts = {id(p) for part in parts.values() if isinstance(part, nn.Module) for p in part.parameters()}
+    entries = pyro.get_param_store().named_parameters()
+    store = {name: value.detach() for name, value in entries if id(value) not in of_parts}
     saved = {"parts": state, "store": store, "generators": generator_state()}
     path = os.fspath(path)
     try:
@@ -126,15 +129,14 @@ def _restore(part: Any, state: Any) -> None:
 
 
 def _restore_store(saved: dict[str, torch.Tensor]) -> None:
-    """Gives the parameters in the store the values that were saved; those of guides are in place already."""
+    """Gives the parameters in the store that belong to no part the values that were saved."""
     entries = dict(pyro.get_param_store().named_parameters())
     absent = sorted(set(saved) - set(entries))
-    of_functions = [name for name in absent if "$$$" not in name and "." not in name]
-    if of_functions:
+    if absent:
         raise ValueError(
-            f"Cannot load parameters {of_functions} because the model has not made them yet, and only it knows their "
-            "constraints; try one evaluation of the loss before, svi.evaluate_loss(x)."
+            f"Cannot load parameters {absent} because the model and the guide have not made them yet, and only they "
+            "know their constraints; try one evaluation of the loss before, svi.evaluate_loss(x)."
         )
     with torch.no_grad():
-        for name in set(saved) - set(absent):
-            entries[name].copy_(saved[name])
+        for name, value in saved.items():
+            entries[name].copy_(value)

@@ -173,17 +173,37 @@ class IWELBO(ELBO):
     def _run(self, call: ModelCall, guide: Callable[..., Any]) -> list[Particles]:
         key = self._key(call)
         if self.vectorize_particles and self._known.get(key, True):
-            particles = run_particles(call, guide, self.num_particles)
-            if key in self._known or self._is_right(particles):
-                self._remember(key, True)
+            particles = self._together(call, guide, checked=key in self._known)
+            self._remember(key, particles is not None)
+            if particles is not None:
                 return [particles]
-            self._remember(key, False)
         first = run_particles(call, guide, 1)
         runs = [first, *(run_particles(call, guide, 1, shared=first) for _ in range(self.num_particles - 1))]
         _check_draws(runs, self.gradient)
         last = runs[-1]
         _check_outside(first, *(run.evaluation.outside(run.model_trace) for run in (first, last)))
         return runs
+
+    def _together(self, call: ModelCall, guide: Callable[..., Any], *, checked: bool) -> Particles | None:
+        """The draws made in one run; None if the model does not take them so."""
+        if checked:
+            return run_particles(call, guide, self.num_particles)
+        try:
+            particles = run_particles(call, guide, self.num_particles)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            first = run_particles(call, guide, 1)  # raises what is wrong with single draws too
+            _check_draws([first], self.gradient)
+            self._warn(f"cannot take them together ({str(error).splitlines()[0]})")
+            return None
+        return particles if self._is_right(particles) else None
+
+    def _warn(self, cause: str) -> None:
+        warnings.warn(
+            f"IWELBO makes its {self.num_particles} draws one after the other because the model {cause}; try "
+            "model.eval() if it holds dropout or batch normalisation, and indexing from the right, a[..., index], or "
+            "vectorize_particles=False.",
+            stacklevel=6,
+        )
 
     def _key(self, call: ModelCall) -> Any:
         """What tells calls apart for which draws together may be right or wrong; None if it is not known."""
@@ -212,12 +232,7 @@ class IWELBO(ELBO):
         _check_outside(particles, before, after)
         if close(particles.log_p.detach()[at], torch.cat([first, last])):
             return True
-        warnings.warn(
-            f"IWELBO makes its {particles.number} draws one after the other because the model gives other "
-            "log-probabilities for them together than one by one; try model.eval() if it holds dropout or batch "
-            "normalisation, and indexing from the right, a[..., index], or vectorize_particles=False.",
-            stacklevel=5,
-        )
+        self._warn("gives other log-probabilities for them together than one by one")
         return False
 
 
