@@ -53,7 +53,7 @@ from pyro_amortized.structure.observed import check_observed
 from pyro_amortized.structure.reader import StructureReader
 from pyro_amortized.structure.running import is_predicting, isolated, run_model
 from pyro_amortized.structure.sites import is_enumerated
-from pyro_amortized.structure.state import untouched
+from pyro_amortized.structure.state import kept_generators, untouched
 from pyro_amortized.structure.steady import check_steady
 from pyro_amortized.structure.structure import Structure
 from pyro_amortized.updates.base import UpdateRule
@@ -174,7 +174,8 @@ class LocalGuide(PosteriorGuide):
         before = stored(self._pyro_name)  # by another guide, with which they would be shared
         self._taken = before if call.structure.global_sites else []
         try:
-            self._build(call)
+            with kept_generators() if self._pending_state else nullcontext():  # whose weights are not to be drawn
+                self._build(call)
             self._ready = True
             self._load_pending_state()
         except Exception:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-__all__ = ["kept_state", "modes_of_modules", "untouched"]
+__all__ = ["kept_generators", "kept_state", "modes_of_modules", "untouched"]
 
 
 class _NumpyGenerator:
@@ -57,11 +57,17 @@ def untouched(*, first: bool = False) -> Iterator[None]:
     Args:
         first: As for :func:`kept_state`.
     """
+    with kept_generators(), kept_state(first=first):
+        yield
+
+
+@contextmanager
+def kept_generators() -> Iterator[None]:
+    """Leaves the generators of torch, NumPy and Python as they were."""
     numpy_state, python_state, torch_state = _NUMPY.read(), random.getstate(), torch.get_rng_state()
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
-        with kept_state(first=first):
-            yield
+        yield
     finally:
         torch.set_rng_state(torch_state)
         if devices:

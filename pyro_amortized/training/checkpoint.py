@@ -9,6 +9,7 @@ from typing import Any
 import pyro
 import torch
 from pyro.optim import PyroOptim
+from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import nn
 
 from pyro_amortized.training.generators import generator_state, restore_generators
@@ -109,6 +110,11 @@ def load_checkpoint(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any
 
 
 def _state(name: str, part: Any) -> Any:
+    if isinstance(part, PyroLRScheduler):
+        raise ValueError(
+            f"Cannot save {name}=<{type(part).__name__}> because Pyro's schedulers do not give the state of the "
+            "optimizers that they hold; try a torch optimizer and scheduler, SVIModule(model, guide, scheduler=...)."
+        )
     if isinstance(part, PyroOptim):
         return part.get_state()
     if hasattr(part, "state_dict"):

@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
+from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
 from pyro_amortized import AmortizedGuide, IterativeAmortizedGuide, PerDatapointGuide, SemiAmortizedGuide
@@ -101,3 +102,38 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "run.pt", step=1)
     with pytest.raises(ValueError, match=r"Cannot load \['guide'\] because the checkpoint holds \['step'\]"):
         load_checkpoint(tmp_path / "run.pt", guide=AmortizedGuide(functional))
+
+
+class Scaled(PyroModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = PyroParam(torch.tensor(1.0), dist.constraints.positive)
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, self.scale), obs=x)
+
+
+def test_guides_need_not_be_set_up_and_modules_keep_their_parameters(tmp_path: Path) -> None:
+    """Building draws initial weights, but not where others are to be loaded."""
+    found = []
+    for resumed in (False, True):
+        pyro.clear_param_store()
+        model = Scaled()
+        run = SVI(model, AmortizedGuide(model), pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+        parts = {"model": model, "guide": run.guide, "optimizer": run.optim}
+        if resumed:
+            load_checkpoint(tmp_path / "run.pt", **parts)
+        else:
+            for _ in range(3):
+                run.step(torch.randn(5))
+            save_checkpoint(tmp_path / "run.pt", **parts)
+        found.append([run.step(torch.randn(5)) for _ in range(3)])
+    assert found[0] == found[1]
+
+
+def test_schedulers_of_pyro_are_refused(tmp_path: Path) -> None:
+    optimizer = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.9})
+    with pytest.raises(ValueError, match="do not give the state of the optimizers"):
+        save_checkpoint(tmp_path / "run.pt", optimizer=optimizer)

@@ -657,3 +657,22 @@ def test_a_step_keeps_nothing_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     SVI(poisson, guide, pyro.optim.Adam({"lr": 0.01}), loss=IWELBO(4)).step(COUNTS)
     gc.collect()
     assert [ref() for ref in runs] == [None]
+
+
+def test_a_model_that_takes_no_draws_together_gets_them_one_by_one() -> None:
+    """Not the error of its own that draws in a further dimension make."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True).expand(-1, 3), 1.0).to_event(1), obs=x)
+
+    x = torch.randn(6, 3)
+    guide = AmortizedGuide(model)
+    guide.setup(x)
+    values = []
+    with pytest.warns(UserWarning, match="cannot take them together .*vectorize_particles=False"):
+        values.append([IWELBO(4).loss(model, guide, x) for _ in range(300)])
+    values.append([IWELBO(4, vectorize_particles=False).loss(model, guide, x) for _ in range(300)])
+    ours, plain = torch.tensor(values)
+    assert abs(ours.mean() - plain.mean()) < 4 * (ours.var() / 300 + plain.var() / 300).sqrt()
