@@ -20,7 +20,9 @@ class History(Report):
 
     Attributes:
         dataset: ``train_loss`` over ``step``, as ``svi.step`` would return it; ``val_loss`` and ``val_elbo``, its
-            negative, over ``validation``, with the ``epoch`` and the number of steps done (``val_step``).
+            negative, over ``validation``, with the ``epoch`` and the number of steps done (``val_step``). The attribute
+            ``of_batches`` says whether these are of the batch at hand and of the validation data, or of as many
+            datapoints as the model has.
     """
 
     def __str__(self) -> str:
@@ -38,8 +40,12 @@ class History(Report):
     __repr__ = __str__
 
     @in_style
+    @in_style
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draws the losses over the steps of training; those of training as they come, and smoothed.
+
+        Where the model's plate is as large as a batch, losses of batches and of the validation data stand for other
+        numbers of datapoints: validation has the axis on the right then.
 
         Args:
             ax: Matplotlib axes; new ones by default.
@@ -50,14 +56,18 @@ class History(Report):
         ax = new_axes(ax)
         train = self.dataset["train_loss"]
         window = max(1, len(train) // 50)
-        ax.plot(train["step"], train, color="C0", alpha=0.3, lw=0.8)
+        lines: list[Any] = []
         if len(train):
-            ax.plot(train["step"], train.rolling(step=window, min_periods=1).mean(), color="C0", label="training")
+            ax.plot(train["step"], train, color="C0", alpha=0.3, lw=0.8)
+            smooth = train.rolling(step=window, min_periods=1).mean()
+            lines += ax.plot(train["step"], smooth, color="C0", label="training")
+        ax.set(xlabel="steps", ylabel="loss (negative ELBO, nats)", title=str(self))
         if self.dataset.sizes["validation"]:
-            ax.plot(self.dataset["val_step"], self.dataset["val_loss"], "o-", color="C1", ms=3, label="validation")
-        ax.set(xlabel="steps", ylabel="loss (negative ELBO, nats)", title="Training")
-        if len(train):
-            ax.legend()
+            own = ax.twinx() if self.dataset.attrs["of_batches"] else ax
+            lines += own.plot(self.dataset["val_step"], self.dataset["val_loss"], "o-", color="C1", ms=3)
+            lines[-1].set_label("validation data, axis on the right" if own is not ax else "validation")
+        if lines:
+            ax.legend(lines, [line.get_label() for line in lines])
         return ax
 
 
@@ -94,8 +104,8 @@ class Record:
         self._train, self._new = list(state["train"]), []
         self._validations = [(int(epoch), int(step), loss) for epoch, step, loss in state["validations"]]
 
-    def history(self) -> History:
-        """The report."""
+    def history(self, of_batches: bool) -> History:
+        """The report; losses may be those of the batch at hand."""
         import xarray
 
         epoch, step, loss = zip(*self._validations, strict=True) if self._validations else ((), (), ())
@@ -112,5 +122,6 @@ class Record:
                 "epoch": ("validation", torch.tensor(epoch, dtype=torch.int64).numpy()),
                 "val_step": ("validation", torch.tensor(step, dtype=torch.int64).numpy()),
             },
+            {"of_batches": int(of_batches)},
         )
         return History(dataset)

@@ -125,7 +125,11 @@ class SVIModule(LightningModule):
     @property
     def history(self) -> History:
         """The course of training so far."""
-        return self._record.history()
+        return self._record.history(self._is_of_batch)
+
+    @property
+    def _is_of_batch(self) -> bool:
+        return self._plate is None or self._plate.size is None
 
     # Parameters
 
@@ -242,7 +246,7 @@ class SVIModule(LightningModule):
 
     def _log_evaluated(self, stage: str) -> float:
         evaluated, self._evaluated = self._evaluated, []
-        of_batch = self._plate is None or self._plate.size is None
+        of_batch = self._is_of_batch
         loss, rows = weighted_sum([(x, 1.0 if of_batch else n) for x, n in evaluated], self.device)
         loss = loss if of_batch else loss / rows
         logged = {f"{stage}_loss": loss, f"{stage}_elbo": -loss}

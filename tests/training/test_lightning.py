@@ -345,7 +345,23 @@ def test_batches_that_hold_more_than_the_model_takes(tmp_path: Path) -> None:
     medians = torch.cat([part["z"] for part in trainer.predict(module, batches)])
     torch.testing.assert_close(medians, guide.eval().median(*data())["z"])
     assert "4 steps" in str(module.history)
-    assert module.history.plot().get_ylabel() == "loss (negative ELBO, nats)"
+    axes = module.history.plot()
+    assert axes.get_ylabel() == "loss (negative ELBO, nats)"
+    assert len(axes.figure.axes) == 1  # both are losses of all ten datapoints
+
+
+def test_losses_of_other_numbers_of_datapoints_are_drawn_on_axes_of_their_own(tmp_path: Path) -> None:
+    model = Factors(sized=False)
+    module = SVIModule(model, AmortizedGuide(model))
+    assert module.history.plot().get_legend() is None  # before training
+    quiet(tmp_path, max_epochs=1).fit(module, loader(5), loader(5))
+    assert module.history.dataset.attrs["of_batches"] == 1
+    axes = module.history.plot()
+    assert len(axes.figure.axes) == 2
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "training",
+        "validation data, axis on the right",
+    ]
 
 
 @pytest.mark.parametrize("kind", ["amortized", "anchored"])

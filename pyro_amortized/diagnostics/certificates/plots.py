@@ -31,7 +31,7 @@ def draw_certificates(data: xarray.Dataset, ax: Axes) -> Axes:
         local = data["local"].values
         own = local if name == "local" else ~data["certified"].values & ~local
         if own.any():
-            ax.plot(cost[own], khat[own], mark, color="black", ms=6, label=f"{name} ({own.mean():.0%})")
+            ax.plot(cost[own], khat[own], mark, color="grey", ms=7, mew=2, label=f"{name} ({own.mean():.0%})")
     ax.axhline(_BOUND, color="grey", lw=0.8, ls="--")
     ax.set(
         xscale="log",

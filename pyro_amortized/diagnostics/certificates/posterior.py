@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_amortized.diagnostics.certificates.plots import draw_certificates
 from pyro_amortized.diagnostics.certificates.stages import STAGES
-from pyro_amortized.diagnostics.report import Report, fill, inference_data, join, new_axes
+from pyro_amortized.diagnostics.report import Report, fill, in_style, inference_data, join, new_axes
 
 if TYPE_CHECKING:
     from typing import Self
@@ -173,6 +173,7 @@ class CertifiedPosterior(Report):
             words.append("The encoder's weighted draws do for nearly all of them.")
         return " ".join(words)
 
+    @in_style
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draws every datapoint's cost against the khat of its last weights, by stage; what is not certified is marked.
 

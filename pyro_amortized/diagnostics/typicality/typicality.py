@@ -22,7 +22,7 @@ from pyro_amortized.diagnostics.conformal import (
 from pyro_amortized.diagnostics.datapoints import Batch, batches, joined_features
 from pyro_amortized.diagnostics.optimum.elbo import log_weights
 from pyro_amortized.diagnostics.problem import to_dataset
-from pyro_amortized.diagnostics.report import Report, fill, join, new_axes
+from pyro_amortized.diagnostics.report import Report, fill, in_style, join, new_axes
 from pyro_amortized.diagnostics.typicality.scores import Oddness
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.objective.noise import generator
@@ -116,6 +116,7 @@ class TypicalityReport(Report):
             "or certified_posterior(...), and training on such data, if more of them are to come."
         )
 
+    @in_style
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draws distances and ELBOs, with those of the reference data; atypical datapoints are marked.
 
