@@ -11,6 +11,8 @@ from hashlib import sha256
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
+from jupyter_cache.cache.main import JupyterCacheBase
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path.insert(0, str(HERE / "_ext"))
@@ -44,6 +46,7 @@ full = bool(os.environ.get("DOCS_FULL"))
 # The figures of every page come from the code beside them; a page is run again when it or the package has changed.
 nb_execution_mode = "force" if full or os.environ.get("CI") else "cache"
 nb_execution_cache_path = str(HERE / "_build/outputs" / sha256(sources).hexdigest()[:12])
+cache_of_outputs = JupyterCacheBase(nb_execution_cache_path).db  # made once, or every process of `-j` would make it
 nb_execution_excludepatterns = [] if full else [f"tutorials/{name}" for name in tutorials if name not in in_turn]
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
