@@ -8,10 +8,12 @@ NUM ?= 5000
 TUTORIALS ?=
 RELEASE_ARGS ?=
 START ?= 0
+NAME ?= $(notdir $(basename $(wildcard experiments/[a-z]*.py)))
+EXPERIMENT_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow fuzz lint format house docs docs-full tutorials pictures test-docs release-check test-oldest bench certificates bench-scale hierarchies robustness public-models encoders clean
+.PHONY: help demo test test-slow fuzz lint format house docs docs-full tutorials pictures test-docs release-check test-oldest bench experiments certificates bench-scale hierarchies robustness public-models encoders clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -65,6 +67,9 @@ test-oldest:  ## run the default tests with the oldest versions that the package
 
 bench: $(VENV)/.examples  ## run the benchmarks
 	$(BIN)/python benchmarks/run.py
+
+experiments: $(VENV)/.examples  ## the field's claims, tried (one in NAME=, options in EXPERIMENT_ARGS; 10 minutes each)
+	for name in $(NAME); do $(BIN)/python experiments/$$name.py $(EXPERIMENT_ARGS) || exit 1; done
 
 bench-scale: $(VENV)/.test  ## time and memory at up to a million datapoints (10 minutes)
 	$(BIN)/python benchmarks/scale.py

@@ -1,0 +1,57 @@
+"""Every experiment runs at a tiny size, and its verdicts say what the numbers say."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import xarray as xr
+
+FOLDER = Path(__file__).parents[1] / "experiments"
+SMALL: dict[str, list[str]] = {}
+"""The tiniest options of every experiment."""
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look for their module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.syspath_prepend(FOLDER.parent / "examples")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("[a-z]*.py")))
+def test_runs(name: str, tmp_path: Path) -> None:
+    experiment = load(name).EXPERIMENT
+    assert experiment.name == name
+    load("_evidence").run(experiment, [*SMALL[name], "--seeds", "2", "--workers", "1", "--out", str(tmp_path)])
+    runs = xr.load_dataset(tmp_path / f"{name}.nc")
+    assert runs.sizes["seed"] == 2
+    assert (tmp_path / f"{name}.png").exists()
+    page = (tmp_path / f"{name}.md").read_text()
+    assert all(claim.text in page for claim in experiment.claims(runs))
+
+
+@pytest.mark.parametrize(
+    ("differences", "verdict"),
+    [
+        ({"a": [1.0, 1.1, 0.9]}, "confirmed"),
+        ({"a": [-1.0, -1.1, -0.9]}, "refuted"),
+        ({"a": [1.0, -1.1, 0.9]}, "undecided"),
+        ({"a": [1.0, 1.1, 0.9], "b": [0.5, -0.5, 0.1]}, "undecided"),
+        ({"a": [1.0, 1.1, 0.9], "b": [-0.5, -0.5, -0.6]}, "refuted"),
+        ({"a": [1.0]}, "undecided"),
+        ({"a": [1.0, np.nan, 1.0]}, "undecided"),
+    ],
+)
+def test_verdicts(differences: dict[str, list[float]], verdict: str) -> None:
+    claim = load("_evidence").Claim("text", "ours", {name: np.array(x) for name, x in differences.items()})
+    assert claim.verdict == verdict
