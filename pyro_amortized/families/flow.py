@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyro_amortized.checks import check_count, check_widths
 from pyro_amortized.families.base import VariationalFamily, register_family
+from pyro_amortized.families.normal import MultivariateNormal, Normal
 
 __all__ = ["Flow"]
 
@@ -25,19 +26,22 @@ _BOUND = 5.0
 class Flow(VariationalFamily):
     r"""A conditional normalizing flow.
 
-    .. math:: z = \mu + \sigma \odot T_K(\dots T_1(\epsilon; c) \dots; c), \quad \epsilon \sim N(0, I),
-        \quad \phi = (\mu, \log\sigma, c)
+    .. math:: z = \mu + L \, T_K(\dots T_1(\epsilon; c) \dots; c), \quad \epsilon \sim N(0, I),
+        \quad \phi = (\mu, L, c)
 
-    Location, scale and context :math:`c` belong to the datapoint; the networks in the transforms are shared by all and
-    trained with the guide. So refinement, local optima and gaps work on phi as they do for every family; they leave the
-    networks as they are.
+    Location, the lower triangular L (see :class:`~pyro_amortized.MultivariateNormal`) and context :math:`c` belong to
+    the datapoint; the networks in the transforms are shared by all and trained with the guide. So refinement, local
+    optima and gaps work on phi as they do for every family; they leave the networks as they are.
+
+    With affine transforms, whatever their networks have learned, the flow holds every full-rank normal: their outputs
+    are multiplied by :math:`1 + c_1`, which the datapoint can set to zero. So its approximation gap is never the larger.
 
     Draws come with their log-densities in one pass, at the cost of the networks. The log-density of any other point
     takes an inversion, which for autoregressive transforms costs D passes, and which planar ones do not have. New flows
     are close to the identity, but for planar ones.
 
     Args:
-        latent_dim: D; ``num_params`` is 2D + ``context_dim``.
+        latent_dim: D; ``num_params`` is 2D + D(D - 1)/2 + ``context_dim``, or 2D + ``context_dim``.
         transform: ``"affine_autoregressive"``, ``"spline_autoregressive"``, ``"affine_coupling"`` (from two dimensions
             on) or ``"planar"``; ``"zuko.NSF"`` or another of zuko's flows, if zuko is installed; or a function of D and
             ``context_dim`` to a conditional transform of Pyro's, or to a flow or lazy transform of zuko's, which noise
@@ -46,9 +50,10 @@ class Flow(VariationalFamily):
         num_transforms: K.
         context_dim: Length of the context.
         hidden_dims: Widths of the hidden layers of each transform's network, at least D for autoregressive ones.
+        covariance: ``"full"``; or ``"diagonal"`` for a diagonal L, with fewer parameters where D is large.
 
     Raises:
-        ValueError: If the transform is unknown or does not fit D.
+        ValueError: If the transform is unknown or does not fit D, or the covariance is neither.
 
     References:
         Improving Variational Inference with Inverse Autoregressive Flow, Diederik P. Kingma, Tim Salimans, Rafal
@@ -72,8 +77,14 @@ class Flow(VariationalFamily):
         num_transforms: int = 3,
         context_dim: int = 16,
         hidden_dims: Sequence[int] = (64,),
+        covariance: str = "full",
     ) -> None:
         super().__init__(latent_dim)
+        if covariance not in _AFFINE:
+            raise ValueError(
+                f"Cannot build a flow of covariance={covariance!r} because there is none of that name; try one of "
+                f"{sorted(_AFFINE)}."
+            )
         if isinstance(transform, str) and transform not in _TRANSFORMS and not transform.startswith(_ZUKO):
             raise ValueError(
                 f"Cannot build a flow of {transform!r} because no transform has that name; try one of "
@@ -94,42 +105,50 @@ class Flow(VariationalFamily):
             _scale_outputs(layers, 0.1 if transform == "planar" else 0.0)  # planar ones have no gradient at 0
         else:
             layers = [_conditional(transform(latent_dim, context_dim)) for _ in range(num_transforms)]
-        self.num_params = 2 * latent_dim + context_dim
+        self.affine = _AFFINE[covariance](latent_dim)
+        self.num_params = self.affine.num_params + context_dim
         self.noise_dim = latent_dim
         self.context_dim = context_dim
         self.layers = nn.ModuleList(layers)
         self.register_buffer("reverse", torch.arange(latent_dim - 1, -1, -1))
 
-    def _split(self, phi: Tensor) -> tuple[Tensor, Tensor, list[Any]]:
-        """Location, scale, and the transforms at the context, with a reversal of the dimensions between them."""
-        loc, log_scale, context = phi.split([self.latent_dim, self.latent_dim, self.context_dim], -1)
+    def _split(self, phi: Tensor) -> tuple[Tensor, list[Any]]:
+        """phi of the affine map, and the transforms at the context, with a reversal of the dimensions between them."""
+        affine, context = phi.split([self.affine.num_params, self.context_dim], -1)
         context = context.to(next(self.parameters()))
         conditioned: list[Any] = []
         for layer in self.layers:
             if conditioned and self.latent_dim > 1:
                 conditioned.append(transforms.Permute(self.reverse))
             conditioned.append(layer.condition(context))  # type: ignore[operator]
-        return loc, log_scale.exp(), conditioned
+        return affine, conditioned
 
     def forward(self, phi: Tensor) -> dist.TorchDistribution:
         """The distribution at ``phi``, in the precision of the networks."""
-        loc, scale, conditioned = self._split(phi)
-        zeros = torch.zeros_like(loc, dtype=next(self.parameters()).dtype)
-        base = dist.Normal(zeros, torch.ones_like(zeros)).to_event(1)
-        affine = transforms.AffineTransform(loc.to(zeros), scale.to(zeros), event_dim=1, cache_size=1)
-        return dist.TransformedDistribution(base, [*conditioned, affine])
+        affine, conditioned = self._split(phi)
+        affine = affine.to(next(self.parameters()))
+        loc = affine[..., : self.latent_dim]
+        base = dist.Normal(torch.zeros_like(loc), torch.ones_like(loc)).to_event(1)
+        return dist.TransformedDistribution(base, [*conditioned, self._last(affine)])
+
+    def _last(self, affine: Tensor) -> Any:
+        """The affine map, as a transform."""
+        loc = affine[..., : self.latent_dim]
+        if isinstance(self.affine, MultivariateNormal):
+            return _LowerAffine(loc, self.affine.scale_tril(affine), cache_size=1)
+        return transforms.AffineTransform(loc, self.affine.marginals(affine)[1], event_dim=1, cache_size=1)
 
     def _push(self, phi: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Draws ``(K, *, D)`` and the log absolute determinant of their Jacobian ``(K, *)``."""
-        loc, scale, conditioned = self._split(phi)
+        affine, conditioned = self._split(phi)
         x = noise.to(next(self.parameters()))
-        log_det = scale.log().sum(-1).expand(noise.shape[:-1])
+        log_det = affine[..., self.latent_dim : 2 * self.latent_dim].sum(-1).expand(noise.shape[:-1])
         for transform in conditioned:
             y = transform(x)
             part = transform.log_abs_det_jacobian(x, y).to(log_det)
             log_det = log_det + (part.sum(-1) if part.dim() == x.dim() else part)  # splines give one per dimension
             x = y
-        return loc + scale * x.to(loc), log_det
+        return self.affine.rsample(affine, x.to(affine)), log_det
 
     def rsample(self, phi: Tensor, noise: Tensor) -> Tensor:
         """Turns noise ``(K, *, D)`` into draws."""
@@ -148,19 +167,54 @@ class Flow(VariationalFamily):
 
     def initial(self, loc: Tensor, scale: float) -> Tensor:
         """phi at the given location and scale, with a context of zeros."""
-        log_scale = torch.full_like(loc, scale).log()
-        return torch.cat([loc, log_scale, loc.new_zeros(*loc.shape[:-1], self.context_dim)], -1)
+        context = loc.new_zeros(*loc.shape[:-1], self.context_dim)
+        return torch.cat([self.affine.initial(loc, scale), context], -1)
 
     def laplace(self, loc: Tensor, precision: Tensor) -> Tensor:
-        """phi at the mean and the scales of the best mean-field normal, with a context of zeros."""
-        log_scale = -0.5 * precision.diagonal(dim1=-2, dim2=-1).log()
-        return torch.cat([loc, log_scale, loc.new_zeros(*loc.shape[:-1], self.context_dim)], -1)
+        """phi of the best normal; affine transforms are the identity there."""
+        context = loc.new_zeros(*loc.shape[:-1], self.context_dim)
+        context[..., 0] = -1.0
+        return torch.cat([self.affine.laplace(loc, precision), context], -1)
+
+
+_AFFINE: dict[str, Callable[[int], Normal | MultivariateNormal]] = {"diagonal": Normal, "full": MultivariateNormal}
+
+
+class _LowerAffine(transforms.LowerCholeskyAffine):
+    """Pyro's affine map, with a Jacobian of its own for every datapoint."""
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1).expand(x.shape[:-1])
+
+
+class _Gated(nn.Module):
+    """The network of a conditional affine transform, times one plus the first entry of the context."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.permutation = getattr(network, "permutation", None)
+
+    def get_permutation(self) -> Tensor | None:
+        """The order of the dimensions, which autoregressive transforms ask for."""
+        return self.permutation
+
+    def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, ...]:
+        """Location and logarithm of the scale."""
+        gate = 1.0 + context[..., :1]
+        return tuple(gate * output for output in self.network(x, context=context))
 
 
 def _affine_autoregressive(dim: int, context_dim: int, hidden_dims: list[int]) -> nn.Module:
     if dim == 1:
         return _spline_autoregressive(dim, context_dim, hidden_dims)
-    return transforms.conditional_affine_autoregressive(dim, context_dim, [max(width, dim) for width in hidden_dims])
+    widths = [max(width, dim) for width in hidden_dims]
+    return _gated(transforms.conditional_affine_autoregressive(dim, context_dim, widths))
+
+
+def _gated(transform: Any) -> nn.Module:
+    transform.nn = _Gated(transform.nn)
+    return transform
 
 
 def _spline_autoregressive(dim: int, context_dim: int, hidden_dims: list[int]) -> nn.Module:
@@ -176,7 +230,7 @@ def _affine_coupling(dim: int, context_dim: int, hidden_dims: list[int]) -> nn.M
             "Cannot build a flow of affine couplings over one latent dimension because there is nothing to couple; try "
             '"spline_autoregressive".'
         )
-    return transforms.conditional_affine_coupling(dim, context_dim, hidden_dims)
+    return _gated(transforms.conditional_affine_coupling(dim, context_dim, hidden_dims))
 
 
 def _planar(dim: int, context_dim: int, hidden_dims: list[int]) -> nn.Module:

@@ -16,7 +16,7 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 
 from pyro_amortized import AmortizedGuide, estimate_gaps
-from pyro_amortized.families import Flow, Normal
+from pyro_amortized.families import Flow, MultivariateNormal, Normal
 
 KINDS = ["affine_autoregressive", "spline_autoregressive", "affine_coupling", "planar"]
 CASES = [(kind, dim) for kind in KINDS for dim in (1, 2, 5) if (kind, dim) != ("affine_coupling", 1)]
@@ -40,6 +40,28 @@ def test_new_flows_are_close_to_the_normal_at_their_location_and_scale(kind: str
     assert difference.abs().mean() < (0.15 if kind == "spline_autoregressive" or dim == 1 else 0.05)
 
 
+@pytest.mark.parametrize("kind", ["affine_autoregressive", "affine_coupling"])
+@pytest.mark.parametrize(("covariance", "normal"), [("full", MultivariateNormal), ("diagonal", Normal)])
+def test_flows_hold_every_normal_whatever_their_networks_learned(kind: str, covariance: str, normal: type) -> None:
+    torch.manual_seed(0)
+    flow = Flow(4, kind, covariance=covariance).double().requires_grad_(False)
+    for parameter in flow.parameters():
+        parameter += 0.2 * torch.randn_like(parameter)
+    family = normal(4)
+    phi = torch.randn(3, family.num_params, dtype=torch.float64)
+    context = torch.randn(3, flow.context_dim, dtype=torch.float64)
+    z = torch.randn(5, 3, 4, dtype=torch.float64)
+    context[:, 0] = 0.0
+    open_gate = flow(torch.cat([phi, context], -1)).log_prob(z)
+    context[:, 0] = -1.0
+    torch.testing.assert_close(flow(torch.cat([phi, context], -1)).log_prob(z), family(phi).log_prob(z))
+    assert (open_gate - family(phi).log_prob(z)).abs().max() > 0.1
+    precision = torch.linalg.inv(torch.cov(torch.randn(4, 50, dtype=torch.float64))).expand(3, 4, 4)
+    loc = phi[:, :4]
+    laplace = family(family.laplace(loc, precision)).log_prob(z)
+    torch.testing.assert_close(flow(flow.laplace(loc, precision)).log_prob(z), laplace)
+
+
 def test_double_phi_through_networks_of_single_precision() -> None:
     flow, phi = make("spline_autoregressive", 2, torch.float32)
     z = flow.rsample(phi.double(), torch.randn(2, 3, 2, dtype=torch.float64))
@@ -51,6 +73,7 @@ def test_double_phi_through_networks_of_single_precision() -> None:
     [
         ({"transform": "glow"}, "no transform has that name; try one of"),
         ({"transform": "affine_coupling"}, "there is nothing to couple"),
+        ({"covariance": "low rank"}, "there is none of that name; try one of"),
         ({"num_transforms": 0}, "num_transforms=0 because it must be an integer of at least 1"),
         ({"context_dim": 0}, "context_dim=0 because it must be an integer of at least 1"),
     ],
@@ -127,7 +150,7 @@ def test_zuko_flows(transform: str) -> None:
         return flow.transform if transform == "lazy" else flow
 
     flow = Flow(3, own if transform in ("own", "lazy") else transform, 2).double()
-    phi, noise = torch.randn(4, 22, dtype=torch.float64), torch.randn(5, 4, 3, dtype=torch.float64)
+    phi, noise = torch.randn(4, flow.num_params, dtype=torch.float64), torch.randn(5, 4, 3, dtype=torch.float64)
     z, log_q = flow.sample_and_log_prob(phi, noise)
     torch.testing.assert_close(flow(phi).log_prob(z), log_q)
 
