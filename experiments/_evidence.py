@@ -224,8 +224,8 @@ def _page(experiment: Experiment, runs: xr.Dataset) -> str:
     minutes = runs.attrs["seconds"] / 60
     lines = [
         f"## {experiment.title}", "", textwrap.dedent(experiment.doc).strip(), "",
-        f"`{runs.attrs['command']}`, {runs.sizes['seed']} repetitions, {runs.attrs['date']}, {minutes:.0f} minutes, torch "
-        f"{runs.attrs['torch']}. Means over the repetitions ± standard errors.", "",
+        f"`{runs.attrs['command']}`, {runs.sizes['seed']} repetitions, {runs.attrs['date']}, {minutes:.0f} minutes, "
+        f"torch {runs.attrs['torch']}. Means over the repetitions ± standard errors.", "",
         "| claim | source | verdict | figures |", "| --- | --- | --- | --- |",
     ]  # fmt: skip
     lines += [f"| {c.text} | {c.source} | **{c.verdict}** | {c.figures} |" for c in experiment.claims(runs)]

@@ -34,7 +34,7 @@ class Flow(VariationalFamily):
     optima and gaps work on phi as they do for every family; they leave the networks as they are.
 
     With affine transforms, whatever their networks have learned, the flow holds every full-rank normal: their outputs
-    are multiplied by :math:`1 + c_1`, which the datapoint can set to zero. So its approximation gap is never the larger.
+    are multiplied by :math:`1 + c_1`, which a datapoint can set to zero. So its approximation gap is never the larger.
 
     Draws come with their log-densities in one pass, at the cost of the networks. The log-density of any other point
     takes an inversion, which for autoregressive transforms costs D passes, and which planar ones do not have. New flows
