@@ -10,7 +10,11 @@ import pytest
 import xarray as xr
 
 FOLDER = Path(__file__).parents[1] / "experiments"
-SMALL: dict[str, list[str]] = {}
+SMALL: dict[str, list[str]] = {
+    "margossian_blei": (
+        "--observations 10 --series 3 --exact-steps 2 --images 5 --decoder-steps 2 --image-steps 2 --speed-steps 1"
+    ).split(),
+}
 """The tiniest options of every experiment."""
 
 
