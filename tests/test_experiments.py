@@ -13,6 +13,7 @@ FOLDER = Path(__file__).parents[1] / "experiments"
 SMALL: dict[str, list[str]] = {
     "margossian_blei": ["--observations=10", "--series=3", "--exact-steps=2", "--images=5", "--decoder-steps=2"]
     + ["--image-steps=2", "--speed-steps=1"],
+    "zhang": ["--images=20", "--epochs=1", "--measured=2"],
 }
 """The tiniest options of every experiment."""
 

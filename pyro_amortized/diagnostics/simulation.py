@@ -31,8 +31,9 @@ from pyro_amortized.structure.layout import SiteLayout
 from pyro_amortized.structure.reader import StructureReader
 from pyro_amortized.structure.sites import sample_sites
 from pyro_amortized.structure.state import untouched
+from pyro_amortized.structure.structure import Structure
 
-__all__ = ["Simulation", "Simulator", "simulate"]
+__all__ = ["Simulation", "Simulator", "redraw", "simulate"]
 
 _BLOCK = 1000
 """Datapoints simulated in one call of the model; bounds memory."""
@@ -201,25 +202,44 @@ class Simulator:
         return Simulation(args, kwargs, latents, observed, rows)
 
     def _draw(self, part: LocalLogJoint, rng: torch.Generator) -> tuple[Trace, dict[str, Place], OwnArguments]:
-        """A run of the model with simulated observations, and where among its arguments the observed ones lie."""
         like = self.log_joint.call.args, dict(self.log_joint.call.kwargs)
-        arguments = OwnArguments(part.call.args, part.call.kwargs, like)
-        args, kwargs = arguments.call
-        sampler = SampleDatapoints(part.layout.plate, *part.structure.groups)
-        with torch.no_grad(), pyro.validation_enabled(False), seeded(rng):
-            trace = replace(part.call, args=args, kwargs=kwargs).run(handlers=(sampler,))
-        _check_scales(part, trace)
-        places = {}
-        for name, value in sampler.observed.items():
-            place = arguments.find(value, tuple(part.structure.indices.values()))
-            if place is None:
-                raise ValueError(
-                    f"Cannot simulate data because the values of observed site {name!r} are not found among the "
-                    "model's arguments, so that simulated ones cannot be put in their place; try passing the data as "
-                    "an argument of the model, just as the site observes them."
-                )
-            places[name] = place
-        return trace, places, arguments
+        return _draw(part.call, part.layout.plate, like, rng)
+
+
+def redraw(
+    model: Callable[..., Any], guide: LocalGuide, args: tuple[Any, ...], kwargs: dict[str, Any], rng: torch.Generator
+) -> CallArguments:
+    """The arguments of a call with all its datapoints simulated, as by :func:`simulate` but without its checks."""
+    with torch.no_grad(), untouched():
+        inferred = guide.infer(*args, **kwargs)
+        call = ModelCall(model, args, kwargs, inferred.structure, inferred.global_values)
+        trace, places, arguments = _draw(call, inferred.structure.datapoints.name, (args, kwargs), rng)
+    nodes: dict[str, Any] = trace.nodes
+    return arguments.replaced([(place, nodes[name]["value"]) for name, place in places.items()])
+
+
+@torch.no_grad()
+def _draw(
+    call: ModelCall, plate: str, like: CallArguments, rng: torch.Generator
+) -> tuple[Trace, dict[str, Place], OwnArguments]:
+    """A run of the model with simulated observations, and where among its arguments the observed ones lie."""
+    arguments = OwnArguments(call.args, call.kwargs, like)
+    args, kwargs = arguments.call
+    sampler = SampleDatapoints(plate, *call.structure.groups)
+    with pyro.validation_enabled(False), seeded(rng):
+        trace = replace(call, args=args, kwargs=kwargs).run(handlers=(sampler,))
+    _check_scales(call.structure, trace)
+    places = {}
+    for name, value in sampler.observed.items():
+        place = arguments.find(value, tuple(call.structure.indices.values()))
+        if place is None:
+            raise ValueError(
+                f"Cannot simulate data because the values of observed site {name!r} are not found among the "
+                "model's arguments, so that simulated ones cannot be put in their place; try passing the data as "
+                "an argument of the model, just as the site observes them."
+            )
+        places[name] = place
+    return trace, places, arguments
 
 
 def _is_range(rows: Tensor, size: int) -> bool:
@@ -241,9 +261,9 @@ def _check_call(guide: LocalGuide, log_joint: LocalLogJoint) -> None:
         )
 
 
-def _check_scales(part: LocalLogJoint, trace: Trace) -> None:
+def _check_scales(structure: Structure, trace: Trace) -> None:
     """Refuses models whose log-joint is not that of what was drawn."""
-    frame = part.structure.datapoints
+    frame = structure.datapoints
     subsampling = frame.full_size / frame.size if frame.subsampled else 1.0
     for name, site in sample_sites(trace).items():
         if all(f.name != frame.name for f in site["cond_indep_stack"]) or site["infer"].get("_deterministic"):

@@ -16,6 +16,7 @@ from pyro_amortized.diagnostics.collapse.divergence import mutual_information
 from pyro_amortized.encoders.modes import evaluating
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.objective.noise import generator, seeded
+from pyro_amortized.training.parameters import parameters_of
 
 __all__ = ["AggressiveEncoder"]
 
@@ -150,12 +151,12 @@ class AggressiveEncoder(SVI, Turns):
         def guide(*args: Any, **kwargs: Any) -> Any:
             with poutine.trace(param_only=True) as capture:
                 result = self.guide(*args, **kwargs)
-            encoder.update(_parameters(capture.trace))
+            encoder.update(parameters_of(capture.trace))
             return result
 
         with poutine.trace(param_only=True) as capture:
             loss = torch_item(self.loss_and_grads(self.model, guide, *args, **kwargs))
-        parameters = _parameters(capture.trace)
+        parameters = parameters_of(capture.trace)
         chosen = parameters
         if self.aggressive:
             chosen = encoder if self.is_encoders_turn(loss) else parameters - encoder
@@ -178,7 +179,3 @@ class AggressiveEncoder(SVI, Turns):
         information = information_of(guide, args, kwargs)
         self.learned(information)
         return information
-
-
-def _parameters(trace: Any) -> set[Tensor]:
-    return {site["value"].unconstrained() for site in trace.nodes.values()}

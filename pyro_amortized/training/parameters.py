@@ -8,17 +8,22 @@ from typing import Any
 import pyro
 import torch
 from pyro.poutine.messenger import Messenger
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_amortized.encoders.modes import evaluating
 
-__all__ = ["StoreParameters", "find_parameters", "owners"]
+__all__ = ["StoreParameters", "find_parameters", "owners", "parameters_of"]
 
 
 def owners(functions: Iterable[Callable[..., Any]]) -> Iterator[nn.Module]:
     """The modules that functions are methods of, each once; a function that is a module itself is left out."""
     found = {id(module): module for f in functions if isinstance(module := getattr(f, "__self__", None), nn.Module)}
     yield from found.values()
+
+
+def parameters_of(trace: Any) -> set[Tensor]:
+    """The unconstrained parameters in a trace of ``pyro.param`` sites."""
+    return {site["value"].unconstrained() for site in trace.nodes.values()}
 
 
 class _ParameterSites(Messenger):
