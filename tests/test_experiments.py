@@ -11,6 +11,7 @@ import xarray as xr
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 SMALL: dict[str, list[str]] = {
+    "agrawal_domke": ["--magnitudes=2", "--seconds=0.01", "--draws=1"],
     "margossian_blei": ["--observations=10", "--series=3", "--exact-steps=2", "--images=5", "--decoder-steps=2"]
     + ["--image-steps=2", "--speed-steps=1"],
     "zhang": ["--images=20", "--epochs=1", "--measured=2"],
