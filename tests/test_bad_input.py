@@ -667,7 +667,7 @@ each(
     "commitment", NUMBERS, lambda v: VectorQuantizedGuide(model, Codebook(4, 2), commitment=v), "Cannot use commitment="
 )
 each("codebook", {"none": None, "class": Codebook}, lambda v: VectorQuantizedGuide(model, v), "it is no Codebook")
-case("model without codes", lambda: made(VectorQuantizedGuide, Codebook(4, 2)), "infers one site of codes")
+case("model without codes", lambda: made(VectorQuantizedGuide, Codebook(4, 2)), "infers sites of codes")
 each(
     "temperature",
     {name: value for name, value in NUMBERS.items() if name != "none"} | {"zero": 0.0},

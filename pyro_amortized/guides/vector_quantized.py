@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -19,11 +19,11 @@ from pyro_amortized.encoders.quantized import Quantized
 from pyro_amortized.guides.amortized import AmortizedGuide
 from pyro_amortized.guides.base import GuideOptions
 from pyro_amortized.guides.call import Call
+from pyro_amortized.guides.codes import CodeBooks, code_place, code_value, code_values
 from pyro_amortized.guides.posterior import Inferred
 from pyro_amortized.guides.sampling import add_gradient
 from pyro_amortized.inference.base import InferenceStrategy, Objective
 from pyro_amortized.structure.discrete import DiscreteSite
-from pyro_amortized.structure.local_site import LocalSite
 from pyro_amortized.structure.reader import StructureReader
 from pyro_amortized.structure.running import isolated
 from pyro_amortized.structure.structure import Structure
@@ -50,9 +50,10 @@ class VectorQuantizedGuide(AmortizedGuide):
     .. math:: q(k \mid x) = \prod_i 1\{k_i = \arg\min_k \|f_i(x) - e_k\|\}
 
     The model draws the codes from a Categorical, in the datapoint plate and an inner plate of positions, or with
-    ``to_event``, and looks them up in the :class:`~pyro_amortized.Codebook` that it shares with the guide. As q has no
-    entropy, the ELBO is :math:`\log p(x \mid k) + \log p(k)`: with a uniform prior over K codes it pays
-    :math:`\log K` nats for each position, whatever these tell. Any ELBO of Pyro trains all of it:
+    ``to_event``, and looks them up in the :class:`~pyro_amortized.Codebook` that it shares with the guide. There may be
+    several sites of codes, coarse ones and fine ones, with priors that depend on those before. As q has no entropy, the
+    ELBO is :math:`\log p(x \mid k) + \log p(k)`: with a uniform prior over K codes it pays :math:`\log K` nats for each
+    position, whatever these tell. Any ELBO of Pyro trains all of it:
 
     - The encoder by the gradient of the looked-up vectors, passed straight through to the features, and by that of the
       commitment term :math:`\beta \|f_i(x) - \mathrm{sg}(e_{k_i})\|^2`, summed over positions, in nats. The latter
@@ -67,15 +68,17 @@ class VectorQuantizedGuide(AmortizedGuide):
     Args:
         model: A Pyro model.
         codebook: The codebook, the one that the model looks codes up in. ``setup`` takes its first vectors from data.
+            One for all sites of codes, or a dict from the name of each site to its own.
         encoder: A module from inputs to features ``(N, H)``, to which the guide adds a linear head; or one that returns
-            the features of all positions, ``(N, P, D)`` or ``(N, *positions, D)``, channels last. By default an
+            the features of all positions, ``(N, P, D)`` or ``(N, *positions, D)``, channels last; those of several
+            sites ``(N, P, D)``, one site's positions after the other's. By default an
             :class:`~pyro_amortized.MLPEncoder` of standardised inputs.
         commitment: :math:`\beta`.
         **options: As for :class:`AmortizedGuide`, but for ``family``.
 
     Raises:
-        ValueError: If the model has other local latents than one site of codes, or a prior over another number of
-            codes than the codebook holds.
+        ValueError: If the model has other local latents than sites of codes, or a prior over another number of codes
+            than the codebook holds.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -100,21 +103,22 @@ class VectorQuantizedGuide(AmortizedGuide):
 
     _shares_heads = False
 
-    codebook: Codebook
+    codebook: Codebook | nn.ModuleDict
 
     def __init__(
         self,
         model: Callable[..., Any],
-        codebook: Codebook,
+        codebook: Codebook | Mapping[str, Codebook],
         encoder: nn.Module | None = None,
         *,
         commitment: float = 0.25,
         **options: Unpack[GuideOptions],
     ) -> None:
-        if not isinstance(codebook, Codebook):
+        books = codebook.values() if isinstance(codebook, Mapping) else [codebook]
+        if not books or not all(isinstance(book, Codebook) for book in books):
             raise ValueError(
                 f"Cannot quantize with {codebook!r} because it is no Codebook; try the Codebook that the model looks "
-                "codes up in."
+                "codes up in, or a dict from the names of sites of codes to theirs."
             )
         check_real("commitment", commitment, "a finite number, 0 or more", lambda x: x >= 0, 0.25)
         if "family" in options:
@@ -123,28 +127,28 @@ class VectorQuantizedGuide(AmortizedGuide):
             )
         super().__init__(model, encoder, **options)
         self._structures = StructureReader(options.get("plate"), discrete=True, groups=options.get("groups"))
-        self._site: DiscreteSite | None = None
+        self._sites: tuple[DiscreteSite, ...] = ()
         self._step_parameters: list[Tensor] = []
         self.commitment = commitment
-        self.codebook = codebook
+        self.codebook = codebook if isinstance(codebook, Codebook) else nn.ModuleDict(codebook)
 
     # Building
 
     def _build(self, call: Call) -> None:
         structure = call.structure
         others = [] if structure.layout is None else [site.name for site in structure.layout.sites]
-        if len(structure.discrete) != 1 or others:
+        if not structure.discrete or others:
             raise ValueError(
                 f"Cannot guide local latents {[*(site.name for site in structure.discrete), *others]} because this "
-                "guide infers one site of codes and nothing beside it; try one Categorical site with all positions."
+                "guide infers sites of codes and nothing beside them; try Categorical sites alone."
             )
-        self._site = structure.discrete[0]
-        _check_site(self._site, self._codebook.num_codes)
+        self.code_books.check(structure.discrete)
+        self._sites = structure.discrete
         super()._build(call)
 
     def _build_strategy(self, inputs: tuple[Tensor, ...], init_loc: Tensor, structure: Structure) -> InferenceStrategy:
-        codebook = self._codebook
-        encoder = self._encoder_spec[0] or self._default_encoder(inputs, codebook.embeddings)
+        books = self.code_books
+        encoder = self._encoder_spec[0] or self._default_encoder(inputs, books.all[0].embeddings)
         features, head = self._first_features(encoder, inputs), None
         if isinstance(features, tuple):
             raise ValueError(
@@ -153,51 +157,44 @@ class VectorQuantizedGuide(AmortizedGuide):
             )
         if features.dim() <= 2:
             self._check_features(features, inputs, structure)
-            head = nn.Linear(features.shape[1], self._num_positions(structure) * codebook.dim).to(features)
+            head = nn.Linear(features.shape[1], sum(books.widths(structure))).to(features)
             features = head(features)
-        codebook.initialize(self._arrange(features.detach(), structure))
+        for book, rows in books.by_book(books.arrange(features.detach(), structure), structure):
+            book.initialize(rows)
         return _EncodedFeatures(encoder, head)
 
     @property
-    def _codebook(self) -> Codebook:
-        return self._modules["codebook"]  # type: ignore[return-value]
-
-    @staticmethod
-    def _num_positions(structure: Structure) -> int:
-        return code_place(structure.discrete[0]).stop
-
-    def _arrange(self, features: Tensor, structure: Structure) -> Tensor:
-        """Features as ``(N, P, D)``."""
-        size, positions, dim = structure.datapoints.size, self._num_positions(structure), self._codebook.dim
-        given = features.shape
-        if features.dim() == 2 and given[1] == positions * dim:
-            features = features.reshape(-1, positions, dim)
-        if features.shape[0] != size or features.dim() < 3 or features.shape[1:-1].numel() != positions:
-            raise ValueError(
-                f"Cannot quantize features of shape {tuple(given)} because site {structure.discrete[0].name!r} has "
-                f"{positions} positions in each of the {size} datapoints of plate {structure.datapoints.name!r}; try "
-                f"an encoder to (N, {positions}, {dim}), of a feature map the channels last."
-            )
-        return features.reshape(size, positions, features.shape[-1])
+    def code_books(self) -> CodeBooks:
+        """Which codebook serves which site."""
+        return CodeBooks(self._modules["codebook"])  # type: ignore[arg-type]
 
     # One call
 
-    def _features(self, call: Call) -> Tensor:
-        """The encoder's features ``(N, P, D)``, in the codebook's precision."""
+    def _features(self, call: Call) -> list[Tensor]:
+        """The encoder's features of every site, ``(N, P, D)``, in the codebook's precision."""
         self._check_same(call.structure)
         inputs, strategy = self._inputs(call), self.inference
         features = strategy(inputs, call.index)
         if strategy.head is not None:
             self._check_features(features, inputs, call.structure)
             features = strategy.head(features)  # type: ignore[operator]
-        return self._arrange(features, call.structure).to(self._codebook.embeddings.dtype)
+        books = self.code_books
+        return [x.to(books.all[0].embeddings.dtype) for x in books.arrange(features, call.structure)]
+
+    def _nearest(self, call: Call) -> list[Tensor]:
+        """The codes of every site, ``(N, P)``."""
+        parts = self.code_books.by_book(self._features(call), call.structure)
+        return self.code_books.by_site([book.nearest(x) for book, x in parts], call.structure)
 
     def _check_same(self, structure: Structure) -> None:
         now = structure.discrete
-        if len(now) != 1 or self._site is None or now[0].name != self._site.name or not now[0].same_as(self._site):
+        same = len(now) == len(self._sites) and all(
+            site.name == other.name and site.same_as(other) for site, other in zip(now, self._sites, strict=True)
+        )
+        if not same:
             before, after = (
-                [(site.name, site.num_categories, code_place(site).stop) for site in sites if site is not None]
-                for sites in ([self._site], now)
+                [(site.name, site.num_categories, code_place(site).stop) for site in sites]
+                for sites in (self._sites, now)
             )
             raise ValueError(
                 f"Cannot run this guide because its codes (site, number of codes, positions) are {after} and were "
@@ -205,32 +202,37 @@ class VectorQuantizedGuide(AmortizedGuide):
             )
 
     def _sample_local(self, call: Call) -> dict[str, Tensor]:
-        if not call.structure.discrete and self._site is None:
+        if not call.structure.discrete and not self._sites:
             return {}
-        codebook, training = self._codebook, torch.is_grad_enabled() and self.training and self._codebook.training
+        books = self.code_books
+        training = torch.is_grad_enabled() and self.training and all(book.training for book in books.all)
         if training and torch._C._get_tracing_state():
             raise ValueError(
                 "Cannot train a codebook under a compiled ELBO because its moving averages are kept by Python; try "
                 "Trace_ELBO instead of JitTrace_ELBO."
             )
         if training and not self._is_same_step():
-            codebook.settle()
-        quantized = codebook.quantize(self._features(call))
-        commitment = self.commitment * quantized.squared_distance.sum(-1)
+            for book in books.all:
+                book.settle()
+        found = [book.quantize(x) for book, x in books.by_book(self._features(call), call.structure)]
+        commitment = self.commitment * torch.stack([x.squared_distance.sum(-1) for x in found]).sum(0)
         if training:
-            self._collect_in_backward(quantized, commitment)
-        return self._sample_codes(call, quantized.codes, commitment)
+            self._collect_in_backward(found, commitment)
+        return self._sample_codes(call, books.by_site([x.codes for x in found], call.structure), commitment)
 
-    def _sample_codes(self, call: Call, codes: Tensor, commitment: Tensor) -> dict[str, Tensor]:
-        """Samples the codes ``(N, P)`` as a Pyro site, beside the gradient of the commitment terms ``(N,)``."""
-        site, frame = call.structure.discrete[0], call.structure.datapoints
-        value = code_value(call.structure, codes)
-        with call.plates[frame.name], ExitStack() as stack:
+    def _sample_codes(self, call: Call, codes: Sequence[Tensor], commitment: Tensor) -> dict[str, Tensor]:
+        """Samples the codes ``(N, P)`` as Pyro sites, beside the gradient of the commitment terms ``(N,)``."""
+        frame, result = call.structure.datapoints, {}
+        with call.plates[frame.name]:
             add_gradient(f"{self._pyro_name}_commitment", commitment.reshape(-1, *(1,) * (-frame.dim - 1)))
-            for name in site.logits.inner_plates:
-                stack.enter_context(call.plates[name])
-            stack.enter_context(site.weight.handlers())
-            return {site.name: pyro.sample(site.name, dist.Delta(value, event_dim=code_place(site).event_dim))}
+            for site, values in zip(call.structure.discrete, codes, strict=True):
+                value = code_value(call.structure, site, values)
+                with ExitStack() as stack:
+                    for name in site.logits.inner_plates:
+                        stack.enter_context(call.plates[name])
+                    stack.enter_context(site.weight.handlers())
+                    result[site.name] = pyro.sample(site.name, dist.Delta(value, event_dim=code_place(site).event_dim))
+        return result
 
     def _trained_parameters(self) -> list[Tensor]:
         """The encoder's parameters, or, if it is frozen, all those that Pyro trains."""
@@ -240,7 +242,7 @@ class VectorQuantizedGuide(AmortizedGuide):
     def _is_same_step(self) -> bool:
         """Whether a step goes on of which a batch is collected: its parameters have gradients, and have not changed."""
         now, before = self._trained_parameters(), self._step_parameters
-        if self._codebook.is_settled or len(now) != len(before):
+        if self.code_books.are_settled or len(now) != len(before):
             return False
         pairs = list(zip(now, before, strict=True))
         norms = [p.grad.norm() for p in now if p.grad is not None]
@@ -248,29 +250,29 @@ class VectorQuantizedGuide(AmortizedGuide):
             return False
         return bool(torch.stack([(p == old.to(p)).all() for p, old in pairs]).all())
 
-    def _collect_in_backward(self, quantized: Quantized, commitment: Tensor) -> None:
-        """Lets the codebook collect a batch once a backward pass reaches its commitment terms, part of every loss."""
-        batch = [(quantized.features.detach(), quantized.nearest)]
+    def _collect_in_backward(self, found: Sequence[Quantized], commitment: Tensor) -> None:
+        """Lets the codebooks collect a batch once a backward pass reaches its commitment terms, part of every loss."""
+        batch = [[(quantized.features.detach(), quantized.nearest) for quantized in found]]
         if not commitment.requires_grad:  # of a frozen encoder
             commitment.requires_grad_()
 
         def collect(_: Tensor) -> None:
             if batch:
-                if self._codebook.is_settled:
+                if self.code_books.are_settled:
                     self._step_parameters = [p.detach().clone() for p in self._trained_parameters()]
-                self._codebook.collect(*batch.pop())
+                for book, part in zip(self.code_books.all, batch.pop(), strict=True):
+                    book.collect(*part)
 
         commitment.register_hook(collect)
 
     # What is known of the posterior
 
     @torch.no_grad()
-    def find_codes(self, *args: Any, **kwargs: Any) -> tuple[Structure, LocalSite, Tensor]:
-        """The structure of a call, where codes lie in their site, and the codes of its datapoints, ``(N, P)``."""
+    def find_codes(self, *args: Any, **kwargs: Any) -> tuple[Structure, list[Tensor]]:
+        """The structure of a call, and the codes of its datapoints ``(N, P)``, site by site."""
         with isolated():
             call = self._read(args, kwargs)
-            codes = self._codebook.nearest(self._features(call))
-            return call.structure, code_place(call.structure.discrete[0]), codes
+            return call.structure, self._nearest(call)
 
     def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, predicting: bool = False) -> Inferred:
         inferred = super()._infer(args, kwargs, predicting=predicting)
@@ -278,14 +280,15 @@ class VectorQuantizedGuide(AmortizedGuide):
         return replace(inferred, cause=cause, remedy=remedy)
 
     @torch.no_grad()
-    def codes(self, *args: Any, **kwargs: Any) -> Tensor:
+    def codes(self, *args: Any, **kwargs: Any) -> Any:
         """The codes of the datapoints in a call.
 
         Returns:
-            Integers in the shape of the site.
+            Integers in the shape of the site; of several sites a dict by name.
         """
-        structure, _, codes = self.find_codes(*args, **kwargs)
-        return code_value(structure, codes)
+        structure, codes = self.find_codes(*args, **kwargs)
+        values = code_values(structure, codes)
+        return values if len(values) > 1 else next(iter(values.values()))
 
     @torch.no_grad()
     def commitment_loss(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -295,14 +298,15 @@ class VectorQuantizedGuide(AmortizedGuide):
             One number for each datapoint, ``(N,)``, counted in nats.
         """
         with isolated():
-            features = self._features(self._read(args, kwargs))
-            vectors = self._codebook.embeddings[self._codebook.nearest(features)]
-            return self.commitment * (features - vectors).square().sum((-1, -2))
+            call = self._read(args, kwargs)
+            parts = self.code_books.by_book(self._features(call), call.structure)
+            distances = [(x - book.embeddings[book.nearest(x)]).square().sum((-1, -2)) for book, x in parts]
+            return self.commitment * torch.stack(distances).sum(0)
 
     def _local_quantiles(self, quantiles: Sequence[float] | Tensor, call: Call) -> dict[str, Tensor]:
         """The codes, whatever the quantile."""
-        value = code_value(call.structure, self._codebook.nearest(self._features(call)))
-        return {call.structure.discrete[0].name: value.expand(len(quantiles), *value.shape)}
+        values = code_values(call.structure, self._nearest(call))
+        return {name: value.expand(len(quantiles), *value.shape) for name, value in values.items()}
 
     def _local_draw(self, call: Call) -> dict[str, Tensor]:
         return {name: value.squeeze(0) for name, value in self._local_quantiles([0.5], call).items()}
@@ -312,33 +316,3 @@ class VectorQuantizedGuide(AmortizedGuide):
     def __getstate__(self) -> dict[str, Any]:
         """The guide without its model, and without what it knows of the last step."""
         return {**super().__getstate__(), "_step_parameters": []}
-
-
-def _check_site(site: DiscreteSite, num_codes: int) -> None:
-    """Raises a ValueError if a discrete latent is none of codes of the codebook."""
-    cause = None
-    if site.kind != "categorical":
-        cause = f"its prior is no Categorical but of kind {site.kind!r}"
-    elif site.weight.is_masked:
-        cause = "the model masks it"
-    elif site.num_categories != num_codes:
-        cause = f"its prior has {site.num_categories} codes and the codebook {num_codes}"
-    if cause is not None:
-        raise ValueError(
-            f"Cannot guide site {site.name!r} by vector-quantised codes because {cause}; try "
-            f"`pyro.sample({site.name!r}, Categorical(logits=torch.zeros({num_codes})))` in a plate of all positions, "
-            "without a mask."
-        )
-
-
-def code_value(structure: Structure, codes: Tensor) -> Tensor:
-    """Codes ``(N, P)`` in the shape of the site, without a copy: the codebook knows them by their memory."""
-    dims = (1,) * (-structure.datapoints.dim - 1)
-    return code_place(structure.discrete[0]).unflatten(codes.reshape(codes.shape[0], *dims, -1))
-
-
-def code_place(site: DiscreteSite) -> LocalSite:
-    """Where the codes of a site lie among those of a datapoint, ``(N, P)``: the site's shape without its categories."""
-    shape = site.logits.shape[:-1]
-    size = site.logits.stop - site.logits.start
-    return replace(site.logits, event_dim=len(shape), shape=shape, start=0, stop=size // site.num_categories)

@@ -112,6 +112,31 @@ def loss_and_gradient(elbo: Any, model: Any, guide: Any, x: Tensor, *modules: nn
     return loss, [p.grad.clone() for p in parameters]
 
 
+class Levels(nn.Module):
+    """Two sites of codes, two coarse ones and one fine one, whose prior depends on the first coarse one."""
+
+    def __init__(self, *, shared: bool = False) -> None:
+        super().__init__()
+        self.coarse = Codebook(CODES, DIM)
+        self.fine = self.coarse if shared else Codebook(CODES + 2, DIM + 1)
+        self.weights = nn.Parameter(torch.randn(2 * DIM + self.fine.dim, PIXELS))
+        self.prior = nn.Parameter(torch.randn(CODES, self.fine.num_codes))
+
+    def books(self) -> Codebook | dict[str, Codebook]:
+        return self.coarse if self.fine is self.coarse else {"coarse": self.coarse, "fine": self.fine}
+
+    def mean(self, coarse: Tensor, fine: Tensor) -> Tensor:
+        return torch.cat([coarse.flatten(-2), fine], -1) @ self.weights
+
+    def forward(self, x: Tensor) -> None:
+        pyro.module("levels", self)
+        with pyro.plate("data", len(x)):
+            coarse = pyro.sample("coarse", dist.Categorical(logits=torch.zeros(2, CODES)).to_event(1))
+            fine = pyro.sample("fine", dist.Categorical(logits=self.prior[coarse[..., 0]]))
+            mean = self.mean(self.coarse(coarse), self.fine(fine))
+            pyro.sample("x", dist.Normal(mean, 0.5).to_event(1), obs=x)
+
+
 # The codebook
 
 
@@ -310,6 +335,83 @@ def test_reported_loss_does_not_depend_on_the_commitment() -> None:
     assert not torch.allclose(values[0.0][1][0], values[10.0][1][0])
     distance = (encoder(x) - model.codebook.embeddings[nearest(model.codebook, encoder(x))]).square().sum((-1, -2))
     torch.testing.assert_close(guide.commitment_loss(x), 10 * distance.detach())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_several_sites_against_the_definition(shared: bool) -> None:
+    x = data()
+    model = Levels(shared=shared)
+    encoder = nn.Linear(PIXELS, 8)
+    guide = VectorQuantizedGuide(model, model.books(), encoder)
+    guide.setup(x)
+    head = guide.inference.head
+    assert head.out_features == 2 * DIM + model.fine.dim
+    features = head(encoder(x))
+    coarse, fine = features[:, : 2 * DIM].reshape(-1, 2, DIM), features[:, 2 * DIM :]
+    codes = nearest(model.coarse, coarse), nearest(model.fine, fine)
+    found = guide.codes(x)
+    assert torch.equal(found["coarse"], codes[0])
+    assert torch.equal(found["fine"], codes[1])
+    vectors = model.coarse.embeddings[codes[0]], model.fine.embeddings[codes[1]]
+    passed = [v + z - z.detach() for v, z in zip(vectors, (coarse, fine), strict=True)]
+    log_likelihood = dist.Normal(model.mean(*passed), 0.5).log_prob(x).sum()
+    log_prior = dist.Categorical(logits=model.prior[codes[0][:, 0]]).log_prob(codes[1]).sum()
+    loss = 2 * len(x) * math.log(CODES) - log_likelihood - log_prior
+    commitment = 0.25 * sum((z - v).square().sum() for z, v in zip((coarse, fine), vectors, strict=True))
+    weights = [encoder.weight, head.weight, model.weights, model.prior]
+    expected = torch.autograd.grad(loss + commitment, weights)
+    actual, gradients = loss_and_gradient(Trace_ELBO(), model, guide, x, encoder, head, model)
+    assert actual == pytest.approx(loss.item())
+    for weight, gradient in zip(weights, expected, strict=True):
+        torch.testing.assert_close(weight.grad, gradient)
+    assert gradients
+    assert float(guide.commitment_loss(x).sum()) == pytest.approx(commitment.item())
+
+
+def test_several_sites_in_training_and_in_the_report() -> None:
+    x = data(40)
+    model = Levels()
+    guide = VectorQuantizedGuide(model, model.books())
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    before = [book.embeddings.clone() for book in (model.coarse, model.fine)]
+    losses = [svi.step(x) for _ in range(60)]
+    assert losses[-1] < losses[0]
+    guide.eval()
+    assert not any(map(torch.equal, before, (model.coarse.embeddings, model.fine.embeddings)))
+    codes = guide.codes(x)
+    median = guide.median(x)
+    assert all(torch.equal(median[name], codes[name]) for name in ("coarse", "fine"))
+    report = collapse_report(model, guide, (x,))
+    assert list(report.dataset["latent"].values) == ["coarse[0]", "coarse[1]", "fine"]
+    kl = -dist.Categorical(logits=model.prior[codes["coarse"][:, 0]]).log_prob(codes["fine"]).mean()
+    np.testing.assert_allclose(report.dataset["kl"], [math.log(CODES)] * 2 + [kl.item()])
+    assert report.dataset.attrs["num_codes"] == CODES + CODES + 2
+    usage = report.dataset["usage"].values
+    assert not usage[:2, CODES:].any()
+    assert not usage[2, :CODES].any()
+    np.testing.assert_allclose(usage[2, CODES:], codes["fine"].bincount(minlength=CODES + 2) / 40)
+    assert report.dataset.attrs["codes_per_position"] == CODES + 2
+    report.plot()
+    loss = Trace_ELBO().loss(model, guide, x)
+    loaded = pickle.loads(pickle.dumps(guide))
+    loaded.model, loaded.codebook = model, nn.ModuleDict(model.books())
+    pyro.clear_param_store()
+    assert Trace_ELBO().loss(model, loaded, x) == pytest.approx(loss)
+
+
+def test_several_sites_with_wrong_codebooks_and_features() -> None:
+    model = Levels()
+    with pytest.raises(ValueError, match=r"there are codebooks of \['coarse'\]; try a dict from each"):
+        VectorQuantizedGuide(model, {"coarse": model.coarse}).setup(data())
+    with pytest.raises(ValueError, match="'fine'.* 7 codes and the codebook 5"):
+        VectorQuantizedGuide(model, {"coarse": model.coarse, "fine": Codebook(CODES, DIM)}).setup(data())
+    match = r"and site 'fine' has 1 positions in each.*try an encoder to \(N, 7\), that is \(N, 2, 2\) and \(N, 1, 3\)"
+    encoder = nn.Sequential(nn.Linear(PIXELS, 3 * DIM), nn.Unflatten(-1, (3, DIM)))
+    with pytest.raises(ValueError, match=match):
+        VectorQuantizedGuide(model, model.books(), encoder).setup(data())
+    pyro.clear_param_store()
+    shared = Levels(shared=True)
+    VectorQuantizedGuide(shared, shared.books(), nn.Linear(PIXELS, 4)).setup(data())
 
 
 def test_particles_and_subsampling() -> None:
@@ -868,8 +970,8 @@ def normal_beside(x: Tensor) -> None:
         (one_site(dist.Categorical(torch.ones(4))), "its prior has 4 codes and the codebook 5"),
         (one_site(dist.Bernoulli(0.5)), "its prior is no Categorical but of kind 'bernoulli'"),
         (one_site(dist.Categorical(torch.ones(5)).mask(False)), "because the model masks it"),
-        (one_site(dist.Normal(0.0, 1.0)), r"local latents \['code'\] because this guide infers one site of codes"),
-        (normal_beside, r"local latents \['code', 'z'\] because this guide infers one site of codes"),
+        (one_site(dist.Normal(0.0, 1.0)), r"local latents \['code'\] because this guide infers sites of codes"),
+        (normal_beside, r"local latents \['code', 'z'\] because this guide infers sites of codes"),
     ],
 )
 def test_wrong_models(model: Any, match: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from pyro_amortized.diagnostics.batches import ModelArgs, ToArgs, calls, num_cal
 from pyro_amortized.diagnostics.collapse.report import report_dataset
 from pyro_amortized.diagnostics.problem import progress_bar
 from pyro_amortized.guides import VectorQuantizedGuide
-from pyro_amortized.guides.vector_quantized import code_value
+from pyro_amortized.guides.codes import code_place, code_values
 from pyro_amortized.structure.layout import SiteLayout
 from pyro_amortized.structure.local_site import LocalSite
 from pyro_amortized.structure.running import isolated, run_model
@@ -32,10 +32,11 @@ class Codes:
     """The codes of all datapoints.
 
     Attributes:
-        codes: The codes, ``(N, P)``.
+        codes: The codes, ``(N, P)``, numbered through all codebooks.
         kl: KL divergence of the point mass from the prior, ``-log p(k)`` given the sites before, ``(N, P)`` nats.
-        num_codes: Number of codes K.
-        place: Where the codes of a datapoint lie in their site.
+        num_codes: Number of codes K of all codebooks.
+        num_by_position: Number of codes that each position may have.
+        places: Where the codes of a datapoint lie in their sites.
         plate: Name of the datapoint plate.
         global_sites: Names of the global latents that are held at their median.
     """
@@ -43,7 +44,8 @@ class Codes:
     codes: Tensor
     kl: Tensor
     num_codes: int
-    place: LocalSite
+    num_by_position: list[int]
+    places: tuple[LocalSite, ...]
     plate: str
     global_sites: tuple[str, ...]
 
@@ -74,27 +76,45 @@ def _find(
     model: Callable[..., Any], guide: VectorQuantizedGuide, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Codes:
     with isolated():
-        structure, place, codes = guide.find_codes(*args, **kwargs)
-        if not structure.random_plates and not torch.equal(codes, guide.find_codes(*args, **kwargs)[2]):
+        structure, codes = guide.find_codes(*args, **kwargs)
+        if not structure.random_plates and not all(map(torch.equal, codes, guide.find_codes(*args, **kwargs)[1])):
             raise ValueError(
                 "Cannot diagnose this guide because its encoder gives different codes for the same data in two calls; "
                 "try guide.eval() if it holds dropout or batch normalisation."
             )
         values = guide.global_median(*args, **kwargs)
-    site, frame = structure.discrete[0], structure.datapoints
-    if site.weight.is_scaled:
-        raise ValueError(
-            f"Cannot diagnose this guide because the model scales its codes {site.name!r} by {site.weight.scale}: a "
-            "scaled prior is no density; try the arguments that set the scale to 1."
-        )
-    value = code_value(structure, codes)
-    trace = run_model(model, args, kwargs, {**values, **structure.indices, site.name: value})
-    prior: Any = trace.nodes[site.name]["fn"]
+    sites, frame = structure.discrete, structure.datapoints
+    for site in sites:
+        if site.weight.is_scaled:
+            raise ValueError(
+                f"Cannot diagnose this guide because the model scales its codes {site.name!r} by {site.weight.scale}: "
+                "a scaled prior is no density; try the arguments that set the scale to 1."
+            )
+    chosen = code_values(structure, codes)
+    trace = run_model(model, args, kwargs, {**values, **structure.indices, **chosen})
+    kl = [code_place(site).flatten(_divergence(trace, site.name, chosen[site.name]), frame.dim) for site in sites]
+    starts, num_codes = guide.code_books.numbers(sites)
+    return Codes(
+        torch.cat([start + k for start, k in zip(starts, codes, strict=True)], -1).cpu(),
+        torch.cat(kl, -1).double().cpu(),
+        num_codes,
+        [site.num_categories for site in sites for _ in range(code_place(site).stop)],
+        _one_after_the_other([code_place(site) for site in sites]),
+        frame.name,
+        structure.global_sites,
+    )
+
+
+def _divergence(trace: Any, name: str, value: Tensor) -> Tensor:
+    prior: Any = trace.nodes[name]["fn"]
     while isinstance(prior, Independent):
         prior = prior.base_dist
-    log_p = prior.log_prob(value).expand(value.shape)
-    kl = place.flatten(-log_p, frame.dim)
-    return Codes(codes.cpu(), kl.double().cpu(), site.num_categories, place, frame.name, structure.global_sites)
+    return -prior.log_prob(value).expand(value.shape)
+
+
+def _one_after_the_other(places: Sequence[LocalSite]) -> tuple[LocalSite, ...]:
+    ends = np.cumsum([place.stop for place in places]).tolist()
+    return tuple(replace(x, start=end - x.stop, stop=end) for x, end in zip(places, ends, strict=True))
 
 
 def codes_dataset(found: Codes, settings: Mapping[str, Any]) -> xarray.Dataset:
@@ -111,7 +131,7 @@ def codes_dataset(found: Codes, settings: Mapping[str, Any]) -> xarray.Dataset:
     # of the posterior mean of the indicator vector, over its K entries: N / (N - 1) sum_k p_k (1 - p_k)
     variance = (count / (count - 1) * (usage * (1 - usage)).sum(-1)).numpy()
     active, zero = variance > settings["threshold"], np.zeros(positions)
-    names = SiteLayout(found.plate, -1, (found.place,), positions).names
+    names = SiteLayout(found.plate, -1, found.places, positions).names
     per_latent = {
         "kl_se": zero,
         "perplexity": _entropy(usage).exp().numpy(),
@@ -125,6 +145,7 @@ def codes_dataset(found: Codes, settings: Mapping[str, Any]) -> xarray.Dataset:
         "active_units": int(active.sum()),
         "perplexity": float(_entropy(usage.mean(0)).exp()),
         "num_codes": found.num_codes,
+        "codes_per_position": max(found.num_by_position),
         "codes_used": int((usage.sum(0) > 0).sum()),
     }
     coords = {"latent": list(names), "code": np.arange(found.num_codes)}
@@ -135,7 +156,7 @@ def codes_dataset(found: Codes, settings: Mapping[str, Any]) -> xarray.Dataset:
 
 def _totals(found: Codes) -> dict[str, Any]:
     """What the codes tell together, and what the numbers are of."""
-    count, positions = found.codes.shape
+    count = len(found.codes)
     total = float(found.kl.sum(-1).mean())
     distinct = torch.unique(found.codes, dim=0, return_counts=True)[1]
     information = float(_entropy(distinct.double()))
@@ -143,7 +164,7 @@ def _totals(found: Codes) -> dict[str, Any]:
     return {
         "mutual_information": information,
         "mutual_information_se": 0.0,
-        "mutual_information_bound": min(math.log(count), positions * math.log(found.num_codes)),
+        "mutual_information_bound": min(math.log(count), float(np.log(found.num_by_position).sum())),
         "mutual_information_datapoints": count,
         "num_datapoints": count,
         "total_kl": total,

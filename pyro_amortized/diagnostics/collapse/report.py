@@ -147,7 +147,7 @@ class CollapseReport(Report):
         level, label = self.dataset.attrs["epsilon"], "epsilon"
         if is_codes:
             kl = np.log(self.dataset["perplexity"].values)
-            level, label = math.log(self.dataset.attrs["num_codes"]), "log of the number of codes"
+            level, label = math.log(self.dataset.attrs["codes_per_position"]), "log of the number of codes"
         for chosen, name, alpha in ((active, "active", 1.0), (~active, "not active", 0.3)):
             if chosen.any():
                 ax.bar(
