@@ -537,7 +537,7 @@ def flat_codes(x: Tensor) -> None:
 case(
     "codes beside another latent",
     lambda: trained(Coded(other=True)),
-    "one Categorical site with all positions",
+    "Categorical sites alone",
     lambda: trained(Coded(other=False)),
 )
 case(
