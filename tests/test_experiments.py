@@ -14,10 +14,10 @@ SMALL: dict[str, list[str]] = {
     "agrawal_domke": ["--magnitudes=2", "--seconds=0.01", "--draws=1"],
     "collapse": ["--num-steps=1", "--num-train=50", "--num-held-out=3", "--num-evidence=1"],
     "kim": ["--vocabulary=10", "--length=2", "--hidden-dim=4", "--num-steps=1", "--learned-steps=1"]
-    + ["--num-train=50", "--num-held-out=3"],
+    + ["--num-train=50", "--num-held-out=3", "--most-methods=3"],
     "margossian_blei": ["--observations=10", "--series=3", "--exact-steps=2", "--images=5", "--decoder-steps=2"]
     + ["--image-steps=2", "--speed-steps=1"],
-    "marino": ["--steps=1", "--learned-steps=1", "--images=2"],
+    "marino": ["--steps=1", "--learned-steps=1", "--images=2", "--most=5"],
     "zhang": ["--images=20", "--epochs=1", "--measured=2"],
 }
 """The tiniest options of every experiment."""
