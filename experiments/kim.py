@@ -233,7 +233,7 @@ def claims(runs: xr.Dataset) -> list[Claim]:
 
 def draw(runs: xr.Dataset, figure: Figure) -> None:
     """Stacked gaps for both generators, and what the second-order term buys."""
-    left, middle, right = figure.subplots(1, 3, width_ratios=(1.2, 1, 1))
+    left, middle, right = figure.subplots(1, 3)
     evidence, optimum = runs["evidence"].values, runs["optimum"].values
     _stacks(left, list(runs["oracle"].values), evidence - optimum, optimum[:, None] - runs["bound"].values)
     left.set_title("generator held fixed")
@@ -243,6 +243,7 @@ def draw(runs: xr.Dataset, figure: Figure) -> None:
     _stacks(middle, names, learned["evidence"] - learned["optimum"], learned["optimum"] - learned["bound"],
             truth - learned["evidence"])  # fmt: skip
     middle.set_title("generator learned")
+    figure.legend(handles=middle.containers, loc="outside lower center", ncols=3)
     others = ["first order (20)", "finite differences (20)", "the same, clipped (20)", "VAE+SVI (20)",
               f"VAE+SVI (20), {LONGER} x the steps", "VAE+SVI+KL (20)"]  # fmt: skip
     exact = runs["bound"].sel(oracle="SA-VAE (20)").values
@@ -256,7 +257,7 @@ def draw(runs: xr.Dataset, figure: Figure) -> None:
         else:
             right.errorbar(mean, row, xerr=error, fmt="o", color="C0", capsize=3)
     right.axvline(0, color="grey", linewidth=1)
-    right.set(yticks=rows, yticklabels=others, xlabel="nats per sequence, with standard errors",
+    right.set(yticks=rows, yticklabels=others, xlabel="nats per sequence",
               title="SA-VAE (20) is better by")  # fmt: skip
     right.invert_yaxis()
 
@@ -271,19 +272,19 @@ def _stacks(
     ax: Any, names: Sequence[str], approximation: np.ndarray, amortization: np.ndarray, model: np.ndarray | None = None
 ) -> None:
     """Gaps by method, one on the other."""
-    parts = {} if model is None else {"truth above model": model}
+    parts = {} if model is None else {"of the generator": model}
     parts |= {"approximation gap": approximation, "amortization gap": amortization}
+    colors = {"of the generator": "grey", "approximation gap": "C0", "amortization gap": "C1"}
     start = np.zeros(len(names))
     for label, values in parts.items():
         width = np.broadcast_to(values.mean(0), start.shape)
-        ax.barh(names, width, left=start, label=label)
+        ax.barh(names, width, left=start, label=label, color=colors[label])
         start = start + width
     limit = 5 * _median(start)
     for row in np.flatnonzero(start > limit):
-        ax.text(limit, row, f"{start[row]:.3g} \N{RIGHTWARDS ARROW}", ha="right", va="center")
+        ax.text(limit, row, f"{start[row]:.3g} \N{RIGHTWARDS ARROW}", ha="right", va="center", color="black")
     ax.set_xlim(0, min(limit, 1.05 * float(start[np.isfinite(start)].max())))
     ax.invert_yaxis()
-    ax.legend(fontsize="small")
     ax.set(xlabel="nats per sequence")
 
 
