@@ -262,6 +262,14 @@ def measure(seed: int, args: argparse.Namespace) -> xr.Dataset:
 
 # Results
 
+STYLES: dict[str, dict[str, str]] = {
+    LEARNED: {"color": "C0", "marker": "o"},
+    OFFERED: {"color": "C1", "marker": "o"},
+    **{name: {"color": f"C{i + 2}", "marker": ".", "linestyle": "--"} for i, name in enumerate(GIVEN)},
+    "natural gradient": {"color": "0.5", "marker": "^", "linestyle": ":"},
+    "Newton": {"color": "0.5", "marker": "s", "linestyle": ":"},
+}
+
 
 def steps_to(runs: xr.Dataset, rule: str) -> np.ndarray:
     """Steps of a rule to the ELBO that the paper's learned update has after the steps it was trained for, but for 0.02.
@@ -337,11 +345,11 @@ def draw(runs: xr.Dataset, figure: Figure) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     below = (runs.optimum - runs.elbo).mean("seed")
     for rule in runs.rule.values:
-        style = "o-" if rule in (LEARNED, OFFERED) else ".--"
-        left.plot(runs.step, below.sel(rule=rule), style, label=str(rule))
+        left.plot(runs.step, below.sel(rule=rule), label=str(rule), **STYLES[str(rule)])
     left.axvline(NUM_STEPS, color="0.6", linewidth=1)
     left.set(title="inference from the prior, decoder frozen", xlabel="steps", yscale="log", xscale="symlog")
     left.set(ylabel="nats per held-out image below the optimum", xticks=[0, 1, 2, 5, 10, 20, 60])
+    left.set(xlim=(-0.1, None), ylim=(0.004, None))
     left.set_xticklabels(["0", "1", "2", "5", "10", "20", "60"])
     left.legend(fontsize="small", loc="lower left")
     for level, shift in ((1, -0.12), (2, 0.12)):
