@@ -268,24 +268,15 @@ def draw(runs: xr.Dataset, figure: Figure) -> None:
     axes[0].set(xlabel="bits per pixel (lower is better)", ylabel="use of the latent, nats per image")
     axes[0].set_title("Used, at a price")
     figure.legend(loc="outside right upper", fontsize=8)
-    labels = []
+    labels, names = [], {"uniform": "uniform", "frequencies": "frequencies", "elbo": "learned"}
     for place, (decoder, latent) in enumerate((d, x) for d in markers for x in NAMES if "codes" in x):
-        one = runs.sel(decoder=decoder, latent=latent)
-        labels.append(f"{decoder},\n{latent}")
-        for offset, name, text in (
-            (-0.27, "uniform", "uniform"),
-            (0, "frequencies", "frequencies"),
-            (0.27, "elbo", "learned"),
-        ):
-            mean = float(bits(runs, one[name]).mean())
-            axes[1].bar(place + offset, mean, 0.25, color=f"C{['uniform', 'frequencies', 'elbo'].index(name)}")
-            axes[1].text(place + offset, mean, text, rotation=90, ha="center", va="top", fontsize=7, color="w")
-        other = "Gaussian"
-        axes[1].plot(
-            [place - 0.4, place + 0.4],
-            [float(bits(runs, runs["elbo"].sel(decoder=decoder, latent=other)).mean())] * 2,
-            color="k",
-        )
+        labels.append(f"{decoder},\n{'two levels' if ' ' in latent else 'one level'}")
+        for i, (name, text) in enumerate(names.items()):
+            mean = float(bits(runs, runs[name].sel(decoder=decoder, latent=latent)).mean())
+            axes[1].bar(place + 0.27 * (i - 1), mean, 0.25, color=f"C{i}")
+            axes[1].text(place + 0.27 * (i - 1), 0.01, text, rotation=90, ha="center", va="bottom", color="w")
+        level = float(bits(runs, runs["elbo"].sel(decoder=decoder, latent="Gaussian")).mean())
+        axes[1].plot([place - 0.45, place + 0.45], [level, level], color="k")
     axes[1].set_xticks(range(len(labels)), labels, fontsize=7)
     axes[1].set(ylabel="bits per pixel", title="Priors over codes; black: a Gaussian latent")
 
