@@ -192,8 +192,8 @@ def _repeat(experiment: Experiment, args: argparse.Namespace, argv: list[str] | 
         "command": f"{command} EXPERIMENT_ARGS='{given}'" if given else command,
         "date": datetime.date.today().isoformat(),
         "seconds": time.perf_counter() - start,
-        "torch": torch.__version__,
-        "pyro": pyro.__version__,
+        "torch": str(torch.__version__),
+        "pyro": str(pyro.__version__),
         **{name: getattr(args, name) for name in experiment.sizes},
     }
     return runs
