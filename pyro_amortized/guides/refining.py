@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from typing_extensions import Unpack
 
 from pyro_amortized.checks import check_count, check_flag
@@ -30,6 +31,9 @@ from pyro_amortized.updates.base import UpdateRule
 __all__ = ["RefiningGuide", "RefiningOptions", "check_update"]
 
 _MAX_MODES = 128
+
+_MOST_TRACED_NUMBERS = 2**16
+"""Numbers per site of the model, over all draws, up to which steps run by graphs after training."""
 
 
 class RefiningOptions(GuideOptions, total=False):
@@ -157,7 +161,20 @@ class RefiningGuide(AmortizedGuide):
             if len(self._modes) > _MAX_MODES:
                 self._modes.pop(next(iter(self._modes)))
         log_joint.take_mode(self._modes[key])
-        return LocalObjective(log_joint, self._family, self._estimator, self._graphs)
+        return LocalObjective(log_joint, self._family, self._estimator, self._graphs if self._traces(call) else None)
+
+    def _traces(self, call: Call) -> bool:
+        """Whether steps run by graphs: in training always, after it unless each site's numbers are too many.
+
+        A graph saves what Pyro's handlers cost at every site, and costs several evaluations to make: where those are
+        long beside the handlers, a few steps are done before it is made. The numbers of a call alone decide, so that
+        equal calls give equal results.
+        """
+        if self.training or self._graphs.compile:
+            return True
+        numbers = sum(x.numel() for x in tree_leaves((call.args, dict(call.kwargs))) if isinstance(x, Tensor))
+        sites = len(call.structure.data) + len(call.structure.layout.sites)  # type: ignore[union-attr]
+        return self._settings["num_particles"] * numbers <= _MOST_TRACED_NUMBERS * sites
 
     def _choose_mode(self, log_joint: LocalLogJoint) -> Mode:
         """How many draws may be evaluated in one run of the model; refuses those that leave sites out."""

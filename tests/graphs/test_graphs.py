@@ -17,9 +17,16 @@ from models import LinearGaussian, chains
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 
-from pyro_amortized import AmortizedGuide, GradientAscent, SemiAmortizedGuide, estimate_gaps, optimize_local
+from pyro_amortized import (
+    AmortizedGuide,
+    GradientAscent,
+    NaturalGradient,
+    SemiAmortizedGuide,
+    estimate_gaps,
+    optimize_local,
+)
 from pyro_amortized.families import Normal
-from pyro_amortized.graphs.cache import GraphCache, Use
+from pyro_amortized.graphs.cache import GraphCache, Use, _Entry
 from pyro_amortized.graphs.recording import record
 from pyro_amortized.objective.elbo import LocalObjective
 from pyro_amortized.objective.log_joint import LocalLogJoint
@@ -642,6 +649,28 @@ def test_refined_and_the_blocks_of_diagnostics_give_the_same_without_graphs(
 
 
 # What a graph is verified by
+
+
+@pytest.mark.parametrize(("size", "compile", "traced"), [(20, False, True), (20000, False, False), (20000, True, True)])
+def test_large_evaluations_are_not_traced_after_training(size: int, compile: bool, traced: bool) -> None:
+    """Three steps are done before a graph of them is made."""
+    guide = AmortizedGuide(plain_normal)
+    guide(torch.randn(20))
+    refined = guide.refined(2, NaturalGradient(0.5), num_particles=8, compile=compile)
+    kept = []
+    refined._graphs._trace = lambda use, owner: kept.append(use) or _Entry(owner)
+    refined.variational_parameters(torch.randn(size))
+    assert bool(kept) is traced
+    if not traced:
+        with torch.enable_grad():
+            refined.train()(torch.randn(size))
+        assert kept
+
+
+def plain_normal(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
 
 def test_a_graph_is_not_differentiated_by_a_parameter_that_has_been_replaced() -> None:
