@@ -130,7 +130,7 @@ def elbo(guide: Any, x: Tensor, y: Tensor, chunk: int, num_draws: int) -> float:
 
 
 def measure_guide(name: str, x: Tensor, y: Tensor, rate: float, args: argparse.Namespace) -> tuple[float, float, int]:
-    """The gap to the evidence in nats per group, milliseconds per step, and the number of parameters."""
+    """The gap to the evidence in nats per group, milliseconds per step, number of parameters; NaN if it diverged."""
     num = len(x)
     size = num if name == "joint" else min(num, BATCH)
 
@@ -140,7 +140,12 @@ def measure_guide(name: str, x: Tensor, y: Tensor, rate: float, args: argparse.N
 
     pyro.clear_param_store()
     guide = GUIDES[name][0]()
-    milliseconds = train(guide, batch, rate, args.seconds)
+    try:
+        milliseconds = train(guide, batch, rate, args.seconds)
+    except ValueError as error:  # a distribution is given parameters that are no numbers any more
+        if "found invalid values" not in str(error):
+            raise
+        return np.nan, np.nan, 0
     gap = (evidence(x, y) - elbo(guide, x, y, num if name == "joint" else 1000, args.draws)) / num
     return gap, milliseconds, sum(p.numel() for p in guide.parameters())
 
@@ -174,8 +179,8 @@ def measure(seed: int, args: argparse.Namespace) -> xr.Dataset:
 
 
 def best(runs: xr.Dataset) -> xr.Dataset:
-    """Every guide at the learning rate whose ELBO, which it is trained on, is best on average."""
-    rate = runs["gap"].mean("seed").fillna(np.inf).argmin("rate")
+    """Every guide at the learning rate whose ELBO, which it is trained on, is best on average and never diverges."""
+    rate = runs["gap"].mean("seed", skipna=False).fillna(np.inf).argmin("rate")
     return runs.isel(rate=rate)
 
 
