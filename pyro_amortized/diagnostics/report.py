@@ -79,7 +79,7 @@ class Report:
         _check_path(path)
         try:
             with xarray.open_dataset(path) as opened:
-                dataset = opened.load()
+                dataset = opened.load().drop_encoding()  # such as the length of words, which would cut longer ones
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"Cannot read a report from {os.fspath(path)!r} because it is no file that xarray can read; try the "

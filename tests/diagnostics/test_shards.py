@@ -11,7 +11,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from pyro_amortized import AmortizedGuide, estimate_gaps, log_evidence, posterior_summary, to_arviz
+from pyro_amortized import (
+    AmortizedGuide,
+    CertifiedPosterior,
+    certified_posterior,
+    estimate_gaps,
+    log_evidence,
+    posterior_summary,
+    to_arviz,
+)
+from pyro_amortized.diagnostics.certificates import certified
 
 SIZE = 9
 BY_TURNS = [[0, 2], [1, 3], [4, 6], [5, 7], [8], [0]]
@@ -25,11 +34,16 @@ def model(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(z.exp(), 1.0), obs=x)
 
 
-def results(loader: DataLoader) -> dict[str, Any]:
+def new_guide() -> AmortizedGuide:
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     guide = AmortizedGuide(model)
     guide.setup(torch.linspace(0.0, 2.0, SIZE))
+    return guide
+
+
+def results(loader: DataLoader) -> dict[str, Any]:
+    guide = new_guide()
     exported = to_arviz(model, guide, loader, num_samples=5)
     return {
         "gaps": estimate_gaps(model, guide, loader, tolerance=0.5).dataset,
@@ -43,13 +57,21 @@ def data() -> TensorDataset:
     return TensorDataset(torch.linspace(0.0, 2.0, SIZE))
 
 
+def shared_loader() -> DataLoader:
+    return DataLoader(data(), batch_size=2, sampler=DistributedSampler(data(), shuffle=False))
+
+
+def certify(loader: DataLoader, path: str | None = None) -> CertifiedPosterior:
+    return certified_posterior(model, new_guide(), loader, num_samples=400, path=path)
+
+
 def run_in_process(rank: int, size: int, path: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=size)
-    found = results(DataLoader(data(), batch_size=2, sampler=DistributedSampler(data(), shuffle=False)))
+    found = results(shared_loader())
     for name, dataset in found.items():
         dataset.to_netcdf(f"{path}/{name}-{rank}.nc")
-    loader = DataLoader(data(), batch_size=2, sampler=DistributedSampler(data(), shuffle=False))
+    loader = shared_loader()
     guide = AmortizedGuide(model, name="other")
     for options, cause in (
         ({"store": f"{path}/store.nc"}, "write one store"),
@@ -70,6 +92,42 @@ def test_every_process_has_the_result_of_one_with_all_data(tmp_path: Path) -> No
             expected = expected.isel(data=order).assign_coords(data=range(SIZE))
         for rank in range(2):
             xarray.testing.assert_allclose(xarray.load_dataset(tmp_path / f"{name}-{rank}.nc"), expected, rtol=1e-6)
+
+
+def certify_in_process(rank: int, size: int, path: str) -> None:
+    """Whole; then once more after an interruption that the second process's second batch did not survive."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=size)
+    certify(shared_loader(), f"{path}/saved").to_netcdf(f"{path}/certified-{rank}.nc")
+    if rank == 0:
+        (Path(path) / "saved" / "batch_00003.nc").unlink()
+    torch.distributed.barrier()
+    work, done = certified._certify, []
+    certified._certify = lambda *args: done.append(args) or work(*args)  # type: ignore[assignment, func-returns-value]
+    certify(shared_loader(), f"{path}/saved").to_netcdf(f"{path}/resumed-{rank}.nc")
+    assert len(done) == rank
+    torch.distributed.destroy_process_group()
+
+
+def test_certificates_of_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import xarray
+
+    torch.multiprocessing.spawn(certify_in_process, (2, str(tmp_path)), nprocs=2)
+    by_turns = DataLoader(data(), batch_sampler=BY_TURNS)
+    order = torch.tensor(sum(BY_TURNS, [])[:SIZE]).argsort().numpy()
+    expected = certify(by_turns)
+    for name in ("certified-0", "certified-1", "resumed-0", "resumed-1"):
+        found = CertifiedPosterior.from_netcdf(tmp_path / f"{name}.nc")
+        for part, whole in ((found.dataset, expected.dataset), (found.posterior, expected.posterior)):
+            whole = whole.isel(data=order).assign_coords(data=range(SIZE))
+            xarray.testing.assert_allclose(part, whole, rtol=1e-6)
+        exported = found.to_arviz(keep="all")
+        assert exported["posterior"]["z"].shape == (1, 400, SIZE)
+        assert exported["sample_stats"]["stage"].dims == ("data",)
+        assert str(found).startswith(f"Certified posteriors of {SIZE} datapoints")
+    monkeypatch.setattr(certified, "_certify", lambda *_: pytest.fail("what processes have saved is there"))
+    again = certify(by_turns, f"{tmp_path}/saved")  # numbered as those of one process that goes through the same ones
+    xarray.testing.assert_allclose(again.posterior, expected.posterior, rtol=1e-6)
 
 
 def test_other_batches_have_other_draws() -> None:

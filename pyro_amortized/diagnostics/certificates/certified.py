@@ -18,6 +18,7 @@ from pyro_amortized.diagnostics.certificates.saving import SavedBatches
 from pyro_amortized.diagnostics.certificates.stages import STAGES, Certificates, certify
 from pyro_amortized.diagnostics.certificates.target import Target
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, blocks, progress_bar, to_dataset
+from pyro_amortized.diagnostics.shards import Shards
 from pyro_amortized.graphs.cache import GraphCache
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.objective.meter import Meter
@@ -72,7 +73,8 @@ def certified_posterior(
     Args:
         model: The Pyro model.
         guide: A guide of this package; only the cost depends on how well it is trained.
-        model_args: The model's positional arguments, or a ``DataLoader``, whose batches are worked on one by one.
+        model_args: The model's positional arguments, or a ``DataLoader``, whose batches are worked on one by one; that
+            of a ``DistributedSampler`` is shared by all processes, each of which returns the whole result.
         model_kwargs: The model's keyword arguments.
         num_samples: S, draws of each datapoint, at least 400. With 4000, means of certified posteriors are known to
             about 0.02 standard deviations, standard deviations to 2 %.
@@ -81,7 +83,7 @@ def certified_posterior(
         to_args: Where batches of a loader hold something else than the model's arguments: a function from a batch to
             the positional arguments, a tuple, or to a pair of these and keyword arguments, ``(args, kwargs)``.
         path: A directory, made if need be, where each batch is saved when it is done. Called again after an
-            interruption, batches that are there are read in place of being worked on.
+            interruption, batches that are there are read in place of being worked on. Processes may share it.
         seed: Seed of all draws; torch's global seed is not touched.
         progress: Whether to show a progress bar.
 
@@ -119,13 +121,14 @@ def certified_posterior(
     target = Target(check_count("num_samples", num_samples, _LEAST_SAMPLES, 4000))
     seed, graphs = check_seed(seed), GraphCache(False)
     parts: list[CertifiedPosterior] = []
-    saved, single = None if path is None else SavedBatches(path), is_single(model_args)
+    saved, single, shards = None if path is None else SavedBatches(path), is_single(model_args), Shards(model_args)
     with progress_bar(num_calls(model_args), "certified batches", progress and not single) as bar:
-        for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs, to_args, model)):
+        for turn, (args, kwargs) in enumerate(calls(model_args, model_kwargs, to_args, model)):
+            number = shards.number(turn)
             own_seed = batch_seed(seed, number)
             problem = bind(model, guide, args, kwargs, own_seed, graphs=graphs, plate=plate)
             if parts:
-                _check_alike(problem, parts[0])
+                _check_alike(problem.objective.family.latent_dim, parts[0])
             part = None if saved is None else saved.read(number, problem, target, seed)
             if part is None:
                 part = _certify(problem, target, own_seed, progress and single)
@@ -134,12 +137,22 @@ def certified_posterior(
                     saved.write(number, problem, target, seed, part)
             parts.append(part)
             bar.update()
-    return CertifiedPosterior.concat(parts)
+    return _gathered(shards, parts)
 
 
-def _check_alike(problem: LocalProblem, first: CertifiedPosterior) -> None:
-    """Raises a ValueError before any work if a batch has other latents than the first."""
-    dim, before = problem.objective.family.latent_dim, first.posterior.sizes["latent"]
+def _gathered(shards: Shards, parts: list[CertifiedPosterior]) -> CertifiedPosterior:
+    """The result of the batches of all processes."""
+    parts = list(shards.collect(parts))
+    for part in parts:
+        _check_alike(part.posterior.sizes["latent"], parts[0])
+    whole = CertifiedPosterior.concat(parts)
+    own, draws = (shards.in_order(x, whole.plate) for x in (whole.dataset, whole.posterior))
+    return CertifiedPosterior(own, draws)
+
+
+def _check_alike(dim: int, first: CertifiedPosterior) -> None:
+    """Raises a ValueError, where it can before any work, if a batch has other latents than the first."""
+    before = first.posterior.sizes["latent"]
     if dim != before:
         raise ValueError(
             f"Cannot join the draws of batches because a datapoint has {before} latent dimensions in the first and "
