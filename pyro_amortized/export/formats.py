@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,8 @@ __all__ = ["FORMATS", "Format"]
 
 MAX_CHUNK = 2**20
 """Elements of a variable that are stored, and read, together."""
+MAX_PIECE = 2**16
+"""Entries of an index that are looked at together."""
 
 
 class Format(ABC):
@@ -51,11 +55,19 @@ class Format(ABC):
         """Names of the groups of a whole file; an OSError if it is not marked as whole."""
 
     def open(self, name: str) -> xarray.Dataset:
-        """A group, whose values are read when they are used."""
+        """A group, whose values are read when they are used; of indices that count, only their sizes are held."""
+        import pandas
         import xarray
 
+        with self._indices(name) as indices:
+            sizes = {dim: index.shape[0] for dim, index in indices.items() if _counts(index)}
         options: Any = {"consolidated": False} if self.engine == "zarr" else {}
-        return xarray.open_dataset(self.path, group=name, engine=self.engine, **options)
+        dataset = xarray.open_dataset(self.path, group=name, engine=self.engine, drop_variables=list(sizes), **options)
+        return dataset.assign_coords({dim: pandas.RangeIndex(size) for dim, size in sizes.items()})
+
+    @abstractmethod
+    def _indices(self, name: str) -> AbstractContextManager[dict[str, Any]]:
+        """The indices of a group's dimensions, as arrays on disk."""
 
 
 def _chunks(part: xarray.Dataset, plate: str | None, key: str) -> dict[str, Any]:
@@ -67,6 +79,23 @@ def _chunks(part: xarray.Dataset, plate: str | None, key: str) -> dict[str, Any]
             size = -(-rows // min(rows, -(-value.size // MAX_CHUNK)))
             result[str(name)] = {key: tuple(size if dim == plate else n for dim, n in value.sizes.items())}
     return result
+
+
+def _pieces(size: int) -> Iterator[slice]:
+    """What is read, or written, of an index at once."""
+    return (slice(start, min(start + MAX_PIECE, size)) for start in range(0, size, MAX_PIECE))
+
+
+def _counts(index: Any) -> bool:
+    """Whether an index on disk counts from 0 on."""
+    plain = np.issubdtype(index.dtype, np.int64) and not dict(index.attrs)
+    return plain and all(np.array_equal(index[p], np.arange(p.start, p.stop)) for p in _pieces(index.shape[0]))
+
+
+def _count(index: Any) -> None:
+    """Lets an index on disk count from 0 on."""
+    for piece in _pieces(index.shape[0]):
+        index[piece] = np.arange(piece.start, piece.stop)
 
 
 def _names_whole(attributes: Any, names: Any, engine: str) -> list[str]:
@@ -102,8 +131,7 @@ class NetCDF(Format):
     def renumber(self, name: str, plate: str) -> None:
         """Numbers the datapoints of a group from 0 on."""
         with self._opened("a") as opened:
-            index = opened[name].variables[plate]
-            index[:] = np.arange(index.shape[0])
+            _count(opened[name].variables[plate])
 
     def complete(self) -> None:
         """Marks the file as whole."""
@@ -114,6 +142,12 @@ class NetCDF(Format):
         """Names of the groups of a whole file."""
         with self._opened("r") as opened:
             return _names_whole(opened.attrs, opened.groups, self.engine)
+
+    @contextmanager
+    def _indices(self, name: str) -> Iterator[dict[str, Any]]:
+        with self._opened("r") as opened:
+            variables = opened[name].variables.items()
+            yield {dim: variable for dim, variable in variables if variable.dimensions == (dim,)}
 
     def _opened(self, mode: str) -> Any:
         import h5netcdf
@@ -136,8 +170,7 @@ class Zarr(Format):
 
     def renumber(self, name: str, plate: str) -> None:
         """Numbers the datapoints of a group from 0 on."""
-        index = self._opened("a")[f"{name}/{plate}"]
-        index[:] = np.arange(index.shape[0])
+        _count(self._opened("a")[f"{name}/{plate}"])
 
     def complete(self) -> None:
         """Marks the directory as whole."""
@@ -147,6 +180,11 @@ class Zarr(Format):
         """Names of the groups of a whole directory."""
         opened = self._opened("r")
         return _names_whole(opened.attrs, opened.group_keys(), self.engine)
+
+    @contextmanager
+    def _indices(self, name: str) -> Iterator[dict[str, Any]]:
+        arrays = self._opened("r")[name].arrays()
+        yield {dim: array for dim, array in arrays if array.metadata.dimension_names == (dim,)}
 
     def _opened(self, mode: Any) -> Any:
         import zarr

@@ -109,32 +109,43 @@ class Store:
 
 
 class _Positions:
-    """The datapoints' positions in the full data set: batches that repeat some are numbered anew in their order."""
+    """The datapoints' positions in the full data set: batches that repeat some are numbered anew in their order.
+
+    As long as they count, their number says which have been seen; then there is a flag for each.
+    """
 
     def __init__(self) -> None:
         self.batches = 0
-        self._seen: np.ndarray[Any, Any] | None = np.zeros(0, bool)
+        self._number = 0
+        self._seen: np.ndarray[Any, Any] | None = None
+        self._repeated = False
 
     @property
     def are_renumbered(self) -> bool:
         """Whether some position has come twice, among several batches."""
-        return self._seen is None and self.batches > 1
+        return self._repeated and self.batches > 1
 
     def add(self, index: np.ndarray[Any, Any]) -> None:
         """Adds the positions of a batch."""
         self.batches += 1
-        if self._seen is None or not len(index):
+        if self._repeated or not len(index):
             return
-        if index.min() < 0 or len(np.unique(index)) < len(index):
+        if self._seen is None and np.array_equal(index, np.arange(self._number, self._number + len(index))):
+            self._number += len(index)
+            return
+        self._repeated = index.min() < 0 or len(np.unique(index)) < len(index) or self._are_seen(index)
+        if self._repeated:
             self._seen = None
-            return
-        missing = int(index.max()) + 1 - len(self._seen)
+
+    def _are_seen(self, index: np.ndarray[Any, Any]) -> bool:
+        """Whether any of these has come before; all have then."""
+        seen = np.ones(self._number, bool) if self._seen is None else self._seen
+        missing = int(index.max()) + 1 - len(seen)
         if missing > 0:  # at least twice as long, so that a batch does not pay for those before it
-            self._seen = np.pad(self._seen, (0, max(missing, len(self._seen))))
-        if self._seen[index].any():
-            self._seen = None
-        else:
-            self._seen[index] = True
+            seen = np.pad(seen, (0, max(missing, len(seen))))
+        known = bool(seen[index].any())
+        seen[index], self._seen = True, seen
+        return known
 
 
 def _checked(path: StorePath) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 
 import arviz
 import numpy as np
+import pandas
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -70,6 +71,8 @@ CALLS: dict[str, tuple[Any, Any]] = {
     "one call": (model, (X, T)),
     "positions": (subset, [torch.tensor([7, 2, 9, 0]), torch.tensor([4, 1])]),
     "repeated positions": (subset, [torch.tensor([7, 2]), torch.tensor([2, 4])]),
+    "positions that count at first": (subset, [torch.tensor([0, 1]), torch.tensor([2]), torch.tensor([9, 4])]),
+    "repeated after they counted": (subset, [torch.tensor([0, 1, 2]), torch.tensor([7]), torch.tensor([3, 1])]),
     "inner plate": (nested, [(T.reshape(5, 2) > 0).float(), (X[:3] > 0).float()]),
     "no local latents": (shared, (T,)),
     # an axis that only a later batch tells to be the plate's, and one that is none
@@ -140,6 +143,25 @@ def test_values_are_read_when_they_are_used(suffix: str, tmp_path: Path) -> None
     assert not found["posterior"]["z"].variable._in_memory
     table = arviz.summary(found, var_names=["scale"], kind="stats")
     assert len(table) == 1
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("last", [8, 9])
+def test_of_indices_that_count_sizes_are_held(
+    suffix: str, last: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight bytes for every datapoint and group else; what does not count, if only at its end, is held."""
+    monkeypatch.setattr(formats, "MAX_PIECE", 4)
+    path = tmp_path / f"p{suffix}"
+    positions = [torch.arange(5), torch.arange(5, 8), torch.tensor([last])]
+    guide = set_up(subset, positions)
+    for found in (to_arviz(subset, guide, iter(positions), num_samples=3, store=path), open_store(path)):
+        for name in ("posterior", "observed_data"):
+            index = found[name].indexes["data"]
+            assert isinstance(index, pandas.RangeIndex) == (last == 8)
+            assert index.tolist() == torch.cat(positions).tolist()
+            assert found[name]["data"].dtype == np.int64
+            assert as_dataset(found[name]).sel(data=[last, 1]).sizes["data"] == 2
 
 
 def test_arviz_reads_netcdf(tmp_path: Path) -> None:
