@@ -13,7 +13,7 @@ EXPERIMENT_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow fuzz lint format house docs docs-full tutorials pictures test-docs release-check test-oldest bench experiments certificates bench-scale hierarchies robustness public-models encoders clean
+.PHONY: help demo test test-slow fuzz lint format house docs docs-full tutorials pictures test-docs release-check test-oldest bench experiments certificates bench-scale bench-processes hierarchies robustness public-models encoders clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -73,6 +73,9 @@ experiments: $(VENV)/.examples  ## the field's claims, tried (one in NAME=, opti
 
 bench-scale: $(VENV)/.test  ## time and memory at up to a million datapoints (10 minutes)
 	$(BIN)/python benchmarks/scale.py
+
+bench-processes: $(VENV)/.test  ## time and bytes of a training step in one process and in two (20 minutes)
+	$(BIN)/python benchmarks/processes.py
 
 encoders: $(VENV)/.examples  ## ready-made encoders against the multilayer perceptron (15 minutes)
 	$(BIN)/python benchmarks/encoders.py
