@@ -13,7 +13,7 @@ from pyro_amortized.checks import is_traced
 from pyro_amortized.encoders.devices import has_to_wait
 from pyro_amortized.encoders.standardize import FAR, log_shrinkage
 
-__all__ = ["Head", "hidden_layers"]
+__all__ = ["LEAST_NORMALIZED", "Head", "hidden_layers"]
 
 
 def hidden_layers(
@@ -26,12 +26,12 @@ def hidden_layers(
     """
     layers: list[nn.Module] = []
     for before, after in pairwise((input_dim, *hidden_dims)):
-        norm = [nn.LayerNorm(after)] if after >= _LEAST_NORMALIZED else []
+        norm = [nn.LayerNorm(after)] if after >= LEAST_NORMALIZED else []
         layers += [nn.Linear(before, after), *norm, activation()]
     return nn.Sequential(*layers)
 
 
-_LEAST_NORMALIZED = 8
+LEAST_NORMALIZED = 8
 """Layers of fewer units are not normalised: little would be left of what they hold."""
 
 

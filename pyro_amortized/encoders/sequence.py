@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyro_amortized.checks import check_count, check_flag, check_widths
 from pyro_amortized.encoders.checks import check_heads, check_lengths, check_sizes
 from pyro_amortized.encoders.elements import ElementsEncoder
-from pyro_amortized.encoders.layers import hidden_layers
+from pyro_amortized.encoders.layers import LEAST_NORMALIZED, hidden_layers
 from pyro_amortized.encoders.pooling import Along, Pool
 from pyro_amortized.encoders.standardize import Standardize
 
@@ -54,6 +54,10 @@ class _Recurrent(_OverTime):
 class _Attention(nn.Module):
     """Attention of steps to steps and a layer for each, both added to what comes in, normalised before.
 
+    It may fall on nothing instead, a step with a logit and values of 0. Weights of all steps would sum to 1 wherever a
+    step stands: that it is one of the first, where the posterior is closer to what the model starts from, or that few
+    steps are there to be averaged, could not be told.
+
     Torch's own layer takes another path in evaluation, on which biases of single heads come out otherwise.
     """
 
@@ -68,6 +72,7 @@ class _Attention(nn.Module):
         """Features ``(N, T, H)`` from such, with biases ``(N, heads, T, T)`` of the logits of attention."""
         parts = self.seek(self.norms[0](hidden)).unflatten(-1, (3, self.num_heads, -1))
         query, key, value = parts.permute(2, 0, 3, 1, 4).unbind()
+        key, value, bias = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1)), F.pad(bias, (0, 1))
         found = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         hidden = hidden + self.found(found.transpose(1, 2).flatten(2))
         return hidden + self.layer(self.norms[1](hidden))
@@ -78,7 +83,8 @@ class _Attentive(_OverTime):
 
     How much a step attends to another falls with their distance d, by a bias of -d, -d / 2, -d / 4, ...: the features
     are moving averages to begin with, as a GRU's are, and of any number of steps. Of two heads of one reach one looks
-    back, the other ahead.
+    back, the other ahead. What the layers have added up is normalised at last: a step of Adam at a high learning rate
+    would move a sum by more than all that it held.
     """
 
     def __init__(
@@ -87,12 +93,13 @@ class _Attentive(_OverTime):
         super().__init__()
         self.causal, self.num_heads = causal, num_heads
         self.layers = nn.ModuleList(_Attention(width, num_heads, activation) for _ in range(num_layers))
+        self.last_norm = nn.LayerNorm(width) if width >= LEAST_NORMALIZED else nn.Identity()
 
     def forward(self, hidden: Tensor, lengths: Tensor) -> Tensor:
         bias = self._bias(hidden, lengths)
         for layer in self.layers:
             hidden = layer(hidden, bias)
-        return hidden
+        return self.last_norm(hidden)
 
     def _bias(self, hidden: Tensor, lengths: Tensor) -> Tensor:
         """What is added to the logits of attention, ``(N, heads, T, T)``; every step sees itself, if nothing else."""

@@ -25,6 +25,10 @@ ENCODERS: dict[str, tuple[Build, Callable[[int], tuple[Tensor, ...]]]] = {
         lambda **o: SequenceEncoder(2, pooled=True, **o),
         lambda n: (torch.randn(n, 7, 2), LENGTHS[torch.arange(n) % 5]),
     ),
+    "pooled transformer": (
+        lambda **o: SequenceEncoder(2, network="transformer", pooled=True, **o),
+        lambda n: (torch.randn(n, 7, 2), LENGTHS[torch.arange(n) % 5]),
+    ),
     "images": (lambda **o: ConvEncoder(3, **o), lambda n: (torch.rand(n, 3, 9, 11),)),
     "counts": (
         lambda **o: CountEncoder(6, num_batches=3, **o),
@@ -106,7 +110,7 @@ def two_sides(x: Tensor, *rest: Tensor) -> None:
 
 
 @pytest.mark.parametrize("lr", [0.001, 0.03])
-@pytest.mark.parametrize("name", ["pooled", "images", "counts"])
+@pytest.mark.parametrize("name", ["pooled", "pooled transformer", "images", "counts"])
 def test_training_is_steady(name: str, lr: float) -> None:
     build, data = ENCODERS[name]
     inputs = data(50)
@@ -119,6 +123,29 @@ def test_training_is_steady(name: str, lr: float) -> None:
 
 
 # Sequences
+
+
+def walks(x: Tensor) -> None:
+    with pyro.plate("series", len(x)):
+        z = torch.zeros(len(x))
+        for t in pyro.markov(range(x.shape[1])):
+            z = pyro.sample(f"z_{t}", dist.Normal(0.95 * z, 0.3))
+            pyro.sample(f"x_{t}", dist.Poisson((1.0 + z).exp()), obs=x[:, t])
+
+
+@pytest.mark.parametrize("lr", [0.001, *(pytest.param(lr, marks=pytest.mark.slow) for lr in (0.003, 0.01)), 0.03])
+@pytest.mark.parametrize("options", [{}, {"network": "transformer"}, {"network": "transformer", "num_layers": 2}])
+def test_training_on_features_of_steps_is_steady(options: dict[str, Any], lr: float) -> None:
+    """The loss never rises far above that of the start."""
+    for seed in range(3):
+        pyro.set_rng_seed(seed)
+        x = torch.poisson((1.0 + 0.3 * torch.randn(100, 6).cumsum(1)).exp())
+        guide = AmortizedGuide(walks, SequenceEncoder(1, **options), encoder_input="x")
+        svi = SVI(walks, guide, pyro.optim.Adam({"lr": lr}), Trace_ELBO())
+        losses = torch.tensor([svi.step(x) for _ in range(50)])
+        assert losses.isfinite().all()
+        assert losses[1:].max() < 1.15 * losses[0]
+        assert losses[-10:].mean() < losses[:2].mean()
 
 
 @pytest.mark.parametrize("options", SEQUENCES)
@@ -163,6 +190,14 @@ def test_causal_features_know_no_later_steps(network: str) -> None:
 
 
 @pytest.mark.parametrize("network", ["gru", "transformer"])
+def test_ends_are_told_from_the_middle_in_sequences_of_one_value(network: str) -> None:
+    for causal in (False, True):
+        features = SequenceEncoder(2, network=network, causal=causal)(torch.ones(1, 40, 2))[0]
+        assert (features[0] - features[20]).norm() > 0.05 * features[20].norm()
+        assert (features[19] - features[20]).norm() < 1e-3 * features[20].norm()
+
+
+@pytest.mark.parametrize("network", ["gru", "transformer"])
 def test_order_counts(network: str) -> None:
     encoder, x = SequenceEncoder(2, network=network, pooled=True), torch.randn(4, 7, 2)
     assert not torch.allclose(encoder(x.flip(1)), encoder(x), atol=1e-3)
@@ -186,10 +221,10 @@ def test_transformer_by_hand(causal: bool, num_heads: int, activation: Callable[
                 back, ahead = causal or head % 2 == 0, not causal and (head % 2 == 1 or num_heads == 1)
                 seen = [s for s in range(length) if s == t or (back or num_heads == 1) * (s < t) or ahead * (s > t)]
                 logits = key[row, seen, own] @ query[row, t, own] / size**0.5
-                weights = (logits - (torch.tensor(seen) - t).abs() / reach).softmax(0)
-                expected[row, t, own] = weights @ value[row, seen, own]
+                weights = (logits - (torch.tensor(seen) - t).abs() / reach).exp()
+                expected[row, t, own] = weights @ value[row, seen, own] / (1 + weights.sum())  # 1 falls on nothing
     expected = hidden + layer.found(expected)
-    expected = expected + layer.layer(layer.norms[1](expected))
+    expected = encoder.over_time.last_norm(expected + layer.layer(layer.norms[1](expected)))  # type: ignore[operator]
     within = torch.arange(7) < LENGTHS.unsqueeze(-1)
     with torch.no_grad():
         features = encoder(x.masked_fill(~within.unsqueeze(-1), 0.0), LENGTHS)
