@@ -20,6 +20,7 @@ SMALL: dict[str, list[str]] = {
     "margossian_blei": ["--observations=10", "--series=3", "--exact-steps=2", "--images=5", "--decoder-steps=2"]
     + ["--image-steps=2", "--speed-steps=1"],
     "marino": ["--steps=1", "--learned-steps=1", "--images=2", "--most=5"],
+    "speed": ["--steps=2", "--width=2", "--images=2"],
     "zhang": ["--images=20", "--epochs=1", "--measured=2"],
 }
 """The tiniest options of every experiment."""
