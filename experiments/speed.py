@@ -1,9 +1,9 @@
 """How many seconds it takes to close the amortization gap, and how they grow.
 
 A VAE with a small encoder is trained and held fixed; the encoder's answers for held-out images are then improved image
-by image: by `guide.refined(k)` with each of its update rules, and by what people write by hand in eager PyTorch: Adam on
-(mean, log scale), ten particles, at the best of three step sizes, and the stochastic gradient ascent with momentum of
-Kim et al. (2018). Seconds are those of the processor in one thread, all from the encoder's answer on, of a guide that
+by image: by `guide.refined(k)` with each of its update rules, and by what people write by hand in eager PyTorch: Adam
+on (mean, log scale), ten particles, at the best of three step sizes, and the stochastic gradient ascent with momentum
+of Kim et al. (2018). Seconds are those of the processor in one thread, from the encoder's answer on, of a guide that
 has not refined before; methods run in turn. The gap closed is measured on common draws.
 """
 
