@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import math
 import multiprocessing
 import os
@@ -161,9 +162,13 @@ def run(experiment: Experiment, argv: list[str] | None = None) -> xr.Dataset:
     else:
         runs = _repeat(experiment, args, argv)
         runs.to_netcdf(numbers)
+    runs.attrs["claims"] = json.dumps([[c.text, c.source, c.verdict, c.figures] for c in experiment.claims(runs)])
+    runs.attrs["title"] = experiment.title
+    runs.to_netcdf(numbers)
     text = _page(experiment, runs)
     (args.out / f"{experiment.name}.md").write_text(text)
     _save_figure(experiment, runs, args.out / f"{experiment.name}.png")
+    _save_summary(args.out)
     print(text)
     print(f"saved {experiment.name}.nc, .md and .png in {args.out} ({runs.attrs['seconds']:.0f} s)")
     return runs
@@ -223,7 +228,7 @@ def _page(experiment: Experiment, runs: xr.Dataset) -> str:
     """The section of the documentation."""
     minutes = runs.attrs["seconds"] / 60
     lines = [
-        f"## {experiment.title}", "", textwrap.dedent(experiment.doc).strip(), "",
+        f"({experiment.name})=", f"## {experiment.title}", "", textwrap.dedent(experiment.doc).strip(), "",
         f"`{runs.attrs['command']}`, {runs.sizes['seed']} repetitions, {runs.attrs['date']}, {minutes:.0f} minutes, "
         f"torch {runs.attrs['torch']}. Means over the repetitions ± standard errors.", "",
         "| claim | source | verdict | figures |", "| --- | --- | --- | --- |",
@@ -236,6 +241,19 @@ def _page(experiment: Experiment, runs: xr.Dataset) -> str:
         lines += ["| " + " | ".join(row) + " |" for row in table.rows]
         lines += ["", *([table.note, ""] if table.note else [])]
     return "\n".join(lines)
+
+
+def _save_summary(folder: Path) -> None:
+    """The claims of all experiments of a folder, in one table."""
+    lines = ["| experiment | claim | source | verdict |", "| --- | --- | --- | --- |"]
+    counts = dict.fromkeys((CONFIRMED, REFUTED, UNDECIDED), 0)
+    for path in sorted(folder.glob("*.nc")):
+        with xr.open_dataset(path) as runs:
+            for text, source, verdict, _ in json.loads(runs.attrs.get("claims", "[]")):
+                lines.append(f"| [{path.stem}](#{path.stem}) | {text} | {source} | **{verdict}** |")
+                counts[verdict] += 1
+    said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    (folder / "claims.md").write_text("\n".join([f"Of {sum(counts.values())} claims, {said}.", "", *lines, ""]))
 
 
 def _save_figure(experiment: Experiment, runs: xr.Dataset, path: Path) -> None:
