@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parents[1] / "experiments"
 SMALL: dict[str, list[str]] = {
     "codes": ["--steps=2", "--images=10", "--draws=2"],
     "agrawal_domke": ["--magnitudes=2", "--seconds=0.01", "--draws=1"],
-    "collapse": ["--num-steps=1", "--num-train=50", "--num-held-out=3", "--num-evidence=1"],
+    "collapse": ["--num-steps=1", "--num-train=50", "--num-held-out=3"],
     "cremer": ["--steps=5", "--images=2", "--recipe-images=1", "--temperatures=2"],
     "kim": ["--vocabulary=10", "--length=2", "--hidden-dim=4", "--num-steps=1", "--learned-steps=1"]
     + ["--num-train=50", "--num-held-out=3", "--most-methods=3"],
