@@ -40,13 +40,19 @@ def _path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(FOLDER.parent / "examples")
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("[a-z]*.py")))
+NAMES = sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))
+QUICK = ("codes", "kim", "margossian_blei")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_runs(name: str, tmp_path: Path) -> None:
     experiment = load(name).EXPERIMENT
     assert experiment.name == name
-    load("_evidence").run(experiment, [*SMALL[name], "--seeds", "2", "--workers", "1", "--out", str(tmp_path)])
+    load("_evidence").run(experiment, [*SMALL[name], "--seeds", "1", "--out", str(tmp_path)])
     runs = xr.load_dataset(tmp_path / f"{name}.nc")
-    assert runs.sizes["seed"] == 2
+    assert runs.sizes["seed"] == 1
     assert (tmp_path / f"{name}.png").exists()
     page = (tmp_path / f"{name}.md").read_text()
     assert all(claim.text in page for claim in experiment.claims(runs))
