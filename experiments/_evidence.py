@@ -163,7 +163,6 @@ def run(experiment: Experiment, argv: list[str] | None = None) -> xr.Dataset:
         runs = _repeat(experiment, args, argv)
         runs.to_netcdf(numbers)
     runs.attrs["claims"] = json.dumps([[c.text, c.source, c.verdict, c.figures] for c in experiment.claims(runs)])
-    runs.attrs["title"] = experiment.title
     runs.to_netcdf(numbers)
     text = _page(experiment, runs)
     (args.out / f"{experiment.name}.md").write_text(text)
@@ -199,6 +198,7 @@ def _repeat(experiment: Experiment, args: argparse.Namespace, argv: list[str] | 
         "seconds": time.perf_counter() - start,
         "torch": str(torch.__version__),
         "pyro": str(pyro.__version__),
+        "images": Path(args.data).name if args.data else "",
         **{name: getattr(args, name) for name in experiment.sizes},
     }
     return runs
@@ -227,14 +227,17 @@ def _without_out(argv: Sequence[str]) -> list[str]:
 def _page(experiment: Experiment, runs: xr.Dataset) -> str:
     """The section of the documentation."""
     minutes = runs.attrs["seconds"] / 60
+    label, title = experiment.name, experiment.title
+    if images := runs.attrs.get("images"):
+        label, title = f"{label}-{Path(images).stem}", f"{title}, on {images}"
     lines = [
-        f"({experiment.name})=", f"## {experiment.title}", "", textwrap.dedent(experiment.doc).strip(), "",
+        f"({label})=", f"## {title}", "", textwrap.dedent(experiment.doc).strip(), "",
         f"`{runs.attrs['command']}`, {runs.sizes['seed']} repetitions, {runs.attrs['date']}, {minutes:.0f} minutes, "
         f"torch {runs.attrs['torch']}. Means over the repetitions ± standard errors.", "",
         "| claim | source | verdict | figures |", "| --- | --- | --- | --- |",
     ]  # fmt: skip
     lines += [f"| {c.text} | {c.source} | **{c.verdict}** | {c.figures} |" for c in experiment.claims(runs)]
-    lines += ["", f"![{experiment.title}]({experiment.name}.png)", ""]
+    lines += ["", f"![{title}]({experiment.name}.png)", ""]
     for table in experiment.tables(runs):
         lines += [f"**{table.title}**", "", "| " + " | ".join(table.columns) + " |"]
         lines += ["| " + " | ".join("---" for _ in table.columns) + " |"]
