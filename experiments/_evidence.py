@@ -198,7 +198,7 @@ def _repeat(experiment: Experiment, args: argparse.Namespace, argv: list[str] | 
         "seconds": time.perf_counter() - start,
         "torch": str(torch.__version__),
         "pyro": str(pyro.__version__),
-        "images": Path(args.data).name if args.data else "",
+        "data_file": Path(args.data).name if args.data else "",
         **{name: getattr(args, name) for name in experiment.sizes},
     }
     return runs
@@ -228,8 +228,8 @@ def _page(experiment: Experiment, runs: xr.Dataset) -> str:
     """The section of the documentation."""
     minutes = runs.attrs["seconds"] / 60
     label, title = experiment.name, experiment.title
-    if images := runs.attrs.get("images"):
-        label, title = f"{label}-{Path(images).stem}", f"{title}, on {images}"
+    if file := runs.attrs.get("data_file"):
+        label, title = f"{label}-{Path(file).stem}", f"{title}, on {file}"
     lines = [
         f"({label})=", f"## {title}", "", textwrap.dedent(experiment.doc).strip(), "",
         f"`{runs.attrs['command']}`, {runs.sizes['seed']} repetitions, {runs.attrs['date']}, {minutes:.0f} minutes, "
