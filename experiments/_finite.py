@@ -46,13 +46,20 @@ def mean_elbo(log_likelihood: LogLikelihood, phi: torch.Tensor, noise: torch.Ten
     return (log_likelihood(loc + q.scale * noise).mean(0) - kl).mean()
 
 
-def slope_of(log_likelihood: LogLikelihood) -> Slope:
-    """The gradient of :func:`mean_elbo`, with a graph of its own if asked for."""
+def slope_of(log_likelihood: LogLikelihood, max_norm: float) -> Slope:
+    """The gradient of :func:`mean_elbo`, with a graph of its own if asked for.
+
+    Args:
+        log_likelihood: Of the batch.
+        max_norm: Longest gradient of the ELBO of a single datapoint.
+    """
 
     def slope(phi: torch.Tensor, noise: torch.Tensor, create_graph: bool = False) -> torch.Tensor:
         with torch.enable_grad():
             at = phi if create_graph else phi.detach().requires_grad_()
-            return torch.autograd.grad(mean_elbo(log_likelihood, at, noise), at, create_graph=create_graph)[0]
+            gradient = torch.autograd.grad(mean_elbo(log_likelihood, at, noise), at, create_graph=create_graph)[0]
+            norm = len(phi) * gradient.norm(dim=-1, keepdim=True)
+            return gradient * (max_norm / norm).clamp(max=1.0)
 
     return slope
 

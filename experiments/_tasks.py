@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 import pyro
@@ -16,6 +17,8 @@ from torch import Tensor
 from pyro_amortized import GradientAscent, Newton, SemiAmortizedGuide
 
 BATCH_SIZE, MOMENTUM, PARTICLES = 50, 0.5, 2
+MAX_NORM = 35.0
+"""Longest gradient of a datapoint: that of the mean of 50 is then at most 5 or so, the limit of the paper's code."""
 RATES, STEP_SIZES = (1e-3, 3e-3, 1e-2), (0.005, 0.01, 0.02, 0.05)
 
 
@@ -51,7 +54,7 @@ class Task:
         """The options of guides that refine."""
         if newton:
             return {"update": Newton(), "num_particles": PARTICLES}
-        update = GradientAscent(self.step_size, MOMENTUM)
+        update = GradientAscent(self.step_size, MOMENTUM, max_norm=MAX_NORM)
         return {"update": update, "num_particles": PARTICLES, "estimator": "analytic_kl"}
 
     def batch(self) -> Tensor:
@@ -59,16 +62,21 @@ class Task:
         return self.train[torch.randint(len(self.train), (BATCH_SIZE,))]
 
     def fit(self, guide: Any, num_steps: int) -> Any:
-        """Trains a guide, and the generator with it unless it is held fixed."""
+        """Trains a guide, and the generator with it unless it is held fixed; None if it diverges."""
         pyro.clear_param_store()
         decay = 0.1 ** (1 / num_steps)
         svi = SVI(self.generator, guide, ClippedAdam({"lr": self.rate, "lrd": decay}), TraceMeanField_ELBO())
-        for _ in range(num_steps):
-            svi.step(*self.call(self.batch()))
+        try:
+            for _ in range(num_steps):
+                svi.step(*self.call(self.batch()))
+        except ValueError as error:
+            if "diverged" not in str(error):
+                raise
+            return None
         return guide.eval()
 
-    def fit_differenced(self, guide: SemiAmortizedGuide, num_steps: int, how: Differences) -> SemiAmortizedGuide:
-        """Trains the encoder of a guide by gradients through its steps that are finite differences."""
+    def fit_differenced(self, guide: SemiAmortizedGuide, num_steps: int, how: Differences) -> Any:
+        """Trains the encoder of a guide by gradients through its steps that are finite differences, likewise."""
         pyro.clear_param_store()
         guide.setup(*self.call(self.batch()))
         steps, guide.num_steps = guide.num_steps, 0
@@ -78,7 +86,10 @@ class Task:
             x = self.batch()
             climb = Climb(self, x, guide.infer(*self.call(x)).local[0], steps)
             optimizer.zero_grad()
-            torch.neg(climb.refined_elbo(climb.start, how)).backward()
+            loss = -climb.refined_elbo(climb.start, how)
+            loss.backward()
+            if not all(p.grad is not None and bool(p.grad.isfinite().all()) for p in guide.parameters()):
+                return None
             optimizer.step()
             schedule.step()
         guide.num_steps = steps
@@ -91,8 +102,15 @@ class Task:
             return guide.posterior(*self.call(x)).base_dist
 
     def bound(self, guide: Any, x: Tensor) -> float:
-        """The mean ELBO of sequences, in nats."""
-        return bounds(self.generator, self.posterior(guide, x), x).mean().item()
+        """The mean ELBO of sequences, in nats; not a number for a guide that has diverged."""
+        if guide is None:
+            return math.nan
+        try:
+            return bounds(self.generator, self.posterior(guide, x), x).mean().item()
+        except ValueError as error:
+            if "diverged" not in str(error):
+                raise
+            return math.nan
 
 
 class Climb:
@@ -109,7 +127,7 @@ class Climb:
         states = task.generator.states(x)
         self.start, self.step = start, task.step_size * len(x)  # of the gradient of the mean
         self.log_likelihood = lambda z: task.generator.log_likelihood(x, states, z)
-        self.slope = slope_of(self.log_likelihood)
+        self.slope = slope_of(self.log_likelihood, MAX_NORM)
         self.noises = [antithetic(PARTICLES, start) for _ in range(num_steps)]
         self.last = antithetic(PARTICLES, start)
 
