@@ -98,9 +98,9 @@ def tables(runs: xr.Dataset) -> list[Table]:
     part = f"log evidence, {runs.attrs['num_evidence']} of them"
     columns = ["training", "ELBO, training images", "ELBO", part, "KL", "mutual information", "active units"]
     note = (
-        "The log evidence is of the first of the held-out images and the ELBO of all, so that these two do not compare. "
-        "The mutual information is at most the logarithm of the number of images, 5.98 for 397. The KL of codes is that "
-        "under their uniform prior; their held-out ELBO is under the fitted one."
+        "The log evidence is of the first of the held-out images, the ELBO of all: these two do not compare. The mutual "
+        "information is at most the logarithm of the number of images, 5.98 for 397. The KL of codes is that under their "
+        "uniform prior; their held-out ELBO is under the fitted one."
     )
     return [Table("Held-out images, nats per image", columns, rows, note)]
 
