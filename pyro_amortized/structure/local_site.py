@@ -20,8 +20,8 @@ from torch.distributions import (
     Transform,
     biject_to,
     constraints,
+    mixture_same_family,
 )
-from torch.distributions.mixture_same_family import MixtureSameFamilyConstraint
 
 from pyro_amortized.structure.masking import NEUTRAL, SiteMask, site_mask
 from pyro_amortized.structure.periodic import check_periodic
@@ -30,6 +30,9 @@ from pyro_amortized.structure.running import Site
 from pyro_amortized.structure.sites import size_at
 
 __all__ = ["LocalSite", "bounds", "check_continuous", "check_local_site", "inner_dimensions", "local_site"]
+
+_OF_MIXTURES: Any = getattr(mixture_same_family, "MixtureSameFamilyConstraint", ())
+"""The support of ``MixtureSameFamily``, from torch 2.5 on; before, it is that of its components."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,7 @@ def _without_mixtures(support: Any) -> Any:
     Raises:
         NotImplementedError: If each component has bounds of its own.
     """
-    if isinstance(support, MixtureSameFamilyConstraint):
+    if isinstance(support, _OF_MIXTURES):
         base = _without_mixtures(support.base_constraint)
         if any(bound.numel() > 1 for bound in bounds(biject_to(base))):
             raise NotImplementedError
