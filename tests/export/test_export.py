@@ -857,9 +857,9 @@ def test_summaries_that_cannot_be_made(oracle: LinearGaussian) -> None:
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")
 def test_leave_one_out_is_refused_where_it_would_be_wrong(oracle: LinearGaussian) -> None:
     guide, x = exact(oracle), torch.randn(POINTS, FEATURES)
-    with pytest.raises(TypeError, match="log likelihood not found"):
-        arviz.loo(to_arviz(oracle.full, guide, (x,), num_samples=20))
-    arviz.loo(with_likelihood(oracle.full, guide, (x,), num_samples=20))
+    with pytest.raises((TypeError, ValueError), match="log.likelihood"):
+        arviz.loo(to_arviz(oracle.full, guide, (x,), num_samples=100))
+    arviz.loo(with_likelihood(oracle.full, guide, (x,), num_samples=100))
 
 
 @pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])

@@ -335,4 +335,4 @@ def test_models_of_any_kind(Guide: Any, model: Any) -> None:
         guide.refined(2).median(X)
     if Guide is AmortizedGuide:
         assert estimate_gaps(model, guide, (X,), tolerance=0.2, max_samples=1000).dataset.sizes["data"] == 4
-        assert "posterior" in to_arviz(model, guide, (X,), num_samples=3).groups()
+        assert "posterior" in to_arviz(model, guide, (X,), num_samples=3)
