@@ -169,7 +169,7 @@ def run(experiment: Experiment, argv: list[str] | None = None) -> xr.Dataset:
     _save_figure(experiment, runs, args.out / f"{experiment.name}.png")
     _save_summary(args.out)
     print(text)
-    print(f"saved {experiment.name}.nc, .md and .png in {args.out} ({runs.attrs['seconds']:.0f} s)")
+    print(f"saved {experiment.name}.nc, .md and .png in {args.out} ({runs.attrs['elapsed']:.0f} s)")
     return runs
 
 
@@ -195,7 +195,7 @@ def _repeat(experiment: Experiment, args: argparse.Namespace, argv: list[str] | 
     runs.attrs = {
         "command": f"{command} EXPERIMENT_ARGS='{given}'" if given else command,
         "date": datetime.date.today().isoformat(),
-        "seconds": time.perf_counter() - start,
+        "elapsed": time.perf_counter() - start,
         "torch": str(torch.__version__),
         "pyro": str(pyro.__version__),
         "data_file": Path(args.data).name if args.data else "",
@@ -226,7 +226,7 @@ def _without_out(argv: Sequence[str]) -> list[str]:
 
 def _page(experiment: Experiment, runs: xr.Dataset) -> str:
     """The section of the documentation."""
-    minutes = runs.attrs["seconds"] / 60
+    minutes = runs.attrs["elapsed"] / 60
     label, title = experiment.name, experiment.title
     if file := runs.attrs.get("data_file"):
         label, title = f"{label}-{Path(file).stem}", f"{title}, on {file}"

@@ -295,7 +295,7 @@ EXPERIMENT = Experiment(
     tables=tables,
     claims=claims,
     draw=draw,
-    num_seeds=4,
+    num_seeds=3,
     sizes={
         "steps": (2000, 20_000, "SVI steps"),
         "images": (198, 5000, "validation images, and as many held-out ones"),

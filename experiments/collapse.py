@@ -165,7 +165,7 @@ EXPERIMENT = Experiment(
     tables=tables,
     claims=claims,
     draw=draw,
-    num_seeds=4,
+    num_seeds=3,
     sizes={
         "num_steps": (1000, 20000, "steps of each model"),
         "num_train": (10**6, 10**6, "most training images"),

@@ -301,7 +301,7 @@ EXPERIMENT = Experiment(
     tables=tables,
     claims=claims,
     draw=draw,
-    num_seeds=4,
+    num_seeds=3,
     sizes={
         "vocabulary": (200, 1000, "number of tokens"),
         "length": (5, 5, "tokens of a sequence"),
