@@ -233,6 +233,9 @@ def draw(runs: xr.Dataset, figure: Figure) -> None:
         right.plot(np.array(sizes) / sizes[0], mean / mean[0], "o-", label=what)
     right.plot([1, 8], [1, 8], ":", color="0.5", label="in proportion")
     right.set(xscale="log", yscale="log", xlabel="size, the smallest being 1", ylabel="seconds, the smallest being 1")
+    for axis in (right.xaxis, right.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
     right.set_title("Growth")
     right.legend()
 

@@ -32,7 +32,7 @@ __all__ = ["RefiningGuide", "RefiningOptions", "check_update"]
 
 _MAX_MODES = 128
 
-_MOST_TRACED_NUMBERS = 2**16
+_MOST_TRACED_NUMBERS = 2**14
 """Numbers per site of the model, over all draws, up to which steps run by graphs after training."""
 
 
