@@ -63,7 +63,7 @@ release-check: $(VENV)/.release  ## build the distributions and check all that c
 test-oldest:  ## run the default tests with the oldest versions that the package takes, in .venv-oldest
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
-	.venv-oldest/bin/python -m pytest -W ignore::DeprecationWarning $(TEST_ARGS)
+	.venv-oldest/bin/python -m pytest -W ignore::DeprecationWarning -W ignore::FutureWarning $(TEST_ARGS)
 
 bench: $(VENV)/.examples  ## run the benchmarks
 	$(BIN)/python benchmarks/run.py

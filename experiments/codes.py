@@ -297,7 +297,7 @@ EXPERIMENT = Experiment(
     draw=draw,
     num_seeds=3,
     sizes={
-        "steps": (2000, 20_000, "SVI steps"),
+        "steps": (1000, 20_000, "SVI steps"),
         "images": (198, 5000, "validation images, and as many held-out ones"),
         "draws": (50, 50, "draws of the ELBO of Gaussian latents"),
     },

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["conformal_p_values", "conformal_quantile", "discoveries", "extrapolated_p_values", "split"]
+__all__ = ["conformal_p_values", "conformal_quantile", "count_p_value", "discoveries", "extrapolated_p_values", "split"]
 
 
 def split(number: int, seed: torch.Generator, *shares: float) -> list[Tensor]:
@@ -47,6 +47,24 @@ def extrapolated_p_values(scores: Tensor, calibration: Tensor) -> Tensor:
     excess = 2 * (known[known > threshold] - threshold).mean()
     beyond = (scores.nan_to_num(nan=math.inf) - known.max()).clamp(min=0.0)
     return found * (-beyond / excess.clamp(min=1e-12)).exp() if excess.isfinite() else found
+
+
+def count_p_value(count: int, number: int, num_calibration: int, level: float) -> float:
+    r"""Probability that so many or more of N datapoints have conformal p-values of at most ``level``.
+
+    If they are exchangeable with the M calibration ones, the number of them above the (m + 1)-th largest calibration
+    score, :math:`m = \lfloor \alpha (M + 1) \rfloor - 1`, is beta-binomial with parameters m + 1 and M - m.
+
+    Args:
+        count: Number of datapoints with such p-values.
+        number: N.
+        num_calibration: M.
+        level: :math:`\alpha`.
+    """
+    from scipy.stats import betabinom
+
+    above = math.floor(level * (num_calibration + 1) * (1 + 1e-12)) - 1
+    return float(betabinom.sf(count - 1, number, above + 1, num_calibration - above)) if above >= 0 else 1.0
 
 
 def conformal_quantile(scores: Tensor, level: float) -> float:

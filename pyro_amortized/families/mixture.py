@@ -343,4 +343,5 @@ def _search(noise: Tensor, weights: Tensor, loc: Tensor, log_scale: Tensor) -> T
 def _is_traced() -> bool:
     """Whether values may not be looked at, since a graph is being made."""
     tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")  # slow to import, and not needed to know that
-    return torch.jit.is_tracing() or torch.compiler.is_compiling() or bool(tracer and tracer.get_proxy_mode())
+    get_mode = getattr(tracer, "get_proxy_mode", None) or getattr(tracer, "get_innermost_proxy_mode", None)  # torch 2.4
+    return torch.jit.is_tracing() or torch.compiler.is_compiling() or bool(get_mode and get_mode())

@@ -1,5 +1,6 @@
 """Typicality: exact error rates whatever the model, detection of what is known to be odd, words and warnings."""
 
+import math
 import warnings
 from typing import Any
 
@@ -19,6 +20,7 @@ from pyro_amortized import AmortizedGuide, AtypicalDataWarning, SetEncoder, Typi
 from pyro_amortized.diagnostics.conformal import (
     conformal_p_values,
     conformal_quantile,
+    count_p_value,
     discoveries,
     extrapolated_p_values,
     split,
@@ -90,6 +92,22 @@ def test_one_far_out_among_many_is_found() -> None:
         calibration, scores = (torch.randn(n, generator=numbers).exp() for n in (100, 100))
         false.append(bool(discoveries(extrapolated_p_values(scores, calibration), 0.05).any()))
     assert np.mean(false) < 0.3
+
+
+def test_the_count_of_small_p_values_has_its_exact_law() -> None:
+    numbers, level = torch.Generator().manual_seed(0), 0.05
+    counts, p_values = [], []
+    for _ in range(3000):
+        scores, calibration = torch.randn(40, generator=numbers), torch.randn(100, generator=numbers)
+        counts.append(int((conformal_p_values(scores, calibration) <= level).sum()))
+        p_values.append(count_p_value(counts[-1], 40, 100, level))
+    for count in (1, 3, 6):
+        share, exact = np.mean(np.array(counts) >= count), count_p_value(count, 40, 100, level)
+        assert abs(share - exact) < 4 * (exact * (1 - exact) / 3000) ** 0.5
+    independent = 1 - sum(math.comb(40, k) * level**k * (1 - level) ** (40 - k) for k in range(6))
+    assert count_p_value(6, 40, 100, level) > 1.5 * independent  # p-values that share a calibration go together
+    assert count_p_value(10, 40, 100, level) < 0.003
+    assert count_p_value(0, 40, 10, level) == 1.0
 
 
 def test_conformal_quantiles_cover() -> None:

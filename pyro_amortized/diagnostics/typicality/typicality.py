@@ -15,6 +15,7 @@ from pyro_amortized.checks import check_real, check_seed
 from pyro_amortized.diagnostics.batches import ModelArgs, ToArgs
 from pyro_amortized.diagnostics.conformal import (
     conformal_p_values,
+    count_p_value,
     discoveries,
     extrapolated_p_values,
     split,
@@ -92,8 +93,8 @@ class TypicalityReport(Report):
         """In words: whether the data are such as the encoder knows, and what to do next."""
         if self.typical:
             return (
-                "The data look like the reference data: the encoder's answers are as good here as they are there, "
-                "which estimate_gaps tells."
+                "The data look like the reference data, as far as can be told: what estimate_gaps says of the "
+                "encoder's answers there holds here."
             )
         data = self.dataset
         share = float((data["atypical"] if self.batch_p_value <= _RATE else data["found"]).mean())
@@ -269,15 +270,17 @@ def _report(found: list[Batch], data: _Statistics, known: _Statistics, level: fl
     joined = [to_dataset(batch.problem, part, **settings) for batch, part in zip(found, columns, strict=True)]
     dataset = join(joined, found[0].problem.plate)
     pairs = [(scores["both"], calibration["both"]), (distance, reference), (data.elbo, held.elbo)]
-    dataset.attrs["batch_p_value"] = _batch_p_value(pairs) if len(data.elbo) > 1 else float(p_values["both"])
+    of_count = count_p_value(int(variables["atypical"].sum()), len(data.elbo), len(held.elbo), level)
+    dataset.attrs["batch_p_value"] = _batch_p_value(pairs, of_count) if len(data.elbo) > 1 else float(p_values["both"])
     found_of_reference = {"reference_distance": reference, "reference_elbo": held.elbo}
     extra = {name: ("reference", value.numpy()) for name, value in found_of_reference.items()}
     return TypicalityReport(xarray.merge([dataset, xarray.Dataset(extra)], combine_attrs="override"))
 
 
-def _batch_p_value(pairs: list[tuple[Tensor, Tensor]]) -> float:
-    """Of two samples of scores, by ranks, of the smallest of several p-values."""
+def _batch_p_value(pairs: list[tuple[Tensor, Tensor]], of_count: float) -> float:
+    """Of the smallest of several p-values: of pairs of samples, by ranks, and of the number of atypical datapoints."""
     from scipy.stats import mannwhitneyu
 
     found = [mannwhitneyu(*(part.nan_to_num().numpy() for part in pair)).pvalue for pair in pairs]
+    found.append(of_count)
     return min(1.0, len(found) * float(min(found)))
