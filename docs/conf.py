@@ -34,7 +34,7 @@ extensions = [
     "names",
     "zoo",
 ]
-exclude_patterns = ["_build", "jupyter_execute"]
+exclude_patterns = ["_build", "_static", "jupyter_execute"]
 
 # Kernels run on one core each and draw in the style of the package.
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", MATPLOTLIBRC=str(ROOT / "pyro_amortized/style.mplstyle"))
