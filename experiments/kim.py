@@ -239,7 +239,7 @@ def claims(runs: xr.Dataset) -> list[Claim]:
 def draw(runs: xr.Dataset, figure: Figure) -> None:
     """Stacked gaps for both generators, and what the second-order term buys."""
     figure.set_layout_engine("none")  # arrows past the axes' limits are too much for it
-    places = {"left": 0.18, "right": 0.99, "wspace": 1.2, "bottom": 0.22}
+    places = {"left": 0.195, "right": 0.99, "wspace": 1.2, "bottom": 0.22}
     left, middle, right = figure.subplots(1, 3, gridspec_kw=places)
     evidence, optimum = runs["evidence"].values, runs["optimum"].values
     _stacks(left, list(runs["oracle"].values), evidence - optimum, optimum[:, None] - runs["bound"].values)
