@@ -21,7 +21,7 @@ Axes = tuple[str, ...]
 
 
 class UnseenSizeWarning(UserWarning):
-    """A group has a number of entries far from those that an encoder was trained on."""
+    """A group has a number of entries far from those that an encoder was trained on, or none and they all had some."""
 
 
 FAR = 2.0
@@ -172,7 +172,7 @@ class PlateEncoder(StandardizedEncoder):
         self.up, self.down = nn.ModuleList(up), nn.ModuleList(down)
         self.linear = nn.ModuleList(nn.Linear(plain[i], width) for i in range(len(self.levels)))
         self.pools = nn.ModuleList(Pool(width) for level in self.levels if level.axes)
-        self.register_buffer("seen", torch.tensor([[torch.inf, 0.0]] * len(every)))
+        self.register_buffer("seen", torch.tensor([[torch.inf, 0.0, 0.0]] * len(every)))
 
     def _network(self, input_dim: int, num_layers: int | None = None) -> nn.Sequential:
         """Layers without normalisation: what they say of an entry may be linear in the data."""
@@ -302,16 +302,28 @@ class PlateEncoder(StandardizedEncoder):
             return
         seen = self.seen[number]
         counts = groups.sum(seen.new_ones(*x.shape[:-1], 1) if present is None else present.to(seen))
-        low, high = torch.where(counts > 0, counts, torch.inf).min(), counts.max()
+        empty = (counts == 0).sum()
+        now = torch.stack([torch.where(counts > 0, counts, torch.inf).min(), counts.max(), empty.to(seen)])
         if self.training and torch.is_grad_enabled():
-            seen.copy_(torch.stack([torch.minimum(seen[0], low), torch.maximum(seen[1], high)]))
+            seen.copy_(torch.cat([torch.minimum(seen[:1], now[:1]), torch.maximum(seen[1:], now[1:])]))
             return
-        least, most = seen.tolist()
-        if most and (low < least / FAR or high > most * FAR):
+        (least, most, most_empty), (low, high, num_empty) = torch.stack([seen, now]).tolist()
+        if not most:
+            return
+        plate = self.levels[number].axes[-1]
+        if low < least / FAR or high > most * FAR:
             warnings.warn(
-                f"Groups of {low:.0f} to {high:.0f} entries of plate {self.levels[number].axes[-1]!r} are far from the "
-                f"{least:.0f} to {most:.0f} that this encoder was trained on: what it says of them may be far off; try "
-                "training on groups of such sizes, PlateEncoder(member_dropout=0.3), or guide.refined(...).",
+                f"Groups of {low:.0f} to {high:.0f} entries of plate {plate!r} are far from the {least:.0f} to "
+                f"{most:.0f} that this encoder was trained on: what it says of them may be far off; try training on "
+                "groups of such sizes, PlateEncoder(member_dropout=0.3), or guide.refined(...).",
+                UnseenSizeWarning,
+                stacklevel=2,
+            )
+        if num_empty and not most_empty:
+            warnings.warn(
+                f"{num_empty:.0f} of {counts.numel()} groups have no entries of plate {plate!r}, and this encoder was "
+                "trained on none such: what it says of them is not their prior; try training with some, or "
+                "guide.refined(...).",
                 UnseenSizeWarning,
                 stacklevel=2,
             )

@@ -69,12 +69,13 @@ def encoder_inputs(
         found = [_argument(name, model, call, known) for name in ([spec] if isinstance(spec, str) else [*spec])]
     inputs = tuple(found)
     absent = [x is None for x in inputs] if call.structure.missing else []
-    if absent and all(absent):
+    if absent and (all(absent) or (any(absent) and not call.structure.has_observations)):
         return ()
     if any(absent):
         raise ValueError(
             f"Cannot infer latents from part of what encoder_input={spec!r} gives because the rest is None in this "
-            f"call, where {[*call.structure.missing]} are not observed; try all of it, or none for their prior."
+            f"call, where {[*call.structure.missing]} are not observed and other data are; try all of them, or none "
+            "for the prior of the latents."
         )
     kinds = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in inputs]
     if not inputs or not all(isinstance(x, Tensor) and x.numel() for x in inputs) or not any(kinds):
@@ -89,7 +90,15 @@ def encoder_inputs(
 def by_plate(spec: Callable[..., Any], call: Call) -> list[tuple[str | None, Any]]:
     """What a function of the arguments, run inside the datapoint plate, gives, each with the plate that it names."""
     with call.plates[call.structure.datapoints.name]:
-        found = spec(*call.args, **call.kwargs)
+        try:
+            found = spec(*call.args, **call.kwargs)
+        except (TypeError, AttributeError) as error:
+            if not call.structure.missing:
+                raise
+            raise ValueError(
+                f"Cannot encode because the function given as encoder_input fails ({error}) in a call in which "
+                f"{[*call.structure.missing]} are not observed; try returning None in the place of what is missing."
+            ) from error
     parts: list[tuple[str | None, Any]] = [*found.items()] if isinstance(found, Mapping) else [(None, found)]
     return [(plate, x) for plate, part in parts for x in (part if isinstance(part, list | tuple) else [part])]
 

@@ -73,6 +73,12 @@ class Structure:
         index = self.indices.get(self.datapoints.name)
         return None if index is None or index.dim() != 1 or index.is_floating_point() else index
 
+    @property
+    def has_observations(self) -> bool:
+        """Whether anything is observed of the datapoints in this call; known where the model has run in it."""
+        observed = [self.observed or {}, *(group.observed for group in self.groups.values())]
+        return any(name not in self.missing for values in observed for name in values)
+
     @cached_property
     def latents(self) -> frozenset[str]:
         """Names of the latents that a guide draws."""

@@ -1,6 +1,7 @@
 """Long format: observations in a plate beside the datapoint plate, tied to the datapoints by an index."""
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from pyro_amortized import (
     IterativeAmortizedGuide,
     PerDatapointGuide,
     SemiAmortizedGuide,
+    UnseenSizeWarning,
     calibrate,
     collapse_report,
     estimate_gaps,
@@ -330,3 +332,23 @@ def test_a_covariate_is_of_the_plate_that_it_is_named_for() -> None:
     guide = AmortizedGuide(radon, **NAMED)
     guide.setup(*first)
     assert guide.median(*data())["a"].shape == (6,)
+
+
+def test_groups_without_rows_are_warned_of_where_training_had_none_and_refined_to_their_prior() -> None:
+    y, floor, index, uranium = data()
+    guide = AmortizedGuide(radon, plate="county", groups={"obs": "county_index"})
+    svi = SVI(radon, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    for _ in range(20):
+        svi.step(y, floor, index - 1, uranium[1:])
+    with pytest.warns(UnseenSizeWarning, match=r"1 of 6 groups have no entries of plate 'obs'.*refined"):
+        encoded = guide.posterior(y, floor, index, uranium)
+    with pytest.warns(UnseenSizeWarning):
+        refined = guide.refined(20).posterior(y, floor, index, uranium)
+    error = 2 * COUNTY / 32**0.5  # of the particles that refinement averages over
+    assert refined.mean[0, 0].item() == pytest.approx(0.5 * uranium[0].item(), abs=error)
+    assert refined.stddev[0, 0].item() == pytest.approx(COUNTY, rel=0.1)
+    assert encoded.stddev[0, 0].item() != pytest.approx(COUNTY, rel=0.1)
+    svi.step(y, floor, index, uranium)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        guide.median(y, floor, index, uranium)

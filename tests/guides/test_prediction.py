@@ -114,14 +114,20 @@ def test_diagnostics_want_the_data(function: Any, plate: str | None) -> None:
         function(regression, guide, (X,))
 
 
-@pytest.mark.parametrize("encoder_input", ["y", lambda x, y=None: y])
+@pytest.mark.parametrize("encoder_input", ["y", lambda x, y=None: y, ["x", "y"], lambda x, y=None: (x, y)])
 def test_an_encoder_of_arguments_that_are_not_given_leaves_latents_to_the_prior(encoder_input: Any) -> None:
     guide = trained(AmortizedGuide, regression, X, Y, encoder_input=encoder_input)
     found = Predictive(regression, guide=guide, num_samples=2000, parallel=True)(X[:5])
     assert abs((found["z"] - found["weight"] * X[:5].sum(-1)).var() - 1) < 4 * (2 / 10000) ** 0.5
-    both = trained(AmortizedGuide, regression, X, Y, encoder_input=["x", "y"], name="both")
-    with pytest.raises(ValueError, match=r"part of what encoder_input=\['x', 'y'\] gives.*all of it, or none"):
-        both.median(X[:5])
+    both = trained(AmortizedGuide, two_views, X, Y, encoder_input=["x", "y"], name="both")
+    with pytest.raises(ValueError, match=r"part of what encoder_input=\['x', 'y'\] gives.*all of them, or none"):
+        Predictive(two_views, guide=both, num_samples=2)(X[:5], None)
+
+
+def test_an_encoder_of_a_function_that_takes_no_none_is_refused() -> None:
+    guide = trained(AmortizedGuide, regression, X, Y, encoder_input=lambda x, y=None: x.sum(-1) * y)
+    with pytest.raises(ValueError, match=r"\['y'\] are not observed; try returning None in the place"):
+        Predictive(regression, guide=guide, num_samples=2)(X[:5])
 
 
 def test_part_of_the_data_needs_an_encoder_that_shows_masks() -> None:
