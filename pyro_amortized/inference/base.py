@@ -21,8 +21,11 @@ class Objective(Protocol):
 
     family: VariationalFamily
 
-    def noise(self, phi: Tensor, num_particles: int) -> Tensor | int:
-        """Fresh noise for a number of draws: ``(K, N, noise_dim)``, or K if the family draws its own."""
+    def noise(self, phi: Tensor, num_particles: int, whiten: bool = False) -> Tensor | int:
+        """Fresh noise for a number of draws: ``(K, N, noise_dim)``, or K if the family draws its own.
+
+        Where no gradient is to be unbiased it may be whitened, so that quadratic functions are integrated exactly.
+        """
 
     def value(self, phi: Tensor, noise: Any) -> Tensor:
         """The ELBO ``(N,)`` on given noise."""

@@ -138,7 +138,9 @@ class Refined(InferenceStrategy):
         if isinstance(self.initial, Prior) and (learned or not unrolled):
             start = start.detach()  # there is nothing to train in it
         with torch.set_grad_enabled(training and (learned or unrolled)):
-            phi, nats = self._climb(start, features, objective, self._keeps_best(training))
+            phi, nats = self._climb(
+                start, features, objective, self._keeps_best(training), whiten=self.fixed_noise or not training
+            )
         if not training or learned or unrolled or not start.requires_grad:
             return Refinement(phi, _zero(nats))
         if self.encoder_gradient == "first_order":
@@ -148,7 +150,7 @@ class Refined(InferenceStrategy):
         return Refinement(phi.detach(), _zero(nats))
 
     def _climb(
-        self, start: Tensor, features: Tensor | None, objective: Objective, keep_best: bool
+        self, start: Tensor, features: Tensor | None, objective: Objective, keep_best: bool, *, whiten: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The refined phi, and the nats whose gradient trains what phi went through, if that is needed."""
         learned, training = self.update.is_learned, torch.is_grad_enabled()
@@ -157,7 +159,7 @@ class Refined(InferenceStrategy):
         state, nats = self.update.init(phi, features), None
         curved = self.update.takes is Curvature and objective.has_curvature and self.num_particles > 1
         for step in range(self.num_steps):
-            noise = self._noise(objective, phi, step, self.num_particles)
+            noise = self._noise(objective, phi, step, self.num_particles, whiten=whiten)
             if learned or (step == 0 and self.encoder_gradient == "initial"):
                 with torch.no_grad(), self._seeding(noise, step):
                     grad, *curvature = _slopes(objective, phi.detach(), noise, curved)
@@ -200,7 +202,7 @@ class Refined(InferenceStrategy):
         return self.keep_best
 
     def _start_comparison(self, objective: Objective, phi: Tensor) -> _Best:
-        noise = self._noise(objective, phi, -1, max(self._BEST_OF, self.num_particles))
+        noise = self._noise(objective, phi, -1, max(self._BEST_OF, self.num_particles), whiten=True)
         return _Best(objective, phi, noise, partial(self._seeding, noise, -1))
 
     def _seeding(self, noise: Tensor | int, step: int) -> AbstractContextManager[None]:
@@ -220,12 +222,12 @@ class Refined(InferenceStrategy):
             if inner is not None:
                 inner.fixed_noise = before
 
-    def _noise(self, objective: Objective, phi: Tensor, step: int, num_particles: int) -> Tensor | int:
+    def _noise(self, objective: Objective, phi: Tensor, step: int, num_particles: int, *, whiten: bool) -> Tensor | int:
         """Noise of a step: fresh, or if it is fixed the same in every call and for every datapoint."""
         if not self.fixed_noise:
-            return objective.noise(phi, num_particles)
+            return objective.noise(phi, num_particles, whiten)
         with _seeded(_SEED + step):
-            noise = objective.noise(phi[:1], num_particles)
+            noise = objective.noise(phi[:1], num_particles, whiten)
         return noise if isinstance(noise, int) else noise.expand(-1, len(phi), -1)
 
 

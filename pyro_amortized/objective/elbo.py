@@ -21,7 +21,7 @@ from pyro_amortized.families import VariationalFamily
 from pyro_amortized.graphs.cache import Function, GraphCache
 from pyro_amortized.graphs.programs import run_traced
 from pyro_amortized.objective.log_joint import LocalLogJoint
-from pyro_amortized.objective.noise import MOST_ORTHOGONAL, orthogonal, widened
+from pyro_amortized.objective.noise import MOST_ORTHOGONAL, orthogonal, whitened, widened
 from pyro_amortized.objective.regression import ridge
 from pyro_amortized.structure.local_site import LocalSite
 from pyro_amortized.structure.running import Site
@@ -161,10 +161,17 @@ class LocalObjective:
 
     # For refinement
 
-    def noise(self, phi: Tensor, num_particles: int) -> Tensor | int:
+    def noise(self, phi: Tensor, num_particles: int, whiten: bool = False) -> Tensor | int:
         """Fresh noise for K draws, from torch's generator: if K is even in antithetic pairs, orthogonal to each other.
 
         Every draw for itself is standard normal; pairs are orthogonal in blocks of as many as there are dimensions.
+
+        Args:
+            phi: Variational parameters of shape ``(N, P)``.
+            num_particles: K.
+            whiten: Whether to give pairs of draws second moments of exactly I, or of 1 each where K is below 2 D: a
+                posterior that is normal is then found exactly, and of others the gap left by refinement is a third to a
+                ninth; single draws are standard normal no more, so no gradient is unbiased.
 
         Returns:
             Noise of shape ``(K, N, noise_dim)``, or K for families that draw their own.
@@ -182,7 +189,8 @@ class LocalObjective:
             return noise
         if pairs > 1 and 1 < self.family.noise_dim <= MOST_ORTHOGONAL:
             noise = torch.cat([orthogonal(block) for block in noise.split(self.family.noise_dim)])
-        return torch.cat([noise, -noise])
+        noise = torch.cat([noise, -noise])
+        return whitened(noise) if whiten else noise
 
     def value(self, phi: Tensor, noise: Tensor | int) -> Tensor:
         """The ELBO ``(N,)`` on given noise."""

@@ -12,7 +12,17 @@ from torch.quasirandom import SobolEngine
 from pyro_amortized.families import VariationalFamily
 from pyro_amortized.structure.state import untouched
 
-__all__ = ["MOST_ORTHOGONAL", "batch_seed", "draw", "generator", "orthogonal", "quasi_normal", "seeded", "widened"]
+__all__ = [
+    "MOST_ORTHOGONAL",
+    "batch_seed",
+    "draw",
+    "generator",
+    "orthogonal",
+    "quasi_normal",
+    "seeded",
+    "whitened",
+    "widened",
+]
 
 
 def generator(*seed: int) -> torch.Generator:
@@ -53,14 +63,18 @@ def quasi_normal(num_draws: int, num_datapoints: int, dim: int, rng: torch.Gener
     points = SobolEngine(dim, scramble=True, seed=seed).draw(num_draws // 2, dtype=torch.float64)
     shift = torch.rand(num_datapoints, dim, generator=rng, dtype=torch.float64)
     uniform = (points.unsqueeze(1) + shift).remainder(1.0).clamp(1e-12, 1 - 1e-12)
-    half = torch.special.ndtri(uniform).transpose(0, 1)
-    if not whiten:
-        half = half.transpose(0, 1)
-        return torch.cat([half, -half])
-    moments = half.transpose(-1, -2) @ half / half.shape[1]
-    white = torch.linalg.solve_triangular(torch.linalg.cholesky(moments), half.transpose(-1, -2), upper=False)
-    half = white.permute(2, 0, 1)
-    return torch.cat([half, -half])
+    half = torch.special.ndtri(uniform)
+    noise = torch.cat([half, -half])
+    return whitened(noise) if whiten else noise
+
+
+def whitened(noise: Tensor) -> Tensor:
+    """Antithetic noise ``(K, N, D)`` of second moments of exactly I over the draws; of 1 each where K is below 2 D."""
+    if len(noise) < 2 * noise.shape[-1]:
+        return noise / noise.square().mean(0).sqrt()
+    rows = widened(noise).permute(1, 2, 0)
+    factor = torch.linalg.cholesky_ex(rows @ rows.transpose(-1, -2) / len(noise))[0]
+    return torch.linalg.solve_triangular(factor, rows, upper=False).permute(2, 0, 1).to(noise)
 
 
 @contextmanager

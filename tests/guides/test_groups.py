@@ -340,9 +340,9 @@ def test_groups_without_rows_are_warned_of_where_training_had_none_and_refined_t
     svi = SVI(radon, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
     for _ in range(20):
         svi.step(y, floor, index - 1, uranium[1:])
-    with pytest.warns(UnseenSizeWarning, match=r"1 of 6 groups have no entries of plate 'obs'.*refined"):
+    with torch.no_grad(), pytest.warns(UnseenSizeWarning, match=r"1 of 6 groups have no entries of plate 'obs'"):
         encoded = guide.posterior(y, floor, index, uranium)
-    with pytest.warns(UnseenSizeWarning):
+    with torch.no_grad(), pytest.warns(UnseenSizeWarning, match="refined"):
         refined = guide.refined(20).posterior(y, floor, index, uranium)
     error = 2 * COUNTY / 32**0.5  # of the particles that refinement averages over
     assert refined.mean[0, 0].item() == pytest.approx(0.5 * uranium[0].item(), abs=error)

@@ -112,8 +112,8 @@ def noises(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     given: list[Any] = []
     original = LocalObjective.noise
 
-    def recording(self: LocalObjective, phi: Tensor, num_particles: int) -> Any:
-        given.append(original(self, phi, num_particles))
+    def recording(self: LocalObjective, phi: Tensor, num_particles: int, whiten: bool = False) -> Any:
+        given.append(original(self, phi, num_particles, whiten))
         return given[-1]
 
     monkeypatch.setattr(LocalObjective, "noise", recording)
@@ -1552,3 +1552,31 @@ def test_batch_normalisation_may_go_into_training_behind_a_function() -> None:
         guide.variational_parameters(x)
         runs.append(net.runs)
     assert runs[0] < 3 * 8 <= runs[1]
+
+
+@pytest.mark.usefixtures("_float64")
+@pytest.mark.parametrize("family", ["normal", "multivariate_normal"])
+def test_a_normal_posterior_is_found_exactly(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, -0.7], [0.3, 0.0, 1.2], [1.0, 1.0, 1.0]])
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ weights.T, 0.5).to_event(1), obs=x)
+
+    x = torch.randn(20, 4)
+    precision = torch.eye(3) + weights.T @ weights / 0.25
+    mean = torch.linalg.solve(precision, weights.T @ x.T / 0.25).T
+    stddev = precision.diagonal() ** -0.5 if family == "normal" else precision.inverse().diagonal().sqrt()
+    guide = AmortizedGuide(model, family=family)
+    guide.setup(x)
+
+    def error() -> float:
+        with torch.no_grad():
+            q = guide.refined(20).posterior(x)
+        return max((q.mean - mean).abs().max().item(), (q.stddev - stddev).abs().max().item())
+
+    assert error() < 1e-6
+    original = LocalObjective.noise
+    monkeypatch.setattr(LocalObjective, "noise", lambda self, phi, number, whiten: original(self, phi, number))
+    assert error() > 1e-3, "draws as they come would do"
