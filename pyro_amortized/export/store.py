@@ -156,7 +156,8 @@ def _checked(path: StorePath) -> Path:
     if Path(path).suffix == ".zarr" and find_spec("zarr") is None:
         raise ValueError(
             f"Cannot use store={os.fspath(path)!r} because zarr is not installed; try pip install "
-            "'pyro-amortized[zarr]', or a netCDF file, which needs nothing more, \"posterior.nc\"."
+            "'pyro-amortized[zarr]' on Python 3.11 or later, or a netCDF file, which needs nothing more, "
+            '"posterior.nc".'
         )
     return Path(path)
 
