@@ -20,6 +20,7 @@ from pyro_amortized.checks import check_count
 from pyro_amortized.diagnostics.batches import ModelArgs, ToArgs, calls, is_single, num_calls
 from pyro_amortized.diagnostics.checks import Effort, check_effort
 from pyro_amortized.diagnostics.evidence.evidence import estimate_evidence, reliable_evidence
+from pyro_amortized.diagnostics.gaps.by_level import leading_level, level_lines, with_levels
 from pyro_amortized.diagnostics.gaps.importance_weighted import importance_weighted_bound
 from pyro_amortized.diagnostics.gaps.plots import draw_stacks
 from pyro_amortized.diagnostics.optimum.local_optimum import solve
@@ -66,7 +67,9 @@ class GapEstimate(Report):
             trusted as far as that can be checked: its standard errors are within tolerance, ``khat`` is below 0.7, the
             search for modes settled, the optimisation converged, and ``elbo <= elbo_optimal <= log_evidence`` holds
             within three standard errors (as it should for all but one in a thousand datapoints). Modes that no search
-            has met are not ruled out.
+            has met are not ruled out. Where latents lie in plates inside the datapoint plate, and the family's
+            parameters are those of single latents (``"normal"``, ``"structured"``), also ``amortization_gap_by_level``
+            over a further dimension ``level``: what of the amortization gap arises at the latents of each plate.
     """
 
     @property
@@ -98,6 +101,8 @@ class GapEstimate(Report):
             error = float(np.sqrt(np.square(errors).sum()) / count)
             spread = _spread(values) if count > 1 else float("nan")
             lines.append(f"{label:24s}{values.mean():10.3f}{error:13.4f}{spread:9.3f}")
+            if name == "amortization_gap":
+                lines += level_lines(self.dataset, self.plate)
         lines.append(f"unreliable: {unreliable} of {count} datapoints ({unreliable / count:.0%})")
         return "\n".join([*lines, *fill(self.verdict, 92)])
 
@@ -306,7 +311,8 @@ def decompose(
         variables["importance_weighted_bound"], variables["importance_weighted_bound_se"] = found
     checked = optimum.converged & reliable_evidence(evidence, tolerance)
     variables["reliable"] = _reliable(variables, tolerance) & checked
-    return GapEstimate(to_dataset(problem, variables, **settings)), evidence
+    dataset = to_dataset(problem, variables, **settings)
+    return GapEstimate(with_levels(dataset, problem, optimum.phi, tolerance / 3, seed)), evidence
 
 
 def _reliable(variables: Mapping[str, Tensor], tolerance: float) -> Tensor:
@@ -382,6 +388,7 @@ def _dominance(gaps: GapEstimate) -> str:
     values = {"amortization": amortization, "approximation": approximation}
     lead = max(values, key=lambda name: values[name])
     share = f"{values[lead]:.3g} of {total:.3g} nats"
+    share += leading_level(gaps.dataset) if lead == "amortization" else ""
     if min(values.values()) > 0.5 * values[lead]:
         return (
             f"Both gaps matter ({amortization:.3g} nats of amortization, {approximation:.3g} of approximation): "
