@@ -19,6 +19,7 @@ from pyro_amortized import (
     DeepSetEncoder,
     SemiAmortizedGuide,
     collapse_report,
+    compare_gaps,
     estimate_gaps,
     log_evidence,
     optimize_local,
@@ -137,6 +138,8 @@ def test_diagnostics_of_either_side() -> None:
         assert optimize_local(factors, guide, (x,), plate=plate).elbo.shape == (size,)
     assert estimate_gaps(factors, guide, (x,), plate="genes").dataset.sizes["genes"] == 4
     assert collapse_report(factors, guide, (x,), plate="genes").dataset is not None
+    compared = compare_gaps(factors, {"one": guide, "again": guide}, (x,), plate="genes")
+    assert all(gaps.dataset.sizes["genes"] == 4 for gaps in compared.estimates.values())
     with pytest.raises(ValueError, match=r"amortizes those of \['cells', 'genes'\]"):
         log_evidence(factors, guide, (x,), plate="batches")
 

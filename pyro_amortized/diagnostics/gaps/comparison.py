@@ -169,6 +169,7 @@ def compare_gaps(
     tolerance: float = 0.02,
     max_samples: int = 20000,
     num_particles: int | None = None,
+    plate: str | None = None,
     to_args: ToArgs | None = None,
     seed: int = 0,
     compile: bool = False,
@@ -189,6 +190,7 @@ def compare_gaps(
         tolerance: As for :func:`estimate_gaps`.
         max_samples: As for :func:`estimate_gaps`.
         num_particles: As for :func:`estimate_gaps`.
+        plate: As for :func:`estimate_gaps`.
         to_args: Where batches of a loader hold something else than the model's arguments: a function from a batch to
             the positional arguments, a tuple, or to a pair of these and keyword arguments, ``(args, kwargs)``.
         seed: As for :func:`estimate_gaps`.
@@ -220,7 +222,7 @@ def compare_gaps(
                 own_seed = batch_seed(seed, number)
                 known: list[tuple[LocalProblem, dict[str, Tensor]]] = []
                 for guide_name, guide in by_name.items():
-                    problem = bind(model, guide, args, kwargs, own_seed, graphs=graphs)
+                    problem = bind(model, guide, args, kwargs, own_seed, graphs=graphs, plate=plate)
                     shared = next((evidence for other, evidence in known if _same_globals(other, problem)), None)
                     part, evidence = decompose(problem, effort, own_seed, False, shared)
                     part.dataset.attrs["seed"] = seed
