@@ -60,8 +60,9 @@ class Refined(InferenceStrategy):
         num_particles: Number of draws for each gradient.
         fixed_noise: Whether every call uses the same noise, which is also the same for all datapoints, so that results
             can be repeated and do not depend on the batch. It differs from step to step all the same.
-        keep_best: Whether to return the best phi met on the way, for each datapoint, judged by a further estimate of
-            the ELBO on common noise, instead of the last; None for: where no training is going on.
+        keep_best: Whether to return the best phi met on the way, for each datapoint, instead of the last: of the start,
+            the last two, and those after a half, a quarter, ... of the steps, judged by a further estimate of the ELBO
+            on common noise; None for: where no training is going on.
         checkpoint: Whether to recompute steps in the backward pass of ``"anchored"`` and ``"unrolled"`` instead of
             keeping what they computed: memory for one step instead of all, for about half as much time again.
         features: A network from the inputs to the features that a learned rule sees beside phi and the gradient.
@@ -155,7 +156,7 @@ class Refined(InferenceStrategy):
         """The refined phi, and the nats whose gradient trains what phi went through, if that is needed."""
         learned, training = self.update.is_learned, torch.is_grad_enabled()
         phi = start if self.is_unrolled or learned else start.detach()
-        best = self._start_comparison(objective, phi) if keep_best else None
+        best, compared = self._start_comparison(objective, phi) if keep_best else None, _compared(self.num_steps)
         state, nats = self.update.init(phi, features), None
         curved = self.update.takes is Curvature and objective.has_curvature and self.num_particles > 1
         for step in range(self.num_steps):
@@ -180,7 +181,8 @@ class Refined(InferenceStrategy):
             if best is not None:
                 if training and self.training and not has_to_wait(phi) and not bool(phi.isfinite().all()):
                     return phi, nats  # no gradient would pass the steps that have diverged
-                best.offer(phi)
+                if step + 1 in compared:
+                    best.offer(phi)
         return (phi if best is None else best.phi), nats
 
     def _step(self, phi: Tensor, noise: Any, objective: Objective, curved: bool, *state: Tensor) -> tuple[Tensor, ...]:
@@ -247,6 +249,11 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+def _compared(num_steps: int) -> set[int]:
+    """After which steps phi is compared with the best so far: the last two, and a half, a quarter, ... of all."""
+    return {num_steps, num_steps - 1, *(num_steps >> i for i in range(1, num_steps.bit_length()))}
 
 
 class _Best:
