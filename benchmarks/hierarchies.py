@@ -269,7 +269,7 @@ def some_data_sets(num: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def data_sets() -> None:
-    """Linear regressions of 5 to 200 observations, noise unknown: gaps and calibration at each size."""
+    """Linear regressions of 5 to 200 observations, noise unknown: gaps and calibration at each size, refined too."""
     pyro.set_rng_seed(0)
     pyro.clear_param_store()
     model = over_datasets(regression)
@@ -287,8 +287,10 @@ def data_sets() -> None:
     print(f"{ms:.1f} ms a step of 64 data sets")
     for size in (5, 10, 30, 100, 200):
         args = some_data_sets(100, size)
-        report = calibrate(model, guide, args, num_simulations=200, num_samples=99)
-        print(f"{size:4} observations   {mean_gaps(model, guide, args)}   calibrated: {str(report).splitlines()[-1]}")
+        for name, answers in (("encoder", guide), ("refined(5)", guide.refined(5))):
+            report = calibrate(model, answers, args, num_simulations=200, num_samples=99)
+            gaps = mean_gaps(model, answers, args)
+            print(f"{size:4} observations, {name:10s}   {gaps}   {str(report).splitlines()[-1]}", flush=True)
 
 
 PARTS = {

@@ -234,7 +234,7 @@ class PlateEncoder(StandardizedEncoder):
             shape = level.shape(sizes)
             groups = [(child, self.levels[child].within(level, sizes, indices)) for child in level.finer]
             present[number] = self._present(level, masks, [(present[child], dims) for child, dims in groups])
-            members = {child: self._members(child, present[child], plain[child], dims) for child, dims in groups}
+            members = {child: self._members(child, present[child], up[child], dims) for child, dims in groups}
             own = self._own(level, values, masks)
             own += [statistics(plain[child], members[child], dims) for child, dims in groups]
             own = [part.expand(*shape, part.shape[-1]) for part in own] or [self.seen.new_zeros(*shape, 1)]
@@ -273,12 +273,12 @@ class PlateEncoder(StandardizedEncoder):
         known += [groups.sum(part.float()) > 0 for part, groups in inside]  # type: ignore[union-attr]
         return torch.stack(torch.broadcast_tensors(*known)).any(0)
 
-    def _members(self, number: int, present: Tensor | None, x: Tensor, groups: Grouping) -> Tensor | None:
+    def _members(self, number: int, present: Tensor | None, features: Tensor, groups: Grouping) -> Tensor | None:
         """Which entries of a level count in their groups; all that are present, but for those dropped in training."""
-        self._check_sizes(number, x, present, groups)
+        self._check_sizes(number, features, present, groups)
         if not self.training or not self.member_dropout:
             return present
-        kept = torch.rand(*x.shape[:-1], 1, device=x.device) >= self.member_dropout
+        kept = torch.rand(*features.shape[:-1], 1, device=features.device) >= self.member_dropout
         return kept if present is None else kept & present
 
     def _sizes(self, inputs: Sequence[Tensor]) -> dict[str, int]:
@@ -296,16 +296,20 @@ class PlateEncoder(StandardizedEncoder):
                 sizes[parent[0] if parent else ""] = indices[2 * level.group + 1].shape[0]
         return sizes
 
-    def _check_sizes(self, number: int, x: Tensor, present: Tensor | None, groups: Grouping) -> None:
-        """Takes down the numbers of entries in training, and warns of others far from them."""
+    def _check_sizes(self, number: int, features: Tensor, present: Tensor | None, groups: Grouping) -> None:
+        """Takes down the numbers of entries that gradients are taken for, and warns of others far from them."""
         if is_traced():
             return
         seen = self.seen[number]
-        counts = groups.sum(seen.new_ones(*x.shape[:-1], 1) if present is None else present.to(seen))
+        counts = groups.sum(seen.new_ones(*features.shape[:-1], 1) if present is None else present.to(seen))
         empty = (counts == 0).sum()
         now = torch.stack([torch.where(counts > 0, counts, torch.inf).min(), counts.max(), empty.to(seen)])
-        if self.training and torch.is_grad_enabled():
-            seen.copy_(torch.cat([torch.minimum(seen[:1], now[:1]), torch.maximum(seen[1:], now[1:])]))
+        if self.training and features.requires_grad:
+
+            def learn(gradient: Tensor) -> None:
+                seen.copy_(torch.cat([torch.minimum(seen[:1], now[:1]), torch.maximum(seen[1:], now[1:])]))
+
+            features.register_hook(learn)
             return
         (least, most, most_empty), (low, high, num_empty) = torch.stack([seen, now]).tolist()
         if not most:
