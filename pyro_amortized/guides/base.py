@@ -176,6 +176,8 @@ class LocalGuide(PosteriorGuide):
         try:
             with kept_generators() if self._pending_state else nullcontext():  # whose weights are not to be drawn
                 self._build(call)
+            if not self.training:
+                self.eval()  # what has been built now too
             self._ready = True
             self._load_pending_state()
         except Exception:

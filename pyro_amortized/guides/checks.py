@@ -258,7 +258,10 @@ def check_values(
     for i, x in enumerate(inputs):
         if x.is_floating_point() and not x.isfinite().all():
             cause = f"its input number {i} holds NaN or infinite values"
-            remedy = "dropping or imputing them, or an encoder_input that fills them in"
+            remedy = (
+                "dropping or imputing them, an encoder_input that fills them in, or, for data that the model masks, "
+                "torch.nan_to_num(x) in its place"
+            )
     raise ValueError(
         f"Cannot sample the latents of {len(bad)} datapoints (first: {bad[:10]}) because the variational "
         f"parameters from {type(strategy).__name__} are not finite, or a scale is zero or infinite: "
@@ -272,7 +275,7 @@ def _degenerate(rows: Tensor, family: VariationalFamily) -> Tensor:
     if family.is_mean_field:
         scale = family.marginals(rows)[1]  # type: ignore[operator]
         wrong |= ~(scale.isfinite() & (scale > 0)).all(-1)
-    elif not _makes_distributions(rows[~wrong], family):
+    elif not wrong.all() and not _makes_distributions(rows[~wrong], family):
         wrong |= torch.tensor([not _makes_distributions(row, family) for row in rows], device=rows.device)
     return wrong
 

@@ -245,6 +245,12 @@ def _level_of(
 ) -> LevelInput:
     """Where an argument, or a global latent, lies; what the user says of it goes before what its values show."""
     groups = call.structure.groups
+    if plate in groups and name in global_plates:
+        raise ValueError(
+            f"Cannot show the encoder global latent {name!r} as a value of plate {plate!r} because nothing says which "
+            f"of its values belongs to which entry of a plate in long format; try {{{known[()]!r}: [{name!r}]}}, which "
+            "shows all of them to every datapoint."
+        )
     if plate is not None and name in global_plates:
         axes = next(
             (axes for axes, own in known.items() if own == plate), None if plate in known.values() else (plate,)

@@ -27,6 +27,9 @@ class Objective(Protocol):
         Where no gradient is to be unbiased it may be whitened, so that quadratic functions are integrated exactly.
         """
 
+    def masked(self, phi: Tensor) -> Tensor:
+        """phi with latents that are masked apart from all others, so that they move nothing."""
+
     def value(self, phi: Tensor, noise: Any) -> Tensor:
         """The ELBO ``(N,)`` on given noise."""
 

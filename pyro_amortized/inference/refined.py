@@ -130,7 +130,7 @@ class Refined(InferenceStrategy):
         if objective is None:
             raise ValueError("Cannot refine phi because no objective was given; try a guide that refines.")
         with self._fixing_initial(), nullcontext() if self.training else evaluating(self.initial):
-            start = self.initial(inputs, index, objective)
+            start = objective.masked(self.initial(inputs, index, objective))
         if not self.num_steps:
             return Refinement(start)
         features = self.features(*inputs) if self.update.is_learned and self.features is not None else None
@@ -193,10 +193,12 @@ class Refined(InferenceStrategy):
     def _move(
         self, phi: Tensor, grad: Tensor, state: tuple[Tensor, ...], curvature: list[Tensor], objective: Objective
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        if not curvature:
-            return self.update.update(phi, grad, state)
-        slope, precision = curvature
-        return self.update.update(phi, Curvature(grad, slope, precision, objective.family), state)
+        taken: Tensor | Curvature = grad
+        if curvature:
+            slope, precision = curvature
+            taken = Curvature(grad, slope, precision, objective.family)
+        phi, state = self.update.update(phi, taken, state)
+        return objective.masked(phi), state
 
     def _keeps_best(self, has_gradients: bool) -> bool:
         if self.keep_best is None or (self.update.is_learned and has_gradients):  # which trains every step

@@ -192,6 +192,11 @@ class LocalObjective:
         noise = torch.cat([noise, -noise])
         return whitened(noise) if whiten else noise
 
+    def masked(self, phi: Tensor) -> Tensor:
+        """phi ``(N, P)`` with a standard normal of their own for masked latents, where the family allows it."""
+        present = self.log_joint.layout.present
+        return phi if present is None else self.family.masked(phi, present)
+
     def value(self, phi: Tensor, noise: Tensor | int) -> Tensor:
         """The ELBO ``(N,)`` on given noise."""
         return self._run(_value, phi, noise)[0]

@@ -153,8 +153,12 @@ class SiteLayout:
 
     @cached_property
     def names_over_time(self) -> tuple[str, ...] | None:
-        """Names of the D dimensions without the number of their step, ``z_*[0]``; None unless sites are numbered."""
-        if self.steps is None or len(self.steps) < 2:
+        """Names of the D dimensions without the number of their step, ``z_*[0]``; None unless sites are numbered.
+
+        Numbers have to grow in the order of the model: those of the levels of a ladder, from the top, fall.
+        """
+        numbers = [int(re.search(r"\d*$", site.name).group() or -1) for site in self.sites]  # type: ignore[union-attr]
+        if self.steps is None or len(self.steps) < 2 or numbers != sorted(numbers):
             return None
         pairs = [(site, name) for site in self.sites for name in self.names[site.start : site.stop]]
         return tuple(f"{site.name.rstrip('0123456789')}*{name[len(site.name) :]}" for site, name in pairs)

@@ -659,3 +659,15 @@ def test_a_latent_over_time_has_one_row() -> None:
     rows = [line.split() for line in str(report).splitlines() if line.startswith("z_")]
     assert [row[0] for row in rows] == ["z_*[0]", "z_*[1]"]
     assert [float(row[1]) for row in rows] == pytest.approx(report.dataset["kl"].values.reshape(3, 2).mean(0), abs=1e-4)
+
+
+def test_levels_of_a_ladder_are_not_steps_of_time() -> None:
+    def ladder(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z2 = pyro.sample("z2", dist.Normal(0.0, 1.0))
+            z1 = pyro.sample("z1", dist.Normal(0.5 * z2, 1.0))
+            pyro.sample("x", dist.Normal(z1, 0.5), obs=x)
+
+    report = collapse_report(ladder, AmortizedGuide(ladder), (torch.randn(20),))
+    assert "over_time" not in report.dataset.coords
+    assert {"z1", "z2"} <= set(str(report).split())

@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
@@ -803,3 +804,31 @@ def test_datapoints_of_which_no_draw_has_weight_are_flagged() -> None:
     assert found["log_evidence"][0].isfinite()
     assert found["log_evidence"][1].isneginf()
     assert found["khat"][1].isposinf()
+
+
+def test_arguments_that_the_encoder_lacks_are_named() -> None:
+    """And the remedy works: with it none is, and the slope is not halved."""
+
+    def mixed(x: Tensor, y: Tensor, weight: float = 1.0) -> None:
+        slope = pyro.param("slope", torch.tensor(0.0))
+        with pyro.plate("data", len(x)):
+            effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(slope * x + effect, 0.5), obs=y)
+
+    x = torch.randn(100)
+    y = 2 * x + 1.1 * torch.randn(100)
+    slopes = []
+    for spec in (None, ["x", "y"]):
+        pyro.clear_param_store()
+        guide = AmortizedGuide(mixed, encoder_input=spec)
+        svi = SVI(mixed, guide, pyro.optim.Adam({"lr": 0.03}), Trace_ELBO())
+        for _ in range(400):
+            svi.step(x, y)
+        slopes.append(pyro.param("slope").item())
+        gaps = estimate_gaps(mixed, guide, (x, y))
+        words = "the encoder does not see 'x', on which posteriors depend"
+        assert (words in " ".join(gaps.verdict.split())) == (spec is None)
+        assert gaps.dataset.attrs.get("encoder_input_to_try") == (None if spec else "['x', 'y']")
+    least_squares = ((x * y).sum() / x.square().sum()).item()
+    assert slopes[0] < 0.7 * least_squares
+    assert slopes[1] > 0.9 * least_squares

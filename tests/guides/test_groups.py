@@ -352,3 +352,22 @@ def test_groups_without_rows_are_warned_of_where_training_had_none_and_refined_t
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         guide.median(y, floor, index, uranium)
+
+
+def test_a_global_latent_is_no_value_of_an_entry() -> None:
+    """Nothing says which of the items' effects belongs to which rating."""
+    user, item = torch.tensor([0, 0, 1, 2, 2]), torch.tensor([0, 1, 1, 0, 1])
+
+    def ratings(y: Tensor, user: Tensor, item: Tensor) -> None:
+        with pyro.plate("items", 2):
+            b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("users", 3):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("obs", len(y)):
+            pyro.sample("y", dist.Normal(a[..., user] + b[..., item], 1.0), obs=y)
+
+    options = {"plate": "users", "groups": {"obs": "user"}}
+    with pytest.raises(ValueError, match=r"'b' as a value of plate 'obs'.*try \{'users': \['b'\]\}"):
+        AmortizedGuide(ratings, encoder_input={"obs": ["y", "b"]}, **options)(torch.randn(5), user, item)
+    guide = AmortizedGuide(ratings, encoder_input={"obs": ["y"], "users": ["b"]}, name="remedy", **options)
+    assert guide(torch.randn(5), user, item)["a"].shape == (3,)

@@ -28,7 +28,14 @@ from pyro.poutine import runtime
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from pyro_amortized import AmortizedGuide, MLPEncoder, Normal, PerDatapointGuide
+from pyro_amortized import (
+    AmortizedGuide,
+    IterativeAmortizedGuide,
+    MLPEncoder,
+    Normal,
+    PerDatapointGuide,
+    SemiAmortizedGuide,
+)
 
 FAMILIES = ["normal", "multivariate_normal", "low_rank_multivariate_normal"]
 GUIDES = [AmortizedGuide, PerDatapointGuide]
@@ -383,6 +390,38 @@ def test_state_dict(Guide: Any, family: str, setup: bool, nested: bool) -> None:
     assert_same(guide, other, x)
 
 
+@pytest.mark.parametrize("Guide", [AmortizedGuide, SemiAmortizedGuide, IterativeAmortizedGuide])
+@pytest.mark.parametrize("first", ["eval", "load"])
+def test_a_loaded_guide_in_evaluation_mode_answers_in_it(Guide: Any, first: str) -> None:
+    """Its encoder is built by the first call."""
+
+    def make() -> Any:
+        layers = [
+            nn.Unflatten(0, (-1, 1)),
+            nn.Linear(1, 8),
+            nn.BatchNorm1d(8),
+            nn.ReLU(),
+            nn.Dropout(0.5),
+            nn.Linear(8, 4),
+        ]
+        return Guide(normals, nn.Sequential(*layers))
+
+    guide, other = make(), make()
+    for _ in range(5):
+        guide(torch.randn(16))
+    state = guide.eval().state_dict()
+    calls = [other.eval, lambda: other.load_state_dict(state)]
+    for call in calls if first == "eval" else reversed(calls):
+        call()
+    with guide.repeatable(), other.repeatable():
+        torch.testing.assert_close(other.median(X), guide.median(X), rtol=1e-3, atol=1e-3)
+        assert other.median(X[:1])["z"].shape == (1,)  # too few for batch statistics
+    buffers = {name: value for name, value in other.state_dict().items() if "running" in name}
+    assert buffers
+    assert all(torch.equal(value, state[name]) for name, value in buffers.items())
+    assert not any(module.training for module in other.modules())
+
+
 def test_wrong_state_dict_is_refused() -> None:
     x = counts(12)
     state = trained(AmortizedGuide, "normal", x).state_dict()
@@ -697,8 +736,9 @@ def test_nan_in_later_batches() -> None:
         guide(with_nan())
 
 
-def test_diverged_parameters() -> None:
-    guide = AmortizedGuide(normals)
+@pytest.mark.parametrize("family", ["normal", "multivariate_normal", "structured", "flow"])
+def test_diverged_parameters(family: str) -> None:
+    guide = AmortizedGuide(normals, family=family)
     guide(X)
     nn.init.constant_(guide.inference.head.bias, float("nan"))
     with pytest.raises(ValueError, match="have diverged.*learning rate"):

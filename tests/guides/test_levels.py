@@ -14,13 +14,16 @@ from pyro_amortized import (
     AmortizedGuide,
     DeepSetEncoder,
     DiscreteAmortizedGuide,
+    GradientAscent,
     IterativeAmortizedGuide,
     MLPEncoder,
+    PerDatapointGuide,
     PlateEncoder,
     SemiAmortizedGuide,
     UnseenSizeWarning,
     estimate_gaps,
 )
+from pyro_amortized.objective.elbo import LocalObjective
 
 pytestmark = pytest.mark.usefixtures("_float64")
 
@@ -205,6 +208,34 @@ def absent(y: Tensor, age: Tensor, present: Tensor) -> None:
         with pyro.plate("pupil", y.shape[1], dim=-1), pyro.poutine.mask(mask=present):
             p = pyro.sample("p", dist.Normal(s + age, PUPIL))
             pyro.sample("y", dist.Normal(p, TEST), obs=y)
+
+
+def test_refinement_is_not_moved_by_entries_that_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their couplings to the school, which an encoder gives all pupils alike, would pull at the school's scale."""
+    present = torch.arange(6) < torch.arange(7).unsqueeze(-1)
+    y, age = torch.randn(7, 6), torch.zeros(7, 6)
+    precision = 1 + present.sum(-1) / (PUPIL**2 + TEST**2)
+    school = (y * present).sum(-1) / (PUPIL**2 + TEST**2) / precision
+    own = 1 / PUPIL**2 + 1 / TEST**2
+    pupil = (school.unsqueeze(-1) / PUPIL**2 + y / TEST**2) / own
+    guide = PerDatapointGuide(absent, plate="school", family="structured")
+    guide.setup(y, age, present)
+    with torch.no_grad():  # the posterior, with couplings of absent pupils
+        locs = torch.cat([school.unsqueeze(-1), torch.where(present, pupil, 0.0)], -1)
+        log_scales = torch.cat(
+            [-0.5 * precision.log().unsqueeze(-1), torch.where(present, -0.5 * math.log(own), 0.0)], -1
+        )
+        couplings = torch.where(present, 1 / PUPIL**2 / own, 0.9)
+        guide.inference.table.copy_(torch.cat([locs, log_scales, couplings], -1))
+
+    def error() -> float:
+        refined = guide.refined(20, GradientAscent(0.02), keep_best=False)  # which stays where the gradient is zero
+        low, high = refined.quantiles([0.158655, 0.841345], y, age, present)["s"]
+        return ((high - low).flatten() / 2 * precision.sqrt() - 1).abs().max().item()
+
+    assert error() < 1e-3
+    monkeypatch.setattr(LocalObjective, "masked", lambda self, phi: phi)
+    assert error() > 0.05
 
 
 @pytest.mark.parametrize("spec", [None, {"pupil": ["y"]}, {"pupil": ["y", "age"]}])

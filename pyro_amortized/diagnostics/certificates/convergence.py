@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["bulk_ess", "rank_rhat", "tail_ess"]
+__all__ = ["bulk_ess", "mean_ess", "rank_rhat", "tail_ess"]
 
 
 def rank_rhat(draws: Tensor) -> Tensor:
@@ -44,6 +44,11 @@ def bulk_ess(draws: Tensor) -> Tensor:
     Of draws that vary against each other it is more than their number.
     """
     return _ess(_normal_scores(_split(draws)))
+
+
+def mean_ess(draws: Tensor) -> Tensor:
+    """Effective sample size for the mean, ``(*)``, without ranks; draws ``(C, T, *)``."""
+    return _ess(_split(draws))
 
 
 def tail_ess(draws: Tensor) -> Tensor:

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_amortized.diagnostics.certificates.convergence import bulk_ess, rank_rhat, tail_ess
+from pyro_amortized.diagnostics.certificates.convergence import bulk_ess, mean_ess, rank_rhat, tail_ess
+from pyro_amortized.diagnostics.certificates.support import in_support
 from pyro_amortized.diagnostics.certificates.target import Target
 from pyro_amortized.diagnostics.problem import LocalProblem, value_and_gradient
+from pyro_amortized.structure.layout import SiteLayout
 
 __all__ = ["NUM_CHAINS", "Chains", "run_chains"]
 
@@ -41,7 +43,8 @@ class Chains:
     Attributes:
         draws: ``(S, n, D)``, evenly spaced, or repeated where fewer were needed.
         rhat: The largest R-hat of any dimension, ``(n,)``.
-        ess: The smallest effective sample size of any dimension for the centre, ``(n,)``.
+        ess: The smallest effective sample size of any dimension for the centre, and for the mean of values in their
+            support, ``(n,)``.
         tail_ess: The same for the tails.
         divergences: Number of divergent trajectories after the warm-up, ``(n,)``.
     """
@@ -85,7 +88,7 @@ def run_chains(
     for share in _CHECKS:
         number = max(4, math.ceil(share * target.num_samples / len(start))) - kept.shape[1]
         kept = torch.cat([kept, torch.stack([state.advance() for _ in range(number)], 1)], 1)
-        now = _summarise(kept, target, state.divergences)
+        now = _summarise(kept, problem.objective.log_joint.layout, target, state.divergences)
         for name, value in vars(found).items():
             value.index_copy_(1 if name == "draws" else 0, active, getattr(now, name).to(value))
         left = (~now.reach(target)).nonzero().squeeze(-1)
@@ -96,11 +99,13 @@ def run_chains(
     return found
 
 
-def _summarise(kept: Tensor, target: Target, divergences: Tensor) -> Chains:
+def _summarise(kept: Tensor, layout: SiteLayout, target: Target, divergences: Tensor) -> Chains:
     """What draws ``(C, T, n, D)`` say."""
     columns = []
     for part in kept.split(_PIECE, 2):
-        columns.append(torch.stack([rank_rhat(part).amax(-1), bulk_ess(part).amin(-1), tail_ess(part).amin(-1)]))
+        ess, values = bulk_ess(part).amin(-1), in_support(layout, part)
+        ess = ess if values is None else torch.minimum(ess, mean_ess(values).amin(-1))
+        columns.append(torch.stack([rank_rhat(part).amax(-1), ess, tail_ess(part).amin(-1)]))
     rhat, ess, tail = torch.cat(columns, -1).nan_to_num(nan=0.0)
     rhat = torch.where(rhat > 0, rhat, math.inf)  # of chains that have not moved
     pooled = kept.transpose(0, 1).flatten(0, 1)

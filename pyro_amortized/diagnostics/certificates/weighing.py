@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_amortized.diagnostics.certificates.support import in_support
 from pyro_amortized.diagnostics.certificates.target import Target
 from pyro_amortized.diagnostics.evidence.evidence import BOUNDED, log_weights_at
 from pyro_amortized.diagnostics.evidence.importance import psis, systematic
@@ -15,6 +16,7 @@ from pyro_amortized.diagnostics.problem import LocalProblem
 from pyro_amortized.families import VariationalFamily
 from pyro_amortized.objective.draws import chunks
 from pyro_amortized.objective.noise import draw
+from pyro_amortized.structure.layout import SiteLayout
 
 __all__ = ["Member", "Weighed", "weigh"]
 
@@ -55,8 +57,8 @@ class Weighed:
     Attributes:
         draws: ``(S, n, D)``, drawn again in proportion to their smoothed weights.
         khat: Shape of the weights' tail, ``(n,)``; minus infinity for equal weights.
-        ess: Effective sample size, ``(n,)``: the smallest of that of the weights and those of the means of all
-            dimensions; an extrapolation where a few draws showed it to be small.
+        ess: Effective sample size, ``(n,)``: the smallest of that of the weights, those of the means of all dimensions,
+            and those of the means of values in their support; an extrapolation where a few draws showed it to be small.
         tail_ess: The smallest of those of the dimensions' standard deviations, ``(n,)``.
     """
 
@@ -84,18 +86,19 @@ def weigh(problem: LocalProblem, rows: Tensor, q: Approximation, target: Target,
     first = 4 * -(-target.num_samples // (4 * _SCREENED))
     z = q.sample(first, rng)
     log_weights = log_weights_at(problem, q, rows, z)
-    found = _summarise(z, log_weights, target, rng)
+    layout = problem.objective.log_joint.layout
+    found = _summarise(z, log_weights, layout, target, rng)
     good = (found.ess >= _LEAST_SHARE * target.ess).nonzero().squeeze(-1)
     if len(good):
         more = q[good].sample(4 * -(-(target.num_samples - first) // 4), rng)[: target.num_samples - first]
         whole = torch.cat([log_weights[:, good], log_weights_at(problem, q[good], rows[good], more)])
-        own = _summarise(torch.cat([z[:, good], more]), whole, target, rng)
+        own = _summarise(torch.cat([z[:, good], more]), whole, layout, target, rng)
         for name, value in vars(found).items():
             value.index_copy_(1 if name == "draws" else 0, good, getattr(own, name))
     return found
 
 
-def _summarise(z: Tensor, log_weights: Tensor, target: Target, rng: torch.Generator) -> Weighed:
+def _summarise(z: Tensor, log_weights: Tensor, layout: SiteLayout, target: Target, rng: torch.Generator) -> Weighed:
     """What weights ``(K, n)`` of draws ``(K, n, D)`` say, effective sizes as those of all draws wanted."""
     count, wanted = len(z), target.num_samples
     none = ~(log_weights.amax(0) > -torch.inf)
@@ -104,7 +107,11 @@ def _summarise(z: Tensor, log_weights: Tensor, target: Target, rng: torch.Genera
     khat = torch.where(weights.amax(0) * count <= BOUNDED, khat.double().clamp(max=0.0), khat.double())
     chosen = systematic(weights, rng)[torch.arange(wanted) * count // wanted]
     draws = z.gather(0, chosen.unsqueeze(-1).expand(-1, -1, z.shape[-1]))
-    sizes = (torch.where(none, 0.0, size * wanted / count) for size in _effective_sizes(z, weights))
+    of_means, of_scales = _effective_sizes(z, weights)
+    supported = in_support(layout, z)
+    if supported is not None:
+        of_means = torch.minimum(of_means, _effective_sizes(supported, weights)[0])
+    sizes = (torch.where(none, 0.0, size * wanted / count) for size in (of_means, of_scales))
     return Weighed(draws, torch.where(none, torch.inf, khat), *sizes)
 
 

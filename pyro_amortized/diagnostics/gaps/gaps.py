@@ -23,6 +23,7 @@ from pyro_amortized.diagnostics.evidence.evidence import estimate_evidence, reli
 from pyro_amortized.diagnostics.gaps.by_level import leading_level, level_lines, with_levels
 from pyro_amortized.diagnostics.gaps.importance_weighted import importance_weighted_bound
 from pyro_amortized.diagnostics.gaps.plots import draw_stacks
+from pyro_amortized.diagnostics.gaps.unseen import advice_on_inputs, unseen_arguments
 from pyro_amortized.diagnostics.optimum.local_optimum import solve
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar, to_dataset
 from pyro_amortized.diagnostics.report import Report, fill, in_style, join, new_axes, put_title
@@ -259,7 +260,7 @@ def estimate_gaps(
     """
     tolerance, max_samples, seed = check_effort(tolerance, max_samples, seed)
     graphs = GraphCache(compile)
-    estimates = []
+    estimates: list[GapEstimate] = []
     single, shards = is_single(model_args), Shards(model_args)
     with progress_bar(num_calls(model_args), "batches", progress and not single) as bar:
         for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs, to_args, model)):
@@ -267,7 +268,7 @@ def estimate_gaps(
             problem = bind(model, guide, args, kwargs, own_seed, graphs=graphs, plate=plate)
             effort = Effort(tolerance, max_samples, num_particles)
             part = decompose(problem, effort, own_seed, progress and single)[0]
-            part.dataset.attrs["seed"] = seed
+            part.dataset.attrs.update({} if estimates else unseen_arguments(guide, problem), seed=seed)
             estimates.append(part)
             bar.update()
     gaps = GapEstimate.concat(list(shards.collect(estimates)))
@@ -378,8 +379,9 @@ def _dominance(gaps: GapEstimate) -> str:
         for gap, error in ((approximation, approximation_error), (amortization, amortization_error))
     ]
     remedies = {
-        "amortization": "the encoder misses what its family can represent: try guide.refined(20), an encoder that is "
-        "larger or sees more, longer training or more data",
+        "amortization": advice_on_inputs(gaps.dataset)
+        + "the encoder misses what its family can represent: try guide.refined(20), an encoder that is larger or sees "
+        "more, longer training or more data",
         "approximation": "the family cannot represent the posteriors: try a richer one, such as "
         'family="multivariate_normal" or "flow"',
     }

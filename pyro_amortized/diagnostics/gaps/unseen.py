@@ -1,0 +1,72 @@
+"""Which arguments of a model matter to a datapoint's posterior and are not seen by the guide's encoder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pyro_amortized.diagnostics.problem import LocalProblem
+from pyro_amortized.guides import LocalGuide
+from pyro_amortized.objective.noise import draw, generator, seeded
+from pyro_amortized.structure.influence import close
+from pyro_amortized.structure.signature import named_arguments
+
+if TYPE_CHECKING:
+    import xarray
+
+__all__ = ["advice_on_inputs", "unseen_arguments"]
+
+_UNSEEN, _SHOWN = "unseen_arguments", "encoder_input_to_try"
+
+
+def advice_on_inputs(dataset: xarray.Dataset) -> str:
+    """What to show the encoder, in words; empty where it sees all that posteriors depend on."""
+    if _UNSEEN not in dataset.attrs:
+        return ""
+    return (
+        f"the encoder does not see {dataset.attrs[_UNSEEN]}, on which posteriors depend, so that what it was trained "
+        f"with (global latents, the model's parameters) may be off too: try encoder_input={dataset.attrs[_SHOWN]}, and "
+        "training again; else "
+    )
+
+
+@torch.no_grad()
+def unseen_arguments(guide: LocalGuide, problem: LocalProblem) -> dict[str, str]:
+    """Names of arguments that the log-joint depends on and the guide's answers do not, and of all that it depends on.
+
+    Found by numbers: the rows of one argument change places, and the log-joint and the variational parameters of which
+    datapoints change is seen. Covariates that the encoder is not shown let its answers, and global latents and
+    parameters that are trained with them, miss what they explain.
+    """
+    if not guide.inference.needs_inputs:
+        return {}
+    log_joint = problem.objective.log_joint
+    structure = log_joint.structure
+    sizes = {structure.datapoints.size, *(structure.frames[name].size for name in structure.groups)} - {1}
+    indices = [*structure.indices.values(), *(group.index for group in structure.groups.values())]
+    z = draw(problem.objective.family, problem.phi, 2, generator(0, 40))
+    call = log_joint.call
+    reference, named = log_joint.plain(z), named_arguments(call.model, call.args, call.kwargs)
+    unseen: list[str] = []
+    all_names: list[str] = []
+    for name, value in named.items():
+        if not isinstance(value, Tensor) or not value.dim() or value.layout != torch.strided:
+            continue
+        if len(value) not in sizes or any(value.data_ptr() == index.data_ptr() for index in indices):
+            continue
+        moved = {name: value.roll(1, 0)}
+        try:
+            changed = log_joint.of_call(replace(call, args=(), kwargs={**named, **moved}))
+            if close(changed.plain(z), reference):
+                continue
+            with seeded(generator(0, 41)), guide.repeatable():
+                phi, _ = guide.infer(**{**named, **moved}).local
+        except Exception:  # a model may fail in any way on rows that have changed places; then nothing is known
+            continue
+        all_names.append(name)
+        if phi.shape == problem.phi.shape and close(phi.to(problem.phi), problem.phi):
+            unseen.append(name)
+    return {_UNSEEN: ", ".join(map(repr, unseen)), _SHOWN: str(all_names)} if unseen else {}
