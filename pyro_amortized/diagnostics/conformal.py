@@ -7,7 +7,15 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["conformal_p_values", "conformal_quantile", "count_p_value", "discoveries", "extrapolated_p_values", "split"]
+__all__ = [
+    "conformal_p_values",
+    "conformal_quantile",
+    "count_p_value",
+    "discoveries",
+    "extrapolated_p_values",
+    "shift_p_value",
+    "split",
+]
 
 
 def split(number: int, seed: torch.Generator, *shares: float) -> list[Tensor]:
@@ -65,6 +73,29 @@ def count_p_value(count: int, number: int, num_calibration: int, level: float) -
 
     above = math.floor(level * (num_calibration + 1) * (1 + 1e-12)) - 1
     return float(betabinom.sf(count - 1, number, above + 1, num_calibration - above)) if above >= 0 else 1.0
+
+
+def shift_p_value(data: Tensor, calibration: Tensor, rng: torch.Generator, num_permutations: int = 999) -> float:
+    r"""Of a test whether features ``(N, F)`` and calibration ones ``(M, F)`` have the same mean, exact by permutations.
+
+    The statistic is :math:`\sum_f (\bar a_f - \bar b_f)^2 / s_f^2`, with the deviations of all of them together. It is
+    no smaller than one in ``num_permutations`` and one.
+
+    References:
+        Permutation, Parametric and Bootstrap Tests of Hypotheses, Phillip Good (2005).
+    """
+    pooled = torch.cat([data, calibration]).double()
+    scale = pooled.std(0)
+    scores = torch.where(scale > 0, (pooled - pooled.mean(0)) / scale, 0.0).nan_to_num()
+    total, count = scores.sum(0), len(data)
+
+    def statistic(rows: Tensor) -> Tensor:
+        part = scores[rows].sum(0)
+        return (part / count - (total - part) / len(calibration)).square().sum()
+
+    observed = statistic(torch.arange(count)) * (1 - 1e-9)
+    drawn = [statistic(torch.randperm(len(scores), generator=rng)[:count]) for _ in range(num_permutations)]
+    return (1 + sum(bool(value >= observed) for value in drawn)) / (1 + num_permutations)
 
 
 def conformal_quantile(scores: Tensor, level: float) -> float:

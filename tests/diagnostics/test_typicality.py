@@ -23,6 +23,7 @@ from pyro_amortized.diagnostics.conformal import (
     count_p_value,
     discoveries,
     extrapolated_p_values,
+    shift_p_value,
     split,
 )
 from pyro_amortized.diagnostics.typicality.scores import Distance, Oddness
@@ -260,3 +261,17 @@ def test_digits_and_counts() -> None:
             with pytest.warns(AtypicalDataWarning):
                 report = typicality(model, guide, (other,), reference_args=(known,))
             assert auroc(report, first) > 0.95
+
+
+def test_a_shift_to_one_side_is_found_and_chance_is_not() -> None:
+    rng = torch.Generator().manual_seed(0)
+    by_chance = torch.tensor(
+        [
+            shift_p_value(torch.randn(15, 2, generator=rng), torch.randn(20, 2, generator=rng), rng, 99)
+            for _ in range(300)
+        ]
+    )
+    assert abs((by_chance <= 0.1).double().mean() - 0.1) < 4 * (0.1 * 0.9 / 300) ** 0.5
+    shifted = torch.randn(100, 3, generator=rng) + torch.tensor([0.6, 0.0, 0.0])
+    assert shift_p_value(shifted, torch.randn(100, 3, generator=rng), rng) <= 0.005
+    assert shift_p_value(torch.ones(5, 1), torch.ones(9, 1), rng) == 1.0

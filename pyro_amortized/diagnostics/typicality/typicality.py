@@ -18,6 +18,7 @@ from pyro_amortized.diagnostics.conformal import (
     count_p_value,
     discoveries,
     extrapolated_p_values,
+    shift_p_value,
     split,
 )
 from pyro_amortized.diagnostics.datapoints import Batch, batches, joined_features
@@ -272,16 +273,18 @@ def _report(found: list[Batch], data: _Statistics, known: _Statistics, level: fl
     dataset = join(joined, found[0].problem.plate)
     pairs = [(scores["both"], calibration["both"]), (distance, reference), (data.elbo, held.elbo)]
     of_count = count_p_value(int(variables["atypical"].sum()), len(data.elbo), len(held.elbo), level)
-    dataset.attrs["batch_p_value"] = _batch_p_value(pairs, of_count) if len(data.elbo) > 1 else float(p_values["both"])
+    of_shift = shift_p_value(data.features, held.features, generator(seed, 61))
+    batch = _batch_p_value(pairs, of_count, of_shift) if len(data.elbo) > 1 else float(p_values["both"])
+    dataset.attrs["batch_p_value"] = batch
     found_of_reference = {"reference_distance": reference, "reference_elbo": held.elbo}
     extra = {name: ("reference", value.numpy()) for name, value in found_of_reference.items()}
     return TypicalityReport(xarray.merge([dataset, xarray.Dataset(extra)], combine_attrs="override"))
 
 
-def _batch_p_value(pairs: list[tuple[Tensor, Tensor]], of_count: float) -> float:
-    """Of the smallest of several p-values: of pairs of samples, by ranks, and of the number of atypical datapoints."""
+def _batch_p_value(pairs: list[tuple[Tensor, Tensor]], *others: float) -> float:
+    """Of the smallest of several p-values: of pairs of samples, by ranks, and others."""
     from scipy.stats import mannwhitneyu
 
     found = [mannwhitneyu(*(part.nan_to_num().numpy() for part in pair)).pvalue for pair in pairs]
-    found.append(of_count)
+    found += others
     return min(1.0, len(found) * float(min(found)))
