@@ -162,7 +162,7 @@ MODELS: dict[str, Callable[[], Problem]] = {
 
 def defaults(problem: Problem, *, encodes: bool = True) -> dict[str, Any]:
     """What of a problem's options is no choice: the plate, and what the encoder sees."""
-    names = ("plate", "encoder_input") if encodes else ("plate",)
+    names = ("plate", "encoder_input") if encodes else ("plate", "create_plates")
     return {name: problem.options[name] for name in names if name in problem.options}
 
 

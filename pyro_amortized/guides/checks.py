@@ -204,8 +204,21 @@ def check_refinable(guide: Any, options: Mapping[str, Any]) -> None:
         raise ValueError("Cannot refine this guide because it was loaded without its model; try `guide.model = model`.")
 
 
-def check_known(strategy: InferenceStrategy, frame: PlateFrame) -> None:
-    """Raises a ValueError if a table of variational parameters is one of other datapoints."""
+def check_positions(frame: PlateFrame, index: Tensor | None) -> None:
+    """Raises a ValueError unless it is known which of all datapoints those of a plate are."""
+    if index is None and frame.size < frame.full_size:
+        raise ValueError(
+            f"Cannot keep variational parameters for each datapoint because plate {frame.name!r} is given data in "
+            "place of indices, which do not tell which datapoints these are; try "
+            f"pyro.plate({frame.name!r}, {frame.full_size}, subsample=index), if need be as create_plates=..., or an "
+            "AmortizedGuide."
+        )
+
+
+def check_known(strategy: InferenceStrategy, frame: PlateFrame, index: Tensor | None) -> None:
+    """Raises a ValueError if a table of variational parameters is of other datapoints, or of which ones is not said."""
+    if strategy.num_known is not None:
+        check_positions(frame, index)
     if strategy.num_known is not None and strategy.num_known != frame.full_size:
         raise ValueError(
             f"Cannot look up variational parameters because plate {frame.name!r} now has {frame.full_size} "

@@ -125,7 +125,7 @@ class EncodingGuide(ReadingGuide):
     def _phi(self, call: Call) -> Tensor:
         """phi of a call's datapoints, ``(N, P)``; reading ``self.inference`` registers its parameters with Pyro."""
         inputs, strategy = self._inputs(call), self.inference
-        check_known(strategy, call.structure.datapoints)
+        check_known(strategy, call.structure.datapoints, call.index)
         phi = self._run_strategy(strategy, inputs, call)
         check_shape(phi, (call.structure.datapoints.size, self._family.num_params), inputs, call.structure.datapoints)
         check_values(phi, self._family, strategy, inputs)

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 
 from pyro_amortized.checks import check_flag
 from pyro_amortized.guides.base import GuideOptions, LocalGuide
+from pyro_amortized.guides.checks import check_positions
 from pyro_amortized.inference.base import InferenceStrategy
 from pyro_amortized.inference.strategies import PerDatapoint
 from pyro_amortized.structure.structure import Structure
@@ -49,11 +50,6 @@ class PerDatapointGuide(LocalGuide):
 
     def _build_strategy(self, inputs: tuple[Tensor, ...], init_loc: Tensor, structure: Structure) -> InferenceStrategy:
         frame = structure.datapoints
-        if structure.positions is None and frame.size < frame.full_size:
-            raise ValueError(
-                f"Cannot keep variational parameters for each datapoint because plate {frame.name!r} is given data in "
-                "place of indices, which do not tell which datapoints these are; try "
-                f"pyro.plate({frame.name!r}, {frame.full_size}, subsample=index), or an AmortizedGuide."
-            )
+        check_positions(frame, structure.positions)
         rows = torch.arange(frame.full_size, device=init_loc.device) % len(init_loc)
         return PerDatapoint(self.family.initial(init_loc, self.init_scale)[rows].contiguous(), sparse=self.sparse)

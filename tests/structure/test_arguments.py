@@ -362,7 +362,10 @@ def test_a_plate_that_is_given_data_for_indices(size: int) -> None:
     assert evidence["data"].values.tolist() == [0, 1, 2]
     assert np.abs(evidence["log_evidence"] - exact).max() < 0.01
     if size == 3:
-        assert PerDatapointGuide(given_data, name="table").median(x, size)["z"].shape == (3,)
+        table = PerDatapointGuide(given_data, name="table")
+        assert table.median(x, size)["z"].shape == (3,)
+        with pytest.raises(ValueError, match="plate 'data' is given data in place of indices.*create_plates"):
+            table(x[:2], size)
     else:
         with pytest.raises(ValueError, match="plate 'data' is given data in place of indices"):
             PerDatapointGuide(given_data, name="table")(x, size)
