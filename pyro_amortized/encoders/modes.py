@@ -12,12 +12,15 @@ __all__ = ["evaluating"]
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Runs a module, which may be shared with others in training, in evaluation mode."""
-    training = [part for part in module.modules() if part.training]
-    for part in training:
+    """Runs a module, which may be shared with others in training, in evaluation mode.
+
+    Parts that are built meanwhile, as those of a guide in its first call, are then in the mode of the whole.
+    """
+    whole, modes = module.training, {part: part.training for part in module.modules()}
+    for part in modes:
         part.training = False
     try:
         yield
     finally:
-        for part in training:
-            part.training = True
+        for part in [*modes, *module.modules()]:
+            part.training = modes.get(part, whole)
