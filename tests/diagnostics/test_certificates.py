@@ -560,6 +560,7 @@ def test_words_of_batches_that_were_read_are_saved_whole(tmp_path: Path) -> None
     assert stages == ["hmc", "hmc", "full_rank", "full_rank"]
 
 
+@pytest.mark.slow
 def test_means_of_values_in_their_support_count() -> None:
     """On the scale of log z most draws tell nothing of the mean of z, which few large ones decide."""
 

@@ -815,14 +815,14 @@ def test_arguments_that_the_encoder_lacks_are_named() -> None:
             effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
             pyro.sample("y", dist.Normal(slope * x + effect, 0.5), obs=y)
 
-    x = torch.randn(100)
-    y = 2 * x + 1.1 * torch.randn(100)
+    x = torch.randn(50)
+    y = 2 * x + 1.1 * torch.randn(50)
     slopes = []
     for spec in (None, ["x", "y"]):
         pyro.clear_param_store()
         guide = AmortizedGuide(mixed, encoder_input=spec)
         svi = SVI(mixed, guide, pyro.optim.Adam({"lr": 0.03}), Trace_ELBO())
-        for _ in range(400):
+        for _ in range(250):
             svi.step(x, y)
         slopes.append(pyro.param("slope").item())
         gaps = estimate_gaps(mixed, guide, (x, y))
