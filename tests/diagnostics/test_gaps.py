@@ -829,6 +829,16 @@ def test_arguments_that_the_encoder_lacks_are_named() -> None:
         words = "the encoder does not see 'x', on which posteriors depend"
         assert (words in " ".join(gaps.verdict.split())) == (spec is None)
         assert gaps.dataset.attrs.get("encoder_input_to_try") == (None if spec else "['x', 'y']")
+
+    def shared(weights: Tensor, y: Tensor) -> None:
+        """As many weights as datapoints, which are no data of these."""
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(weights * z.unsqueeze(-1), 0.5).to_event(1), obs=y)
+
+    pyro.clear_param_store()
+    gaps = estimate_gaps(shared, AmortizedGuide(shared), (torch.randn(6), torch.randn(6, 6)))
+    assert "unseen_arguments" not in gaps.dataset.attrs
     least_squares = ((x * y).sum() / x.square().sum()).item()
     assert slopes[0] < 0.7 * least_squares
     assert slopes[1] > 0.9 * least_squares
