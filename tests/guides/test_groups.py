@@ -1,5 +1,6 @@
 """Long format: observations in a plate beside the datapoint plate, tied to the datapoints by an index."""
 
+import ast
 import math
 import warnings
 from typing import Any
@@ -371,3 +372,14 @@ def test_a_global_latent_is_no_value_of_an_entry() -> None:
         AmortizedGuide(ratings, encoder_input={"obs": ["y", "b"]}, **options)(torch.randn(5), user, item)
     guide = AmortizedGuide(ratings, encoder_input={"obs": ["y"], "users": ["b"]}, name="remedy", **options)
     assert guide(torch.randn(5), user, item)["a"].shape == (3,)
+
+
+def test_what_the_encoder_lacks_is_named_by_plate_and_the_remedy_works() -> None:
+    arguments = data()
+    guide = AmortizedGuide(radon, plate="county", groups={"obs": "county_index"})
+    attributes = estimate_gaps(radon, guide, arguments).dataset.attrs
+    assert attributes["unseen_arguments"] == "'floor', 'uranium'"
+    spec = ast.literal_eval(attributes["encoder_input_to_try"])
+    assert spec == {"obs": ["y", "floor"], "county": ["uranium"]}
+    mended = AmortizedGuide(radon, plate="county", groups={"obs": "county_index"}, encoder_input=spec, name="mended")
+    assert "unseen_arguments" not in estimate_gaps(radon, mended, arguments).dataset.attrs

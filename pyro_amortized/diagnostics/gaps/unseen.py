@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,18 +35,20 @@ def advice_on_inputs(dataset: xarray.Dataset) -> str:
 
 @torch.no_grad()
 def unseen_arguments(guide: LocalGuide, problem: LocalProblem) -> dict[str, str]:
-    """Names of arguments that the log-joint depends on and the guide's answers do not, and of all that it depends on.
+    """Names of arguments that the log-joint depends on and the encoder does not see, and of all that it depends on.
 
     Found by numbers: what belongs to half of the datapoints changes places within one argument. An argument that
     changes the log-joints of other datapoints too is shared by all, and none of their data. Covariates that the encoder
     is not shown let its answers, and global latents and parameters that are trained with them, miss what they explain.
     """
-    if not guide.inference.needs_inputs:
-        return {}
     log_joint = problem.objective.log_joint
+    inputs = _inputs(guide, *log_joint.call.args, **log_joint.call.kwargs)
+    if not inputs or problem.plate != guide.plate:
+        return {}
     structure = log_joint.structure
     half = structure.datapoints.size // 2
     rows = {structure.datapoints.size: torch.arange(structure.datapoints.size) < half}
+    plates = {len(group.index): name for name, group in structure.groups.items()}
     rows |= {len(group.index): group.datapoints.cpu() < half for group in structure.groups.values()}
     indices = [*structure.indices.values(), *(group.index for group in structure.groups.values())]
     z = draw(problem.objective.family, problem.phi, 2, generator(0, 40))
@@ -67,11 +69,20 @@ def unseen_arguments(guide: LocalGuide, problem: LocalProblem) -> dict[str, str]
             found = changed.plain(z)
             if close(found, reference) or not close(found[:, half:], reference[:, half:]):
                 continue
-            with seeded(generator(0, 41)), guide.repeatable():
-                phi, _ = guide.infer(**{**named, **moved}).local
+            now = _inputs(guide, **{**named, **moved})
         except Exception:  # a model may fail in any way on rows that have changed places; then nothing is known
             continue
         all_names.append(name)
-        if phi.shape == problem.phi.shape and close(phi.to(problem.phi), problem.phi):
+        if all(map(torch.equal, now, inputs)):
             unseen.append(name)
-    return {_UNSEEN: ", ".join(map(repr, unseen)), _SHOWN: str(all_names)} if unseen else {}
+    shown: Any = all_names
+    if structure.groups:
+        of_plate = {name: plates.get(len(named[name]), structure.datapoints.name) for name in all_names}
+        shown = {plate: [n for n in all_names if of_plate[n] == plate] for plate in dict.fromkeys(of_plate.values())}
+    return {_UNSEEN: ", ".join(map(repr, unseen)), _SHOWN: str(shown)} if unseen else {}
+
+
+def _inputs(guide: LocalGuide, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    """What the encoder sees of a call, of the same subsample each time; torch's own state is left alone."""
+    with seeded(generator(0, 41)):
+        return guide.encoder_inputs(*args, **kwargs)
