@@ -13,7 +13,7 @@ EXPERIMENT_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow fuzz lint format house docs docs-full tutorials pictures test-docs release-check test-oldest bench experiments certificates bench-scale bench-processes hierarchies robustness public-models encoders clean
+.PHONY: help demo test test-slow test-device fuzz lint format house docs docs-full tutorials pictures test-docs release-check test-oldest bench experiments certificates bench-scale bench-processes hierarchies robustness public-models encoders clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -26,6 +26,9 @@ test: $(VENV)/.test  ## run the default test suite (options in TEST_ARGS)
 
 test-slow: $(VENV)/.test  ## run the slow tests
 	$(BIN)/python -m pytest -m slow $(TEST_ARGS)
+
+test-device: $(VENV)/.test  ## run the tests of devices without one, on memory of the host (needs a C++ compiler)
+	$(BIN)/python -m pytest -m fake_device tests/test_devices.py
 
 fuzz: $(VENV)/.test  ## check random structures (SEED=, NUM= of them, from number START=)
 	$(BIN)/python tests/fuzz/run.py --seed $(SEED) --num $(NUM) --start $(START)

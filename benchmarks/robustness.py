@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib
+import json
 import math
 import multiprocessing
 import sys
@@ -17,7 +18,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -39,7 +40,8 @@ from _problem import Problem, rows_at_random
 RATES = (0.001, 0.003, 0.01, 0.03)
 NUM_SEEDS = 3
 NUM_STEPS = 300
-NUM_PARTICLES = 20
+NUM_PARTICLES, NUM_REFINED = 20, 4
+"""Evaluations of the ELBO at the end, and those of guides that refine in each."""
 
 
 # Models
@@ -231,7 +233,8 @@ def run(job: tuple[str, str, float, int], num_steps: int = NUM_STEPS) -> Run:
             guide.eval()
             loss, size = problem.loss(), problem.num_datapoints(*problem.train)
             with torch.no_grad():
-                elbo = mean(-loss.loss(problem.model, guide, *problem.train) / size for _ in range(NUM_PARTICLES))
+                number = NUM_REFINED if guide_name in ("SemiAmortized", "Iterative") else NUM_PARTICLES
+                elbo = mean(-loss.loss(problem.model, guide, *problem.train) / size for _ in range(number))
             elbo = elbo if math.isfinite(elbo) else None
             return Run(name, guide_name, lr, seed, max(losses[1:30]), elbo, seconds)
     except (ValueError, RuntimeError, NotImplementedError) as error:  # a run that fails is a result
@@ -269,13 +272,24 @@ def main() -> None:
     parser.add_argument("--num-seeds", type=int, default=NUM_SEEDS)
     parser.add_argument("--num-steps", type=int, default=NUM_STEPS)
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument("--results", type=Path, help="a file of JSON lines: runs in it are not repeated, new ones added")
     options = parser.parse_args()
     seeds = range(options.num_seeds)
-    jobs = [(m, g, lr, s) for g in options.guides for m in options.models for lr in options.rates for s in seeds]
+    jobs = [(m, g, lr, s) for s in seeds for g in options.guides for m in options.models for lr in options.rates]
+    runs = saved(options.results)
+    done = {(found.model, found.guide, found.lr, found.seed) for found in runs}
+    left = [job for job in jobs if job not in done]
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-        found = pool.imap_unordered(partial(run, num_steps=options.num_steps), jobs)
-        runs = list(tqdm(found, total=len(jobs), unit="run"))
+        for found in tqdm(pool.imap_unordered(partial(run, num_steps=options.num_steps), left), total=len(left)):
+            runs.append(found)
+            if options.results:
+                with options.results.open("a") as file:
+                    file.write(json.dumps(asdict(found)) + "\n")
     print(table(runs))
+
+
+def saved(results: Path | None) -> list[Run]:
+    return [Run(**json.loads(line)) for line in results.open()] if results and results.exists() else []
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Every guide and diagnostic on every device; what a step reads off it, which makes Python wait for an accelerator."""
+"""Every guide and diagnostic on every device; what a step reads off it, which makes Python wait for an accelerator.
+
+Without a device of CUDA, ``make test-device`` runs them on one of the host's that torch takes for another.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import fake_device
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -21,37 +26,62 @@ from torch.utils.data import DataLoader
 from pyro_amortized import (
     AmortizedGuide,
     Codebook,
+    ConvEncoder,
+    CountEncoder,
     DiscreteAmortizedGuide,
     IterativeAmortizedGuide,
     PerDatapointGuide,
     SemiAmortizedGuide,
+    SequenceEncoder,
+    SetEncoder,
     VectorQuantizedGuide,
     calibrate,
+    certified_posterior,
     collapse_report,
     compare_gaps,
     estimate_gaps,
     evidence_bounds,
     log_evidence,
     optimize_local,
+    over_datasets,
     posterior_summary,
+    predict_gap,
     psis,
     simulate,
     to_arviz,
+    typicality,
 )
 from pyro_amortized.encoders.layers import FAR, Head
 from pyro_amortized.graphs.reads import _reads_values
+from pyro_amortized.training import IWELBO, FreeBitsELBO, KLAnnealing, linear_schedule, load_checkpoint, save_checkpoint
 from pyro_amortized.updates import newton
 
-DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
+ACCELERATORS = (pytest.param("cuda", marks=pytest.mark.gpu), pytest.param("fake", marks=pytest.mark.fake_device))
+DEVICES = ("cpu", *ACCELERATORS)
+NOT_ON_THE_FAKE_DEVICE = ("per datapoint, sparse", "sequence", "images", "exported", "saved")
+"""Sparse gradients, fused recurrent cells, convolutions, and copies of storages."""
 WAITING = ("encoders.layers", "inference.refined", "guides.checks", "updates.newton")
 X = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
+def available(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
+    if request.param == "fake":
+        if request.node.callspec.params.get("name") in NOT_ON_THE_FAKE_DEVICE:
+            pytest.skip("the fake device cannot do it")
+        fake_device.load()
     return request.param
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return available(request)
+
+
+@pytest.fixture(params=ACCELERATORS)
+def accelerator(request: pytest.FixtureRequest) -> str:
+    return available(request)
 
 
 @pytest.fixture
@@ -95,6 +125,16 @@ def nested(x: Tensor) -> None:
             pyro.sample("x", dist.Normal(pupil, 1.0), obs=x)
 
 
+GROUP = torch.arange(12) % 5
+
+
+def grouped(x: Tensor, group: Tensor) -> None:
+    with pyro.plate("groups", 5):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(z[group], 1.0).to_event(1), obs=x)
+
+
 def clusters(x: Tensor) -> None:
     with pyro.plate("data", len(x)):
         code = pyro.sample("code", dist.Categorical(x.new_ones(4)), infer={"enumerate": "parallel"})
@@ -135,8 +175,31 @@ GUIDES: dict[str, Callable[[str], tuple[Any, Any]]] = {
     "per datapoint": lambda _: (subsampled, PerDatapointGuide(subsampled)),
     "per datapoint, sparse": lambda _: (subsampled, PerDatapointGuide(subsampled, sparse=True)),
     "discrete": lambda _: (clusters, DiscreteAmortizedGuide(clusters)),
+    "groups": lambda _: (grouped, AmortizedGuide(grouped, plate="groups", groups={"rows": "group"})),
+    "groups, semi-amortized": lambda _: (
+        grouped,
+        SemiAmortizedGuide(grouped, plate="groups", groups={"rows": "group"}, num_steps=2),
+    ),
+    "set": lambda device: (
+        model,
+        AmortizedGuide(model, SetEncoder(1).to(device), encoder_input=lambda x: x.unsqueeze(-1)),
+    ),
+    "sequence": lambda device: (
+        model,
+        AmortizedGuide(model, SequenceEncoder(1, pooled=True).to(device), encoder_input=lambda x: x.unsqueeze(-1)),
+    ),
+    "images": lambda device: (
+        model,
+        AmortizedGuide(model, ConvEncoder(1).to(device), encoder_input=lambda x: x[:, None, None]),
+    ),
+    "counts": lambda device: (
+        model,
+        AmortizedGuide(model, CountEncoder(3).to(device), encoder_input=lambda x: x.exp().round()),
+    ),
     "vector quantized": quantized,
 }
+UNLESS_CUDA = {"groups": 1, "groups, semi-amortized": 1, "counts": 1}
+"""Checks of values that CUDA makes by itself: whether positions and counts are in range."""
 READS = {
     "semi-amortized": 1,
     "semi-amortized, full rank": 1,
@@ -186,12 +249,16 @@ def counting() -> Iterator[Counter[tuple[str, str]]]:
         yield reads.found
 
 
+def arguments(name: str, device: str) -> tuple[Tensor, ...]:
+    return tuple(value.to(device) for value in ((X, GROUP) if name.startswith("groups") else (X,)))
+
+
 def trained(name: str, device: str, num_steps: int = 3) -> tuple[Any, Any, SVI]:
     program, guide = GUIDES[name](device)
     elbo: Any = TraceEnum_ELBO(max_plate_nesting=1) if name == "discrete" else Trace_ELBO()
     svi = SVI(program, guide, pyro.optim.Adagrad({"lr": 0.01}), elbo)
     for _ in range(num_steps):
-        svi.step(X.to(device))
+        svi.step(*arguments(name, device))
     return program, guide, svi
 
 
@@ -203,10 +270,11 @@ def trained(name: str, device: str, num_steps: int = 3) -> tuple[Any, Any, SVI]:
 @pytest.mark.parametrize("name", GUIDES)
 def test_a_step_reads_a_value_where_a_graph_is_checked_alone(name: str, device: str) -> None:
     with pyro.validation_enabled(False):
-        svi, x = trained(name, device)[2], X.to(device)
+        svi = trained(name, device)[2]
         with counting() as found:
-            svi.step(x)
-    assert sum(found.values()) == READS.get(name, 0), found
+            svi.step(*arguments(name, device))
+    expected = READS.get(name, 0) + (UNLESS_CUDA.get(name, 0) if device != "cuda" else 0)
+    assert sum(found.values()) == expected, found
 
 
 @pytest.mark.usefixtures("as_on_an_accelerator")
@@ -223,11 +291,11 @@ def test_cuda_waits_for_pyro_alone(name: str) -> None:
     if not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
     with pyro.validation_enabled(False):
-        guide, x = trained(name, "cuda")[1], X.cuda()
-        guide(x)
+        guide, args = trained(name, "cuda")[1], arguments(name, "cuda")
+        guide(*args)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            guide(x)
+            guide(*args)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -310,13 +378,13 @@ def test_divergence_is_seen_in_the_loss_or_in_an_error() -> None:
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n != "normal" else ()) for n in GUIDES])
 def test_every_guide_trains_and_answers(name: str, device: str) -> None:
     program, guide, svi = trained(name, device)
-    x = X.to(device)
-    assert np.isfinite(svi.evaluate_loss(x))
+    args = arguments(name, device)
+    assert np.isfinite(svi.evaluate_loss(*args))
     assert {value.device.type for value in guide.state_dict().values() if isinstance(value, Tensor)} == {device}
-    assert {value.device.type for value in guide(x).values()} == {device}
-    assert {value.device.type for value in guide.median(x).values()} == {device}
+    assert {value.device.type for value in guide(*args).values()} == {device}
+    assert {value.device.type for value in guide.median(*args).values()} == {device}
     if name not in ("discrete", "vector quantized"):
-        summary = posterior_summary(program, guide, (x,), num_samples=2)
+        summary = posterior_summary(program, guide, args, num_samples=2)
         assert all(np.isfinite(value).all() for value in summary.data_vars.values())
 
 
@@ -377,6 +445,27 @@ def check_export(guide: Any, x: Tensor) -> None:
     assert np.abs(data["posterior"]["z"].mean(("chain", "draw")) - x.cpu().numpy() / 2).max() < 0.3
 
 
+def check_certificates(guide: Any, x: Tensor) -> None:
+    """The encoder's answers, and those of every later stage, from an encoder that has learned nothing."""
+    certified = certified_posterior(model, guide, (x,), num_samples=1000).dataset
+    assert certified["certified"].all()
+    untrained = AmortizedGuide(model)
+    untrained(x)
+    later = certified_posterior(model, untrained, (x,), num_samples=1000)
+    assert np.abs(later.posterior["z"].mean("draw") - x.cpu().numpy() / 2).max() < 0.2
+
+
+def check_typicality(guide: Any, x: Tensor) -> None:
+    reference = 2**0.5 * torch.randn(400, 3, device=x.device)
+    assert typicality(model, guide, (reference[:200],), reference_args=(reference[200:],)).typical
+
+
+def check_prediction_of_gaps(guide: Any, x: Tensor) -> None:
+    reference = (x.repeat(5, 1) + torch.randn(60, 3, device=x.device),)
+    predicted = predict_gap(model, guide, (x,), reference_args=reference, tolerance=0.1)
+    assert np.isfinite(predicted["amortization_gap"]).all()
+
+
 def check_psis(guide: Any, x: Tensor) -> None:
     weights, khat = psis(torch.randn(100, 4, device=x.device))
     assert weights.device == khat.device == x.device
@@ -394,6 +483,9 @@ DIAGNOSTICS: dict[str, Callable[[Any, Tensor], Any]] = {
     "calibrate": check_calibration,
     "simulate": lambda guide, x: simulate(model, guide, (x,)),
     "to_arviz": check_export,
+    "certified_posterior": check_certificates,
+    "typicality": check_typicality,
+    "predict_gap": check_prediction_of_gaps,
     "psis": check_psis,
 }
 FAST_ONES = {"log_evidence", "to_arviz", "psis", "simulate"}
@@ -406,3 +498,102 @@ def test_every_diagnostic(name: str, device: str) -> None:
     guide, x = AmortizedGuide(model, Exact()), X.to(device)
     guide(x)
     DIAGNOSTICS[name](guide, x)
+
+
+@pytest.mark.parametrize(
+    "family", ["multivariate_normal", "low_rank_multivariate_normal", "flow", "mixture", "structured"]
+)
+def test_every_family(family: str, accelerator: str) -> None:
+    guide, x = AmortizedGuide(model, family=family), X.to(accelerator)
+    guide(x)
+    gaps = estimate_gaps(model, guide, (x,), **FAST).dataset
+    assert np.abs(gaps["log_evidence"] - evidence(x)).max() < 0.02
+    certified = certified_posterior(model, guide, (x,), num_samples=500)
+    assert np.abs(certified.posterior["z"].mean("draw") - x.cpu().numpy() / 2).max() < 0.3
+
+
+@pytest.mark.filterwarnings("ignore:The log-likelihoods are not at draws from the posterior")
+def test_marginal_likelihoods(accelerator: str) -> None:
+    guide, x = AmortizedGuide(with_globals), X.to(accelerator)
+    guide(x)
+    data = to_arviz(with_globals, guide, (x,), num_samples=10, log_likelihood="marginal")
+    assert data["log_likelihood"]["x"].notnull().all()
+
+
+@pytest.mark.parametrize("Guide", [AmortizedGuide, SemiAmortizedGuide, IterativeAmortizedGuide, PerDatapointGuide])
+def test_subsamples_drawn_by_pyro(Guide: Any, accelerator: str) -> None:
+    """Their indices are on the CPU."""
+
+    def program(x: Tensor) -> None:
+        with pyro.plate("data", len(x), subsample_size=4) as index:
+            z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x[index])
+
+    svi = SVI(program, Guide(program), pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    assert all(np.isfinite(svi.step(X.to(accelerator))) for _ in range(3))
+
+
+def regression(x: Tensor, y: Tensor) -> None:
+    noise = pyro.sample("noise", dist.LogNormal(x.new_zeros(()), 1.0))
+    slope = pyro.sample("slope", dist.Normal(x.new_zeros(()), 1.0))
+    with pyro.plate("observations", len(x)):
+        pyro.sample("y", dist.Normal(slope * x, noise), obs=y)
+
+
+def test_whole_data_sets(accelerator: str) -> None:
+    program = over_datasets(regression)
+    x = torch.randn(20, 15, device=accelerator)
+    data = x, 2.0 * x + torch.randn(20, 15, device=accelerator)
+    encoder = SetEncoder(2).to(accelerator)
+    guide = AmortizedGuide(program, encoder, encoder_input=lambda x, y: torch.stack([x, y], -1))
+    svi = SVI(program, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    assert all(np.isfinite(svi.step(*data)) for _ in range(3))
+    assert np.isfinite(estimate_gaps(program, guide, data, **FAST).dataset["log_evidence"]).all()
+
+
+# Training and serving
+
+
+def exported(guide: Any, x: Tensor, path: Path) -> None:
+    program = guide.exported(x)
+    parameters = guide.variational_parameters(x)
+    torch.testing.assert_close(program.module()(x), parameters, rtol=1e-5, atol=1e-6)
+
+
+def saved(guide: Any, x: Tensor, path: Path) -> None:
+    optimizer = pyro.optim.Adam({"lr": 0.01})
+    svi = SVI(model, guide, optimizer, Trace_ELBO())
+    svi.step(x)
+    save_checkpoint(path / "checkpoint.pt", guide=guide, optimizer=optimizer)
+    losses = [svi.step(x) for _ in range(3)]
+    load_checkpoint(path / "checkpoint.pt", guide=guide, optimizer=optimizer)
+    assert [svi.step(x) for _ in range(3)] == losses
+
+
+def by_objective(objective: Callable[[], Any]) -> Callable[[Any, Tensor, Path], None]:
+    def check(guide: Any, x: Tensor, path: Path) -> None:
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), objective())
+        assert all(np.isfinite(svi.step(x)) for _ in range(3))
+
+    return check
+
+
+def annealed(guide: Any, x: Tensor, path: Path) -> None:
+    annealing = KLAnnealing(model, guide, linear_schedule(5))
+    svi = SVI(annealing.model, annealing.guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    assert np.isfinite(svi.step(x))
+
+
+USES: dict[str, Callable[[Any, Tensor, Path], None]] = {
+    "exported": exported,
+    "saved": saved,
+    "IWELBO": by_objective(lambda: IWELBO(num_particles=5)),
+    "FreeBitsELBO": by_objective(lambda: FreeBitsELBO(0.1)),
+    "annealed": annealed,
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_every_use(name: str, device: str, tmp_path: Path) -> None:
+    guide, x = trained("normal", device)[1], X.to(device)
+    USES[name](guide, x, tmp_path)

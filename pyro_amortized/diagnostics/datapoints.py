@@ -50,7 +50,7 @@ def batches(
             with torch.no_grad():
                 features = guide.encoder_features(*args, **kwargs)
             known = torch.cat([features.to(problem.phi), problem.phi], -1)
-            yield Batch(problem, known.double().cpu(), own)
+            yield Batch(problem, known.cpu().double(), own)
             bar.update()
 
 

@@ -144,8 +144,8 @@ def value_and_gradient(log_joint: Callable[[Tensor], Tensor], z: Tensor, like: T
             x = z[piece].detach().to(like).requires_grad_()
             value = log_joint(x)
             (gradient,) = torch.autograd.grad(value.sum(), x)
-            values.append(value.detach().double().cpu())
-            gradients.append(gradient.double().cpu())
+            values.append(value.detach().cpu().double())
+            gradients.append(gradient.cpu().double())
     value = torch.cat(values)
     return torch.where(value.isfinite(), value, -math.inf), torch.cat(gradients).nan_to_num(0.0, 0.0, 0.0)
 

@@ -101,7 +101,12 @@ class CountEncoder(StandardizedEncoder):
         return numbers == torch.arange(self.num_batches, device=batch.device)
 
     def _check_values(self, counts: Tensor, size: Tensor) -> None:
-        if not is_traced() and not ((counts >= 0).all() & (size > 0).all()):
+        if is_traced():
+            return
+        counted = (counts >= 0).all() & (size > 0).all()
+        if counted.is_cuda:
+            torch._assert_async(counted)  # the device stops at an error, and Python need not wait to read
+        elif not counted:
             raise ValueError(
                 "Cannot encode counts because some are negative or NaN, or a size factor is not positive; try the raw "
                 "counts, or MLPEncoder for values of other kinds."

@@ -110,7 +110,7 @@ class PerDatapoint(InferenceStrategy):
             if not self.rows.sparse:
                 return self.table
             index = torch.arange(len(self.table), device=self.table.device)
-        return self.rows(index)
+        return self.rows(index.to(self.table.device))  # Pyro draws subsamples on the CPU
 
 
 class Prior(InferenceStrategy):

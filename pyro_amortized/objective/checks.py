@@ -111,7 +111,9 @@ def check_outside(call: ModelCall, z: Tensor) -> None:
     first = run(z[0])
     before = _log_probs(first, inside)
     if call.structure.groups:
-        _check_groups(call, first, run(torch.where(torch.arange(len(z[0])).unsqueeze(-1) % 2 == 0, z[0], z[1])))
+        _check_groups(
+            call, first, run(torch.where(torch.arange(len(z[0]), device=z.device).unsqueeze(-1) % 2 == 0, z[0], z[1]))
+        )
     if not before:
         return
     nodes: Mapping[str, Any] = first.nodes

@@ -290,7 +290,7 @@ class LocalLogJoint:
             plain: Whether to evaluate as :meth:`plain` does.
         """
         size = self.num_datapoints
-        whole = len(rows) == size and torch.equal(rows, torch.arange(size))
+        whole = len(rows) == size and torch.equal(rows.cpu(), torch.arange(size))
         part = self if whole else self.select(rows)
         if part is not None:
             return part.plain if plain else part

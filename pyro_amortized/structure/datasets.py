@@ -311,7 +311,7 @@ class _Stack:
 
     def _log_joints(self, depth: int, together: bool, draws: dict[str, Tensor]) -> Tensor:
         """Log-joints of the data sets ``(B,)``, at draws from the prior that are made, or are at hand."""
-        total = torch.zeros(self.size, dtype=torch.float64)
+        terms = []
         values: dict[str, Tensor] = {}
         for site in self.sites(depth, together, values):
             value = site.value
@@ -319,11 +319,8 @@ class _Stack:
                 value = draws[site.name] if site.name in draws else site.fn.sample()
                 draws[site.name] = value
                 values[site.name] = site.by_dataset(value, self.size)
-            log_prob = site.fn.log_prob(value)
-            total = (total.double() + log_prob.reshape(self.size, -1).sum(-1)).to(
-                log_prob
-            )  # in which it can be compared
-        return total
+            terms.append(site.fn.log_prob(value).reshape(self.size, -1).sum(-1))
+        return torch.stack([term.double() for term in terms]).sum(0).to(terms[-1])  # in which it can be compared
 
     def _alone(self, draws: Mapping[str, Tensor]) -> Tensor:
         """The same of every data set on its own, as the model has them."""

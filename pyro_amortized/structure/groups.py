@@ -134,7 +134,10 @@ def _index(
             f"Cannot group the {frame.size} entries of plate {name!r} by an index of {len(index)} positions because "
             "there must be one for each; try index[rows] for the rows at hand."
         )
-    if not ((index >= 0) & (index < size)).all():
+    known = ((index >= 0) & (index < size)).all()
+    if known.is_cuda:
+        torch._assert_async(known)  # the device stops at an error, and Python need not wait to read
+    elif not known:
         raise ValueError(
             f"Cannot group the entries of plate {name!r} by positions {int(index.min())} to {int(index.max())} "
             f"because plate {parent!r} has {size} entries in this call, 0 to {size - 1}; try positions among those, "

@@ -115,8 +115,8 @@ def _state(name: str, part: Any) -> Any:
             f"Cannot save {name}=<{type(part).__name__}> because Pyro's schedulers do not give the state of the "
             "optimizers that they hold; try a torch optimizer and scheduler, SVIModule(model, guide, scheduler=...)."
         )
-    if isinstance(part, PyroOptim):
-        return part.get_state()
+    if isinstance(part, PyroOptim):  # of parameters not met since loading, the state still waits
+        return {**part._state_waiting_to_be_consumed, **part.get_state()}
     if hasattr(part, "state_dict"):
         return part.state_dict()
     if part is None or isinstance(part, int | float | str | torch.Tensor | list | tuple):
@@ -129,6 +129,8 @@ def _state(name: str, part: Any) -> Any:
 
 def _restore(part: Any, state: Any) -> None:
     if isinstance(part, PyroOptim):
+        part.optim_objs.clear()  # Pyro gives a state only to parameters that it meets for the first time
+        part._state_waiting_to_be_consumed.clear()
         part.set_state(state)
     else:
         part.load_state_dict(state)

@@ -66,6 +66,20 @@ def test_resumed_losses_are_equal_to_the_last_digit(Guide: Any, options: dict[st
     assert losses(decoder, guide, optimizer, [12, 7, 5, 12]) == expected
 
 
+def test_an_optimizer_in_use_is_put_back(tmp_path: Path) -> None:
+    """Its momenta too, of which the first step after loading does not tell; and a checkpoint of what waits to be used."""
+    decoder, guide, optimizer = start(AmortizedGuide, {})
+    losses(decoder, guide, optimizer, [8, 8, 8])
+    parts = {"decoder": decoder, "guide": guide, "optimizer": optimizer}
+    save_checkpoint(tmp_path / "run.pt", **parts)
+    expected = losses(decoder, guide, optimizer, [8, 8, 8, 8])
+    load_checkpoint(tmp_path / "run.pt", **parts)
+    save_checkpoint(tmp_path / "again.pt", **parts)
+    assert losses(decoder, guide, optimizer, [8, 8, 8, 8]) == expected
+    load_checkpoint(tmp_path / "again.pt", **parts)
+    assert losses(decoder, guide, optimizer, [8, 8, 8, 8]) == expected
+
+
 def functional(x: Tensor) -> None:
     scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
     with pyro.plate("data", len(x)):

@@ -34,7 +34,7 @@ def fit(problem: LocalProblem, rows: Tensor, start: Tensor, units: Tensor, rng: 
     family = problem.objective.family
     noise_dim = family.noise_dim or 0
     noise = quasi_normal(max(64, 4 * noise_dim), len(start), noise_dim, rng).to(problem.phi)
-    loss = FixedNoiseLoss(problem, noise, rows, start[rows].double().cpu(), units[rows])
+    loss = FixedNoiseLoss(problem, noise, rows, start[rows].cpu().double(), units[rows])
     found = minimize_rows(loss, loss.origin, max_length=_MAX_LENGTH, max_steps=_MAX_STEPS, tolerance=1e-3)
     return loss.phi_at(found.x, torch.arange(len(rows))).to(problem.phi)
 

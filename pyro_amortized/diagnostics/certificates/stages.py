@@ -148,7 +148,7 @@ class _Pipeline:
     def _chains(self, q: Member) -> None:
         rows = self.left
         root = q.family.scale_tril(q.phi.double()).cpu()  # type: ignore[operator]
-        start = draw(q.family, q.phi, NUM_CHAINS, self.rng).double().cpu()
+        start = draw(q.family, q.phi, NUM_CHAINS, self.rng).cpu().double()
         found = run_chains(self.problem, rows, start, root, self.target, self.rng)
         converged = self.result.record("hmc", rows, found, self.target)
         words = [f"R-hat {rhat:.3f}, {size}" for rhat, size in zip(found.rhat, _sizes(found), strict=True)]

@@ -38,12 +38,12 @@ class Member:
 
     def sample(self, num_draws: int, rng: torch.Generator) -> Tensor:
         """Independent draws ``(K, n, D)``, float64."""
-        return draw(self.family, self.phi, num_draws, rng).double().cpu()
+        return draw(self.family, self.phi, num_draws, rng).cpu().double()
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-densities ``(K, n)``, float64."""
         parts = [self.family(self.phi).log_prob(z[piece].to(self.phi)) for piece in chunks(len(z), z.shape[1])]
-        return torch.cat(parts).double().cpu()
+        return torch.cat(parts).cpu().double()
 
     def __getitem__(self, rows: Tensor) -> Member:
         """Those of some datapoints."""

@@ -60,11 +60,11 @@ class PriorSpread:
             log_p = [p.log_p for _, ps in site_priors(log_joint, values.expand(1, size, -1)) for p in ps]
             densities = torch.cat(log_p, -1)[0]
             same = _are_close(densities, densities[:1].expand_as(densities))
-            shared = densities[0].double().cpu() if same else None
+            shared = densities[0].cpu().double() if same else None
             if before is not None and _are_close(before.shared, shared):
                 return cls(before.loc[:1].expand(size, -1), before.scale[:1].expand(size, -1), shared, values)
             num_draws = max(2, 40_000 // size) if same else max(200, 20_000_000 // (size * values.shape[-1]))
-            draws = prior_draws(log_joint, min(1000, num_draws)).double().cpu()
+            draws = prior_draws(log_joint, min(1000, num_draws)).cpu().double()
         ordered = (draws.flatten(0, 1).unsqueeze(1) if same else draws).sort(0).values
         low, loc, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.25, 0.5, 0.75))
         scale = ((high - low) / _IQR_OF_NORMAL).nan_to_num(1.0, 1.0).clamp(min=1e-30)
@@ -99,7 +99,7 @@ def dimension_information(
     """
     size, dim = loc.shape
     num_draws = max(100, min(5000, 200_000 // size, 20_000_000 // (size * dim)))
-    w = (draw(family, phi, num_draws, rng).double().cpu() - loc) / scale
+    w = (draw(family, phi, num_draws, rng).cpu().double() - loc) / scale
     return torch.stack([_information(w[..., d].T.contiguous()) for d in range(dim)])
 
 

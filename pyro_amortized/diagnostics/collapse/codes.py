@@ -96,7 +96,7 @@ def _find(
     starts, num_codes = guide.code_books.numbers(sites)
     return Codes(
         torch.cat([start + k for start, k in zip(starts, codes, strict=True)], -1).cpu(),
-        torch.cat(kl, -1).double().cpu(),
+        torch.cat(kl, -1).cpu().double(),
         num_codes,
         [site.num_categories for site in sites for _ in range(code_place(site).stop)],
         _one_after_the_other([code_place(site) for site in sites]),

@@ -158,7 +158,7 @@ def local_divergence(problem: LocalProblem, num_samples: int, rng: torch.Generat
                 total[piece] += (kl - sampled).sum(-1) - prior.log_whole
     (kl, kl_se), (total, total_se) = _mean_and_error(kls), _mean_and_error(total)
     mean_se = torch.zeros_like(draws.mean) if draws.gaussian else draws.latents.std(0) / len(draws.latents) ** 0.5
-    return Divergence(*(part.double().cpu() for part in (kl, kl_se, total, total_se, draws.mean, mean_se)))
+    return Divergence(*(part.cpu().double() for part in (kl, kl_se, total, total_se, draws.mean, mean_se)))
 
 
 def _mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:

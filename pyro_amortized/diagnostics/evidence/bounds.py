@@ -92,7 +92,7 @@ def evidence_bounds(
     optimum = solve(problem, tolerance, seed, progress)
     evidence = estimate_evidence(problem, optimum.phi, tolerance, max_samples, seed, progress)
     lower, upper = torch.zeros(2, len(optimum.phi), dtype=torch.float64)
-    truth = simulation.latents.double().cpu().unsqueeze(0)
+    truth = simulation.latents.cpu().double().unsqueeze(0)
     for number, (rows, proposal) in enumerate(adapted_proposals(problem, optimum.phi, tolerance, (seed, 30))):
         z = proposal.draw(num_samples, generator(seed, 31, number))
         weights = log_weights_at(problem, proposal, rows, z)

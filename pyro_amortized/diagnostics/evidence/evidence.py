@@ -131,7 +131,7 @@ def log_weights_at(
     """Log-weights ``(K, n)`` of ``rows`` at latents ``(K, n, D)``, whose log-densities may be given."""
     log_joint = problem.objective.log_joint.on_rows(rows)
     values = [log_joint(z[piece].to(problem.phi)) for piece in chunks(len(z), len(rows))]
-    log_p = torch.cat(values).double().cpu()
+    log_p = torch.cat(values).cpu().double()
     log_p = torch.where(log_p.isfinite(), log_p, -math.inf)  # infinite only where numbers underflow
     return log_p - (proposal.log_prob(z) if log_q is None else log_q)
 

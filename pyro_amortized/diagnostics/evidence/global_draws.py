@@ -62,7 +62,7 @@ def draw_globals(
     with torch.no_grad(), seeded(generator(seed, 70)):
         pairs = [guide.sample_globals_and_log_prob(*args, **kwargs) for _ in range(number)]
     values, log_q = zip(*pairs, strict=True)
-    return GlobalDraws(values, torch.stack([torch.as_tensor(x) for x in log_q]).double().cpu())
+    return GlobalDraws(values, torch.stack([torch.as_tensor(x) for x in log_q]).cpu().double())
 
 
 def _at(problem: LocalProblem, values: Values) -> LocalProblem:
@@ -77,7 +77,7 @@ def outside_log_joint(problem: LocalProblem, values: Values) -> Tensor:
     r"""What sites outside of the datapoint plate give at global latents, :math:`\log p(\theta)` mostly, nats."""
     call = _at(problem, values).objective.log_joint.call
     terms = Evaluation(call, 1).outside(call.run()).values()
-    return torch.stack([*terms, torch.zeros(())]).double().sum().cpu()
+    return sum((term.cpu().double() for term in terms), torch.zeros((), dtype=torch.float64))
 
 
 def evidence_of_draws(

@@ -136,9 +136,9 @@ def _checked_optimum(problem: LocalProblem, optimum: Any, seed: int) -> Tensor:
     else:
         family, phi = problem.objective.family, optimum.phi.to(problem.phi)
         z = draw(family, phi, 100, generator(seed, 16))
-        values = (problem.objective.log_joint(z) - family(phi).log_prob(z)).double().cpu()
-        error = torch.hypot(values.std(0) / 10, optimum.elbo_se.double().cpu())
-        off = (values.mean(0) - optimum.elbo.double().cpu()).abs() > 8 * error + 1e-3 * (1 + values.mean(0).abs())
+        values = (problem.objective.log_joint(z) - family(phi).log_prob(z)).cpu().double()
+        error = torch.hypot(values.std(0) / 10, optimum.elbo_se.cpu().double())
+        off = (values.mean(0) - optimum.elbo.cpu().double()).abs() > 8 * error + 1e-3 * (1 + values.mean(0).abs())
         if off.any():
             cause = f"at {int(off.sum())} datapoints the ELBO of its phi is another one now"
     if cause is not None:

@@ -224,7 +224,7 @@ def proposals_at(problem: LocalProblem, search: Search, modes: Modes) -> list[tu
     close = mahalanobis(mean - modes.loc[0], modes.root[0]) <= 1.0
     if problem.objective.family.multimodal:  # whose mean may lie where there is next to nothing
         with torch.no_grad():
-            height = problem.objective.log_joint(mean.to(problem.phi).unsqueeze(0)).squeeze(0).double().cpu()
+            height = problem.objective.log_joint(mean.to(problem.phi).unsqueeze(0)).squeeze(0).cpu().double()
     else:
         height = modes.log_mass[0] - log_volume(modes.root[0])
     mass = torch.where(close | ~height.isfinite(), -math.inf, height + log_volume(root))

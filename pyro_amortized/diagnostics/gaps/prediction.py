@@ -131,7 +131,7 @@ def _inputs(batch: Batch) -> Tensor:
     weights = log_weights(problem.objective, problem.phi, None, _NUM_DRAWS, batch.seed)
     weights = weights.clamp(min=-1e30)  # where there is no density at all
     spread, slope = (value.clamp(min=1e-6).log() for value in (weights.std(0), _slope(batch)))
-    return torch.cat([torch.stack([weights.mean(0), spread, slope], -1), problem.phi.double().cpu()], -1)
+    return torch.cat([torch.stack([weights.mean(0), spread, slope], -1), problem.phi.cpu().double()], -1)
 
 
 def _slope(batch: Batch) -> Tensor:
@@ -139,7 +139,7 @@ def _slope(batch: Batch) -> Tensor:
     objective, phi = batch.problem.objective, batch.problem.phi
     family, root = objective.family, moments(objective.family, phi, generator(batch.seed, 62))[1]
     with seeded(generator(batch.seed, 63)):
-        gradient = objective.gradient(phi, objective.noise(phi, _NUM_SLOPES)).double().cpu().nan_to_num()
+        gradient = objective.gradient(phi, objective.noise(phi, _NUM_SLOPES)).cpu().double().nan_to_num()
     locs = gradient[:, family.locations].unflatten(-1, (-1, family.latent_dim)) @ root
     rest = gradient.clone()
     rest[:, family.locations] = 0.0

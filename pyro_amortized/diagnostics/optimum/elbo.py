@@ -141,4 +141,4 @@ def log_weights(
     else:
         with seeded(generator(seed)):
             values = [objective.log_weights(phi, piece.stop - piece.start) for piece in pieces]
-    return torch.cat(values).double().cpu()
+    return torch.cat(values).cpu().double()

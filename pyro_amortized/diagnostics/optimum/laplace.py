@@ -67,8 +67,8 @@ def find_modes(
                 value = part(z.unsqueeze(0)) if part else log_joint(z.reshape(shape))
                 (gradient,) = torch.autograd.grad(value.sum(), z)
             own = slice(None) if part else rows[piece]
-            values.append(-value.detach().flatten().double().cpu()[own])
-            gradients.append(-gradient.double().cpu()[own])
+            values.append(-value.detach().flatten().cpu().double()[own])
+            gradients.append(-gradient.cpu().double()[own])
         gradient = torch.cat(gradients)
         return torch.cat(values), (units[rows].transpose(-1, -2) @ gradient.unsqueeze(-1)).squeeze(-1)
 
@@ -96,7 +96,7 @@ def hessian(log_joint: Callable[[Tensor], Tensor], z: Tensor, like: Tensor) -> T
             directions = identity[piece].unsqueeze(1)
             point = z.to(like).expand(len(directions), size, dim).clone().requires_grad_()
             (gradient,) = torch.autograd.grad(log_joint(point).sum(), point, create_graph=True)
-            rows.append(torch.autograd.grad((gradient * directions).sum(), point)[0].double().cpu())
+            rows.append(torch.autograd.grad((gradient * directions).sum(), point)[0].cpu().double())
     return torch.cat(rows).transpose(0, 1)
 
 

@@ -154,7 +154,7 @@ def _smooth_optimum(problem: LocalProblem, seed: int, progress: bool) -> tuple[T
     family, size = problem.objective.family, len(problem.phi)
     noise_dim = family.noise_dim or 0
     units, laplace = _laplace_start(problem, seed)
-    starts = [problem.phi.double().cpu()] * 2 if laplace is None else [problem.phi.double().cpu(), laplace]
+    starts = [problem.phi.cpu().double()] * 2 if laplace is None else [problem.phi.cpu().double(), laplace]
     best = starts[0].clone()
     converged, num_steps = torch.zeros(size, dtype=torch.bool), torch.zeros(size, dtype=torch.long)
     rows, num_draws = torch.arange(size), max(64, 4 * noise_dim, min(family.num_params, 512) // 2 * 2)
@@ -194,11 +194,13 @@ def _laplace_start(problem: LocalProblem, seed: int) -> tuple[Tensor, Tensor | N
     mean, scale_tril = moments(family, problem.phi, generator(seed, 11))
     modes, _ = find_modes(log_joint, mean.unsqueeze(0), scale_tril, problem.phi)
     units = covariance_root(hessian(log_joint.plain, modes[0], problem.phi), scale_tril)
+    place = problem.phi.device
     if not family.multimodal:
-        return units, family.laplace(modes[0], torch.cholesky_inverse(units))
+        return units, family.laplace(modes[0].to(place), torch.cholesky_inverse(units).to(place)).cpu()
     every = Search(problem, problem.phi, (seed, 17)).run()
     share = torch.where(every.share < _LEAST_SHARE, 0.0, every.share)
-    return units, family.laplace_of_modes(every.loc, torch.cholesky_inverse(every.root), share)
+    at = every.loc.to(place), torch.cholesky_inverse(every.root).to(place), share.to(place)
+    return units, family.laplace_of_modes(*at).cpu()
 
 
 def _show(bar: Any, finished: int) -> None:
@@ -265,7 +267,7 @@ class FixedNoiseLoss:
         objective = whole if len(rows) == size else whole.select(rows)
         if objective is not None:
             return self._evaluate(objective, phi, self.noise[:, rows])
-        full = self.problem.phi.double().cpu().index_copy(0, rows, phi)  # the model runs only on all its data
+        full = self.problem.phi.cpu().double().index_copy(0, rows, phi)  # the model runs only on all its data
         value, gradient = self._evaluate(whole, full, self.noise)
         return value[rows], gradient[rows]
 

@@ -110,12 +110,12 @@ class Search:
         log_joint = problem.objective.log_joint
         self.log_joint = log_joint
         self.like = problem.phi
-        self.centres = problem.objective.family.centres(phi.detach()).double().cpu()
+        self.centres = problem.objective.family.centres(phi.detach()).cpu().double()
         self.mean, scale_tril = moments(problem.objective.family, phi, generator(*seed, 5))
         self.root = covariance_root(hessian(log_joint.plain, self.mean, phi), scale_tril)
         with seeded(generator(*seed, 12)):
             count = _NUM_PRIOR_DRAWS if log_joint.vectorized else _FEW_PRIOR_DRAWS
-            self.draws = prior_draws(log_joint, count).double().cpu()
+            self.draws = prior_draws(log_joint, count).cpu().double()
         self.rng = generator(*seed, 13)
         size, dim = self.mean.shape
         self.images = Images(log_joint.layout)
@@ -179,7 +179,7 @@ class Search:
         """Log-joints ``(K, n)``; minus infinity where they are not numbers."""
         with torch.no_grad():
             values = [log_joint(z[piece].to(self.like)) for piece in chunks(len(z), z.shape[1])]
-        return torch.cat(values).double().cpu().nan_to_num(nan=-math.inf, posinf=-math.inf)
+        return torch.cat(values).cpu().double().nan_to_num(nan=-math.inf, posinf=-math.inf)
 
     def _starts(self, pool: _Pool, rows: Tensor) -> Tensor:
         """Places to climb from ``(S, n, D)``: as the prior draws them, and by weight beyond known modes."""
