@@ -272,7 +272,9 @@ def main() -> None:
     parser.add_argument("--num-seeds", type=int, default=NUM_SEEDS)
     parser.add_argument("--num-steps", type=int, default=NUM_STEPS)
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
-    parser.add_argument("--results", type=Path, help="a file of JSON lines: runs in it are not repeated, new ones added")
+    parser.add_argument(
+        "--results", type=Path, help="a file of JSON lines: runs in it are not repeated, new ones added"
+    )
     options = parser.parse_args()
     seeds = range(options.num_seeds)
     jobs = [(m, g, lr, s) for s in seeds for g in options.guides for m in options.models for lr in options.rates]

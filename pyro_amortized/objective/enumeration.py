@@ -6,11 +6,14 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
+import pyro.distributions as dist
 from pyro.distributions.util import scale_and_mask
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 from pyro.poutine import Trace
 from torch import Tensor
+from torch.distributions import Categorical
+from torch.distributions.utils import probs_to_logits
 
 from pyro_amortized.structure.running import Site
 from pyro_amortized.structure.sites import is_data, sample_sites
@@ -23,11 +26,24 @@ Factor = tuple[Any, frozenset[str]]
 
 def packed_factors(trace: Trace) -> tuple[dict[str, Factor], set[str]]:
     """The factors of a run under ``poutine.enum`` by site, and the symbols of the dimensions to sum out."""
+    sites = sample_sites(trace)
+    for site in sites.values():
+        _take_logarithms_once(site["fn"])
     trace.compute_log_prob()
     trace.pack_tensors()
-    sites = sample_sites(trace)
     symbols = {site["infer"]["_enumerate_symbol"] for site in sites.values() if "_enumerate_symbol" in site["infer"]}
     return {name: _factor(site, trace) for name, site in sites.items()}, symbols
+
+
+def _take_logarithms_once(fn: Any) -> None:
+    """Takes those of probabilities that a plate repeats before they are repeated, where torch takes those of all."""
+    while isinstance(fn, dist.Independent):
+        fn = fn.base_dist
+    fn = getattr(fn, "_categorical", fn)
+    probs = vars(fn).get("probs")
+    if isinstance(fn, Categorical) and probs is not None and "logits" not in vars(fn):
+        once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in probs.stride()[:-1])
+        fn.logits = probs_to_logits(probs[once]).expand(probs.shape)
 
 
 def _factor(site: Site, trace: Trace) -> Factor:
