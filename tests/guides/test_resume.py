@@ -67,7 +67,7 @@ def test_resumed_losses_are_equal_to_the_last_digit(Guide: Any, options: dict[st
 
 
 def test_an_optimizer_in_use_is_put_back(tmp_path: Path) -> None:
-    """Its momenta too, of which the first step after loading does not tell; and a checkpoint of what waits to be used."""
+    """Its momenta too, of which the first step does not tell; and a checkpoint of what waits to be used."""
     decoder, guide, optimizer = start(AmortizedGuide, {})
     losses(decoder, guide, optimizer, [8, 8, 8])
     parts = {"decoder": decoder, "guide": guide, "optimizer": optimizer}

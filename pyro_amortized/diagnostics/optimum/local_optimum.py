@@ -196,11 +196,13 @@ def _laplace_start(problem: LocalProblem, seed: int) -> tuple[Tensor, Tensor | N
     units = covariance_root(hessian(log_joint.plain, modes[0], problem.phi), scale_tril)
     place = problem.phi.device
     if not family.multimodal:
-        return units, family.laplace(modes[0].to(place), torch.cholesky_inverse(units).to(place)).cpu()
+        phi = family.laplace(modes[0].to(place), torch.cholesky_inverse(units).to(place))
+        return units, None if phi is None else phi.cpu()
     every = Search(problem, problem.phi, (seed, 17)).run()
     share = torch.where(every.share < _LEAST_SHARE, 0.0, every.share)
     at = every.loc.to(place), torch.cholesky_inverse(every.root).to(place), share.to(place)
-    return units, family.laplace_of_modes(*at).cpu()
+    phi = family.laplace_of_modes(*at)
+    return units, None if phi is None else phi.cpu()
 
 
 def _show(bar: Any, finished: int) -> None:
