@@ -13,7 +13,7 @@ EXPERIMENT_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-device fuzz lint format house docs docs-full tutorials pictures test-docs release-check test-oldest bench experiments certificates bench-scale bench-processes hierarchies robustness public-models encoders clean
+.PHONY: help demo test test-slow test-device fuzz lint format house docs docs-full tutorials pictures test-docs release-check test-oldest bench experiments certificates bench-scale bench-processes hierarchies simulated robustness public-models encoders clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -85,6 +85,9 @@ encoders: $(VENV)/.examples  ## ready-made encoders against the multilayer perce
 
 hierarchies: $(VENV)/.examples  ## gaps of guides of hierarchies, crossed plates and data sets (15 minutes)
 	$(BIN)/python benchmarks/hierarchies.py
+
+simulated: $(VENV)/.examples  ## posteriors of data sets by simulation, beside sbi's where it is installed (20 minutes)
+	$(BIN)/python benchmarks/simulated.py
 
 certificates: $(VENV)/.examples  ## certified posteriors against known ones, and their cost against NUTS (an hour)
 	$(BIN)/python benchmarks/certificates.py

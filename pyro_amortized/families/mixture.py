@@ -259,6 +259,12 @@ class _Draw(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return _Draw.gradients(ctx, *grads)
+
+    @staticmethod
+    def gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The same in the precision of the parameters."""
         z, noise, logits, locs, log_scales = ctx.saved_tensors
         inverse_scale = (-log_scales).exp()
         x = (z.unsqueeze(-2) - locs) * inverse_scale

@@ -174,7 +174,12 @@ class LocalGuide(PosteriorGuide):
         before = stored(self._pyro_name)  # by another guide, with which they would be shared
         self._taken = before if call.structure.global_sites else []
         try:
-            with kept_generators() if self._pending_state else nullcontext():  # whose weights are not to be drawn
+            with ExitStack() as stack:
+                if self._pending_state:  # whose weights are not to be drawn
+                    stack.enter_context(kept_generators())
+                if torch.is_inference_mode_enabled():  # in which no parameter can be made
+                    stack.enter_context(torch.inference_mode(False))
+                    stack.enter_context(torch.no_grad())
                 self._build(call)
             if not self.training:
                 self.eval()  # what has been built now too

@@ -88,7 +88,7 @@ class RefiningGuide(AmortizedGuide):
                 f"Cannot estimate gradients by {estimator!r} because it is none of {ESTIMATORS}; try {ESTIMATORS[0]!r}."
             )
         super().__init__(model, encoder, **options)
-        self._num_steps = num_steps
+        self._num_steps = self._first_num_steps = num_steps
         self._update_spec = (update,)
         self._initial_kind = initial
         self._estimator = estimator
@@ -122,6 +122,11 @@ class RefiningGuide(AmortizedGuide):
     def _run_strategy(self, strategy: InferenceStrategy, inputs: tuple[Tensor, ...], call: Call) -> Tensor:
         if call.structure.missing or call.inputs is not None:  # there is nothing to refine to
             return start_of(strategy)(inputs, call.index)
+        if torch.is_inference_mode_enabled():
+            raise ValueError(
+                "Cannot refine phi under torch.inference_mode because no gradients can be taken there; try "
+                "torch.no_grad()."
+            )
         with kept_state():  # the model's own run in this step counts, not those of refinement
             refinement = strategy.refine(inputs, call.index, self._objective(call))  # type: ignore[operator]
         call.signal = refinement.signal

@@ -75,6 +75,11 @@ class SavedGuide(AutoGuide):
         else:
             self._pending_state = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Saves with what has been built what waits to be."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: value for name, value in self._pending_state.items()})
+
     def _load_pending_state(self) -> None:
         """Loads what was to be loaded before the guide was built."""
         if self._pending_state:

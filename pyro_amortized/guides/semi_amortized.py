@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
 from pyro_amortized.checks import check_flag
 from pyro_amortized.guides.base import LocalGuide
@@ -137,6 +137,7 @@ class SemiAmortizedGuide(RefiningGuide):
         )
         self._settings.update(encoder_gradient=encoder_gradient, checkpoint=checkpoint)
         self._structures.encodes &= initial == "encoder"
+        self._shares = False
 
     @property
     def _needs_inputs(self) -> bool:
@@ -158,7 +159,16 @@ class SemiAmortizedGuide(RefiningGuide):
         if not self._family.is_mean_field:
             return Adam()
         prior = self._initial_kind == "prior"
-        return NaturalGradient(0.5 if prior else min(0.5, 2.0 / max(1, self._num_steps)))
+        return NaturalGradient(0.5 if prior else min(0.5, 2.0 / max(1, self._first_num_steps)))
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode; that of what is shared with the guide whose answers are refined is left to that guide."""
+        if not self._shares:
+            return super().train(mode)
+        inference: Any = self.inference
+        self.training = inference.training = mode
+        inference.update.train(mode)
+        return self
 
     def _adopt(self, guide: LocalGuide) -> None:
         """Takes another guide's answers as the start, sharing its parameters."""
@@ -180,8 +190,8 @@ class SemiAmortizedGuide(RefiningGuide):
         initial: Any = guide._modules["inference"]
         like = next((p for p in initial.parameters()), None)
         self.inference = self._refine_from(initial, like if like is not None else guide._like)
-        self.training = self.inference.training = False  # but not what is shared with the other guide
-        self._ready = True
+        self._ready = self._shares = True
+        self.eval()
 
 
 LocalGuide.refining = SemiAmortizedGuide

@@ -94,7 +94,8 @@ def export_guide(guide: Any, call: Call, output: str, quantiles: Any) -> torch.e
     parts = {"inference": start_of(guide._modules["inference"])}
     parts.update({name: guide._modules[name] for name in ("family", "codebook") if guide._modules.get(name)})
     served = _Served(call, rows, answer, parts)
-    with torch.no_grad(), evaluating(served), pyro.validation_enabled(False):
+    whole = torch.autocast(inputs[0].device.type, enabled=False)
+    with torch.no_grad(), whole, evaluating(served), pyro.validation_enabled(False):
         program = _copied(_traced(served, _of_several(inputs, rows)))
         _check_numbers(program, served, inputs)
     _warn(guide, original)

@@ -30,6 +30,9 @@ class Objective(Protocol):
     def masked(self, phi: Tensor) -> Tensor:
         """phi with latents that are masked apart from all others, so that they move nothing."""
 
+    def unscaled(self, gradient: Tensor) -> Tensor:
+        """A gradient ``(N, P)`` of the ELBO without the scale that the model gives to its latents."""
+
     def value(self, phi: Tensor, noise: Any) -> Tensor:
         """The ELBO ``(N,)`` on given noise."""
 

@@ -193,6 +193,7 @@ class Refined(InferenceStrategy):
     def _move(
         self, phi: Tensor, grad: Tensor, state: tuple[Tensor, ...], curvature: list[Tensor], objective: Objective
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        grad = objective.unscaled(grad)
         taken: Tensor | Curvature = grad
         if curvature:
             slope, precision = curvature

@@ -16,7 +16,7 @@ from pyro_amortized.training.aggressive import Turns, check_knows_phi, informati
 __all__ = ["AggressiveTraining"]
 
 
-class AggressiveTraining(Callback, Turns):
+class AggressiveTraining(Turns, Callback):
     """Trains the encoder until it lags behind no longer, then the model for one step, and so on.
 
     As :class:`~pyro_amortized.training.AggressiveEncoder` does for SVI: while :attr:`aggressive`, a step of the
@@ -70,12 +70,3 @@ class AggressiveTraining(Callback, Turns):
                 call = call_of(plain, None, pl_module.to_args, pl_module.model)
                 information = information_of(pl_module.guide, *call)
             self.learned(mean_of_all(torch.tensor(information, device=pl_module.device)))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the schedule is."""
-        return self.turns_state()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from there."""
-        for name, value in state_dict.items():
-            setattr(self, name, value)

@@ -165,6 +165,11 @@ class SVIModule(LightningModule):
             state_dict = {name: value for name, value in state_dict.items() if not name.startswith("store.")}
         return super().load_state_dict(state_dict, strict, assign)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Saves with what is known what waits to be."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: value for name, value in self._pending.items()})
+
     def configure_optimizers(self) -> Any:
         """The optimizer, and the scheduler where there is one."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]

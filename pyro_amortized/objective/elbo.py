@@ -197,6 +197,14 @@ class LocalObjective:
         present = self.log_joint.layout.present
         return phi if present is None else self.family.masked(phi, present)
 
+    def unscaled(self, gradient: Tensor) -> Tensor:
+        """A gradient ``(N, P)`` of the ELBO without the scale that the model gives to its latents.
+
+        With it q's optimum stays where it is, as all that belongs to q is scaled alike, and steps their sizes.
+        """
+        layout = self.log_joint.layout
+        return gradient / torch.as_tensor(layout.scale).to(gradient).unsqueeze(-1) if layout.is_scaled else gradient
+
     def value(self, phi: Tensor, noise: Tensor | int) -> Tensor:
         """The ELBO ``(N,)`` on given noise."""
         return self._run(_value, phi, noise)[0]
@@ -334,8 +342,7 @@ def _curvature(objective: LocalObjective, phi: Tensor, noise: Tensor) -> tuple[T
         cotangents = [slope / len(noise), torch.full_like(log_q, -1.0 / len(noise))]
         (grad,) = torch.autograd.grad([z, log_q], path, cotangents, create_graph=create_graph)
     slope = family.in_units(phi, slope)  # type: ignore[operator]
-    if objective.log_joint.layout.is_scaled:
-        slope = slope / torch.as_tensor(objective.log_joint.layout.scale).to(slope).unsqueeze(-1)
+    slope = objective.unscaled(slope)
     slope, noise = widened(slope + noise).transpose(0, 1), widened(noise).transpose(0, 1)  # (N, K, D)
     mean, centre = slope.mean(1), noise.mean(1)
     slope, noise = slope - mean.unsqueeze(1), noise - centre.unsqueeze(1)

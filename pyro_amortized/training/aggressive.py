@@ -59,10 +59,15 @@ class Turns:
         self.aggressive &= information >= self._information
         self._information = information
 
-    def turns_state(self) -> dict[str, Any]:
-        """All of it as numbers, by the names of the attributes."""
+    def state_dict(self) -> dict[str, Any]:
+        """Where the schedule is, as numbers by the names of the attributes."""
         names = ("aggressive", "encoder_steps", "_losses", "_before", "_information")
         return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from there."""
+        for name, value in state_dict.items():
+            setattr(self, name, value)
 
 
 @torch.no_grad()

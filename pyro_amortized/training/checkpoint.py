@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import pickle
+import re
 import tempfile
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro.optim import PyroOptim
@@ -29,7 +32,7 @@ def save_checkpoint(path: str | os.PathLike[str], **parts: Any) -> None:
             ``state_dict``; or plain values, such as ``step=step``.
 
     Raises:
-        ValueError: If a part is neither, or the file cannot be written.
+        ValueError: If a part is neither, or the file cannot be written or would not be read again.
 
     Example:
         >>> import os, tempfile, torch, pyro, pyro.distributions as dist
@@ -52,7 +55,7 @@ def save_checkpoint(path: str | os.PathLike[str], **parts: Any) -> None:
         True
     """
     state = {name: _state(name, part) for name, part in parts.items()}
-    of_parts = {id(p) for part in parts.values() if isinstance(part, nn.Module) for p in part.parameters()}
+    of_parts = _parameters_of(parts)
     entries = pyro.get_param_store().named_parameters()
     store = {name: value.detach() for name, value in entries if id(value) not in of_parts}
     saved = {"parts": state, "store": store, "generators": generator_state()}
@@ -62,6 +65,7 @@ def save_checkpoint(path: str | os.PathLike[str], **parts: Any) -> None:
             try:
                 torch.save(saved, file)
                 file.flush()
+                _check_readable(file.name, parts)
                 os.fsync(file.fileno())
                 os.replace(file.name, path)
             except BaseException:
@@ -78,7 +82,8 @@ def load_checkpoint(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any
     """Puts everything back to where it was at :func:`save_checkpoint`.
 
     Guides need not be set up. Parameters of models that are functions must be in the parameter store already, since
-    only the model knows their constraints: evaluate the loss once before, as by ``svi.evaluate_loss(x)``.
+    only the model knows their constraints: evaluate the loss once before, as by ``svi.evaluate_loss(x)``. Parameters
+    that the store has got since then leave it.
 
     Args:
         path: The file.
@@ -104,7 +109,7 @@ def load_checkpoint(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any
         raise ValueError(f"Cannot load {absent} because the checkpoint holds {sorted(state)}; try some of these.")
     for name, part in parts.items():
         _restore(part, state.pop(name))
-    _restore_store(store)
+    _restore_store(store, _parameters_of(parts))
     restore_generators(generators)
     return {name: value for name, value in state.items() if not isinstance(value, dict)}
 
@@ -119,12 +124,26 @@ def _state(name: str, part: Any) -> Any:
         return {**part._state_waiting_to_be_consumed, **part.get_state()}
     if hasattr(part, "state_dict"):
         return part.state_dict()
+    if isinstance(part, np.generic):
+        return part.item()
     if part is None or isinstance(part, int | float | str | torch.Tensor | list | tuple):
         return part
     raise ValueError(
         f"Cannot save {name}=<{type(part).__name__}> because it has no state_dict and is no plain value; try the "
         "module that holds its parameters, or leaving it out."
     )
+
+
+def _check_readable(path: str, parts: dict[str, Any]) -> None:
+    """Raises a ValueError if a file cannot be loaded again; reads no numbers."""
+    try:
+        torch.load(path, weights_only=True, mmap=True, map_location="meta")
+    except pickle.UnpicklingError as error:
+        kind = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(
+            f"Cannot save {sorted(parts)} because one holds a {kind[1] if kind else 'kind of object'} that torch does "
+            "not load again with weights_only=True; try plain numbers, strings and tensors, float(value)."
+        ) from error
 
 
 def _restore(part: Any, state: Any) -> None:
@@ -136,8 +155,12 @@ def _restore(part: Any, state: Any) -> None:
         part.load_state_dict(state)
 
 
-def _restore_store(saved: dict[str, torch.Tensor]) -> None:
-    """Gives the parameters in the store that belong to no part the values that were saved."""
+def _parameters_of(parts: dict[str, Any]) -> set[int]:
+    return {id(p) for part in parts.values() if isinstance(part, nn.Module) for p in part.parameters()}
+
+
+def _restore_store(saved: dict[str, torch.Tensor], of_parts: set[int]) -> None:
+    """Gives the parameters in the store that belong to no part the values that were saved; later ones go."""
     entries = dict(pyro.get_param_store().named_parameters())
     absent = sorted(set(saved) - set(entries))
     if absent:
@@ -148,3 +171,5 @@ def _restore_store(saved: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, value in saved.items():
             entries[name].copy_(value)
+    for name in set(entries) - set(saved) - {n for n, entry in entries.items() if id(entry) in of_parts}:
+        del pyro.get_param_store()[name]

@@ -191,7 +191,10 @@ def _site_kl(name: str, guide_site: Site, model_site: Site, plate: str | None) -
     outer = {frame.dim for frame in guide_site["cond_indep_stack"] if frame.name in (plate, _PARTICLES)}
     averaged = [axis for axis in range(rank) if axis - rank in outer]
     count = torch.Size([kl.shape[axis] for axis in averaged]).numel()
-    return _SiteKL(kl.mean(averaged), count * float(guide_site["scale"]))
+    scale = guide_site["scale"]
+    if isinstance(scale, Tensor) and scale.numel() > 1:  # each datapoint's share is its own
+        kl, scale = kl * (scale / scale.mean()).reshape(scale.shape + (1,) * (kl.dim() - rank)), scale.mean()
+    return _SiteKL(kl.mean(averaged), count * float(scale))
 
 
 def _base(fn: Any) -> Any:

@@ -3,7 +3,7 @@ r"""KL annealing: the KL divergence of the local latents counts little at first,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro.distributions as dist
@@ -164,6 +164,14 @@ class KLAnnealing:
     def step(self) -> None:
         """Goes on by one step of the schedule; to be called after each step of SVI."""
         self.num_steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the schedule is."""
+        return {"num_steps": self.num_steps}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on from there."""
+        self.num_steps = state_dict["num_steps"]
 
     def guide(self, *args: Any, **kwargs: Any) -> Any:
         """The guide with its local latents scaled."""
