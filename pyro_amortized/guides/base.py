@@ -46,12 +46,13 @@ from pyro_amortized.guides.sampling import (
 )
 from pyro_amortized.inference.base import InferenceStrategy
 from pyro_amortized.inference.refined import Refined
+from pyro_amortized.objective.independence import check_absent
 from pyro_amortized.objective.log_joint import takes_draws
 from pyro_amortized.structure.dependence import posterior_parents
 from pyro_amortized.structure.groups import GroupSpec, check_groups
 from pyro_amortized.structure.observed import check_observed
 from pyro_amortized.structure.reader import StructureReader
-from pyro_amortized.structure.running import is_predicting, isolated, run_model
+from pyro_amortized.structure.running import Feasible, is_predicting, isolated, run_model
 from pyro_amortized.structure.sites import is_enumerated
 from pyro_amortized.structure.state import kept_generators, untouched
 from pyro_amortized.structure.steady import check_steady
@@ -196,6 +197,7 @@ class LocalGuide(PosteriorGuide):
     def _build(self, call: Call) -> None:
         structure = call.structure
         check_steady(self._structures, call.of_model(self.model), observed=self._needs_observed)
+        check_absent(call.of_model(self.model))
         init_loc = self._initial_locations(call)
         if structure.layout is not None:
             self._like = init_loc.new_empty(0)
@@ -221,7 +223,7 @@ class LocalGuide(PosteriorGuide):
         """Where q starts: ``(N, D)``, without entries if there are no local latents."""
         with torch.no_grad(), untouched():
             start = InitMessenger(self._initial)
-            trace = run_model(self.model, call.args, call.kwargs, call.structure.indices, (start,))
+            trace = run_model(self.model, call.args, call.kwargs, call.structure.indices, (Feasible(), start))
         check_observed(trace)
         nodes: dict[str, Any] = trace.nodes
         layout = call.structure.layout

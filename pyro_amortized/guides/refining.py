@@ -186,7 +186,7 @@ class RefiningGuide(AmortizedGuide):
         shape = (2, log_joint.num_datapoints, log_joint.layout.latent_dim)
         z = torch.linspace(-0.5, 0.5, math.prod(shape), dtype=self._like.dtype, device=self._like.device).reshape(shape)
         with untouched():
-            check_outside(log_joint.call, z)
+            check_outside(log_joint.call, z, all_pairs=not self._modes)
             return log_joint.choose_mode(z)
 
     def _refined_from(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import pyro
@@ -17,6 +19,7 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_amortized.objective.independence import check_independence
 from pyro_amortized.objective.log_joint import LocalLogJoint
 from pyro_amortized.structure.call import ModelCall
 from pyro_amortized.structure.influence import close
@@ -26,7 +29,7 @@ from pyro_amortized.structure.sites import sample_sites
 from pyro_amortized.structure.state import untouched
 from pyro_amortized.structure.structure import Structure
 
-__all__ = ["check_log_joint", "check_outside"]
+__all__ = ["check_alone", "check_log_joint", "check_outside"]
 
 
 @torch.no_grad()
@@ -51,8 +54,8 @@ def check_log_joint(log_joint: LocalLogJoint, z: Tensor) -> None:
             "pyro.sample sites."
         )
     _check_finite(reference, log_joint.layout)
-    _check_independence(log_joint, z, reference)
     check_outside(log_joint.call, z)
+    _check_independence(log_joint, z, reference)
     log_joint.try_vectorized(z, reference)
     log_joint.validate = False
 
@@ -84,8 +87,8 @@ _SPREAD = 3.0
 
 
 @torch.no_grad()
-def check_outside(call: ModelCall, z: Tensor) -> None:
-    """Makes sure that no site outside of the datapoint plate depends on the latents in it.
+def check_outside(call: ModelCall, z: Tensor, *, all_pairs: bool = True) -> None:
+    """Makes sure that no site outside of the datapoint plate depends on the latents in it, nor another datapoint.
 
     The log-joint of a datapoint sums the sites in the plate. One outside, be it observed, a factor, or a global latent
     whose prior depends on local ones, would be left out without a trace.
@@ -93,32 +96,19 @@ def check_outside(call: ModelCall, z: Tensor) -> None:
     Args:
         call: The call.
         z: Two different draws of the flat latent, ``(2, N, D)``.
+        all_pairs: Whether to try every two datapoints, as in :func:`check_independence`, or some in every call.
 
     Raises:
         ValueError: If one does, naming the site and its plates; or if the call sees only some of a datapoint's entries.
     """
     _check_whole(call.structure)
     layout: Any = call.structure.layout
+    run, first, points = check_alone(call, z, all_pairs=all_pairs)
     inside = {layout.plate, *call.structure.groups}
-    drawn: dict[str, Any] = {}
-
-    def run(z: Tensor | None) -> Trace:
-        values = drawn if z is None else {**drawn, **layout.values(z)}
-        with untouched(), pyro.validation_enabled(False):
-            pyro.set_rng_seed(0)
-            return call.run(values)
-
-    first = run(z[0])
     before = _log_probs(first, inside)
-    if call.structure.groups:
-        _check_groups(
-            call, first, run(torch.where(torch.arange(len(z[0]), device=z.device).unsqueeze(-1) % 2 == 0, z[0], z[1]))
-        )
     if not before:
         return
-    nodes: Mapping[str, Any] = first.nodes
-    drawn.update({name: site["value"] for name, site in nodes.items() if _is_drawn(site)})
-    for point in _points(run, layout, z):
+    for point in points:
         with suppress(Exception):  # a model may fail in any way at latents far out
             after = _log_probs(run(point), inside)
             changed = [name for name in before if not _same(before[name], after.get(name))]
@@ -130,6 +120,42 @@ def check_outside(call: ModelCall, z: Tensor) -> None:
     else:
         return
     _refuse(sample_sites(first)[changed[0]], layout)
+
+
+@torch.no_grad()
+def check_alone(
+    call: ModelCall, z: Tensor, *, all_pairs: bool = True
+) -> tuple[Callable[..., Trace], Trace, list[Tensor]]:
+    """Makes sure that no datapoint depends on the latents of others.
+
+    Args:
+        call: The call.
+        z: Two different draws of the flat latent, ``(2, N, D)``.
+        all_pairs: As for :func:`check_outside`.
+
+    Returns:
+        What runs the model at latents ``(N, D)``, or with all drawn at None; its run at the first draw; and latents far
+        from that.
+
+    Raises:
+        ValueError: If one does.
+    """
+    layout: Any = call.structure.layout
+    drawn: dict[str, Any] = {}
+
+    def run(z: Tensor | None, others: Mapping[str, Any] = MappingProxyType({})) -> Trace:
+        values = drawn if z is None else {**drawn, **others, **layout.values(z)}
+        with untouched(), pyro.validation_enabled(False):
+            pyro.set_rng_seed(0)
+            return call.run(values)
+
+    first = run(z[0])
+    nodes: Mapping[str, Any] = first.nodes
+    drawn.update({name: site["value"] for name, site in nodes.items() if _is_drawn(site)})
+    points = _points(run, layout, z)
+    others = {name: site["value"] for name, site in sample_sites(first).items() if not site["is_observed"]}
+    check_independence(call, first, partial(run, others=others), points, z[0], all_pairs=all_pairs)
+    return run, first, points
 
 
 def _check_whole(structure: Structure) -> None:
@@ -145,35 +171,6 @@ def _check_whole(structure: Structure) -> None:
 
 def _is_drawn(site: Site) -> bool:
     return site["type"] == "sample" and site_is_subsample(site) and isinstance(site["value"], Tensor)  # type: ignore[arg-type]
-
-
-def _check_groups(call: ModelCall, before: Trace, after: Trace) -> None:
-    """Raises a ValueError if entries in long format depend on the latents of other datapoints than their index says.
-
-    Args:
-        call: The call.
-        before: A run of the model.
-        after: One at which the latents of every other datapoint, from the second on, are others.
-    """
-    sites = sample_sites(after)
-    for name, site in sample_sites(before).items():
-        frame = next((f for f in site["cond_indep_stack"] if f.name in call.structure.groups), None)
-        if frame is None or name not in sites:
-            continue
-        first, second = (_rows(s["fn"].log_prob(s["value"]), frame) for s in (site, sites[name]))
-        kept = call.structure.groups[frame.name].datapoints % 2 == 0
-        if first.shape[0] == len(kept) and not close(second[kept], first[kept]):
-            raise ValueError(
-                f"Cannot evaluate the datapoints of plate {call.structure.plate!r} on their own because entries of "
-                f"site {name!r} in plate {frame.name!r} depend on the latents of other datapoints than those that "
-                "groups= names; try the index that the model uses."
-            )
-
-
-def _rows(log_prob: Tensor, frame: Any) -> Tensor:
-    """Sums over all but the entries of a plate."""
-    log_prob = log_prob.reshape((1,) * (-frame.dim - log_prob.dim()) + log_prob.shape)
-    return log_prob.movedim(frame.dim, 0).unsqueeze(-1).flatten(1).sum(-1)
 
 
 def _log_probs(trace: Trace, inside: Collection[str]) -> dict[str, Tensor]:

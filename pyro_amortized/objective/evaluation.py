@@ -139,7 +139,8 @@ class Evaluation:
             if frame is None:
                 raise ValueError(
                     f"Cannot evaluate datapoints on their own because site {name!r} belongs to a discrete latent that "
-                    f"is enumerated outside of plate {self._layout.plate!r}; try a discrete latent inside the plate."
+                    f"is enumerated outside of plate {self._layout.plate!r}; try one inside the plate, or for "
+                    "entries in long format their mixture itself, dist.MixtureSameFamily(...)."
                 )
             scales.append(sites[name]["scale"] * (frame.size / frame.full_size if frame.full_size else 1.0))
         if len({float(scale) for scale in scales}) > 1:
@@ -198,9 +199,9 @@ class Evaluation:
         datapoints = self.call.structure.datapoints
         scale = site["scale"] / (frame.full_size / frame.size if frame.full_size else 1.0)
         subsampling = datapoints.full_size / datapoints.size
-        if not isinstance(scale, Tensor) and abs(scale - subsampling) < 1e-6 * subsampling:
-            return 1.0  # that of the datapoints, which entries of a minibatch of groups are given
-        return scale
+        if isinstance(scale, Tensor) or scale != 1.0:  # with that of the datapoints, which a minibatch's entries share
+            return scale / subsampling
+        return 1.0
 
     def _is_left_out(self, name: str) -> bool:
         return not self.with_priors and any(site.name == name for site in self._layout.sites)

@@ -14,6 +14,7 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 
 from pyro_amortized.checks import check_count, check_flag
+from pyro_amortized.objective.checks import check_alone
 from pyro_amortized.structure.cache import call_key
 from pyro_amortized.structure.call import ModelCall
 from pyro_amortized.structure.influence import close
@@ -22,7 +23,7 @@ from pyro_amortized.structure.running import isolated
 from pyro_amortized.structure.sites import sample_sites
 from pyro_amortized.structure.state import modes_of_modules, untouched
 from pyro_amortized.structure.structure import Structure
-from pyro_amortized.training.particles import Particles, at_particle, run_particles, value_at
+from pyro_amortized.training.particles import Particles, at_particle, latents_at, run_particles, value_at
 
 __all__ = ["IWELBO"]
 
@@ -111,6 +112,7 @@ class IWELBO(ELBO):
         self.plate = plate
         self._reader: StructureReader | None = None
         self._known: dict[Any, bool] = {}
+        self._alone: set[Any] = set()  # keys of calls whose datapoints have been found to depend on themselves alone
 
     def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """Minus an estimate of the bound, nats."""
@@ -172,6 +174,14 @@ class IWELBO(ELBO):
 
     def _run(self, call: ModelCall, guide: Callable[..., Any]) -> list[Particles]:
         key = self._key(call)
+        runs = self._runs(call, guide, key)
+        if key is None or key not in self._alone:
+            with isolated():
+                check_alone(*latents_at(runs), all_pairs=key is not None or not self._alone)
+            self._alone = {key} if len(self._alone) > _MAX_KNOWN else self._alone | {key}
+        return runs
+
+    def _runs(self, call: ModelCall, guide: Callable[..., Any], key: Any) -> list[Particles]:
         if self.vectorize_particles and self._known.get(key, True):
             particles = self._together(call, guide, checked=key in self._known)
             self._remember(key, particles is not None)

@@ -257,6 +257,20 @@ def at_particle(particles: Particles, number: int) -> tuple[Tensor, dict[str, Te
     return evaluation.of_run(trace), evaluation.outside(trace)
 
 
+def latents_at(particles: Sequence[Particles]) -> tuple[ModelCall, Tensor]:
+    """The call at the first draw's global latents; the flat latents of the first and the last, ``(2, N, D)``."""
+    first, last = particles[0], particles[-1]
+    layout: Any = first.call.structure.layout
+    depth, nodes = first.call.structure.depth, [sample_sites(run.guide_trace) for run in (first, last)]
+    numbers = (0, last.number - 1)
+    z = [
+        layout.flatten({site.name: value_at(found[site.name], number, depth) for site in layout.sites}).detach()
+        for found, number in zip(nodes, numbers, strict=True)
+    ]
+    held = {name: nodes[0][name]["value"] for name in first.call.structure.global_sites if name in nodes[0]}
+    return replace(first.call, global_values=held), torch.stack(z)
+
+
 def value_at(site: Site, number: int, depth: int) -> Tensor:
     """One of the draws of a site that are in an outermost plate; the value of a site that has but one."""
     value = site["value"]
