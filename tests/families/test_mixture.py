@@ -235,3 +235,16 @@ def test_analytic_divergences_are_refused() -> None:
     guide = SemiAmortizedGuide(squares, family="mixture", estimator="analytic_kl")
     with pytest.raises(ValueError, match="Cannot estimate gradients of a Mixture family by 'analytic_kl'"):
         guide(X)
+
+
+def test_gradients_under_autocast() -> None:
+    """Of the parameters' own precision, in which linear systems can be solved."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    svi = SVI(model, AmortizedGuide(model, family="mixture"), pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(math.isfinite(svi.step(torch.randn(16))) for _ in range(2))

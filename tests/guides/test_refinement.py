@@ -1,5 +1,6 @@
 """Where refinement leads: optima against closed forms, batches, noise and scales."""
 
+import copy
 import warnings
 from itertools import product
 from typing import Any
@@ -9,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from models import LinearGaussian, counts, topics
+from pyro import poutine
 from pyro.infer import (
     JitTrace_ELBO,
     Trace_ELBO,
@@ -47,6 +49,7 @@ from pyro_amortized import (
     IterativeAmortizedGuide,
     NaturalGradient,
     SemiAmortizedGuide,
+    UpdateRule,
     VariationalFamily,
 )
 from pyro_amortized.graphs import cache
@@ -557,3 +560,62 @@ def test_a_normal_posterior_is_found_exactly(family: str, monkeypatch: pytest.Mo
     original = LocalObjective.noise
     monkeypatch.setattr(LocalObjective, "noise", lambda self, phi, number, whiten: original(self, phi, number))
     assert error() > 1e-3, "draws as they come would do"
+
+
+# Modes, scales and settings
+
+
+def positions(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def test_modes_of_what_is_shared_are_those_of_the_guide() -> None:
+    dropout = nn.Dropout(0.5)
+    guide = AmortizedGuide(positions, nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 8), dropout))
+    guide.setup(torch.randn(16))
+    refined = guide.refined(2)
+    assert not refined.eval().training
+    assert guide.training
+    assert dropout.training
+    guide.eval()
+    assert refined.train().training
+    assert not dropout.training
+
+
+@pytest.mark.parametrize("scale", [1 / 64, 5.0, torch.rand(64) + 0.1], ids=["small", "large", "own"])
+@pytest.mark.parametrize("update", [NaturalGradient(0.5), GradientAscent(0.1)], ids=["natural", "ascent"])
+def test_steps_are_as_long_whatever_the_scale_of_the_model(update: UpdateRule, scale: Any) -> None:
+    x, found = torch.randn(64), []
+    for model in (positions, poutine.scale(positions, scale)):
+        pyro.clear_param_store()
+        guide = SemiAmortizedGuide(model, num_steps=10, update=copy.deepcopy(update), initial="prior", fixed_noise=True)
+        guide.setup(x)
+        found.append(guide.eval().median(x)["z"])
+    assert torch.allclose(*found, atol=1e-4)
+    assert (found[0] - x / 2).abs().mean() < 0.2
+
+
+def test_num_steps_set_before_the_first_call_leave_the_steps_as_long() -> None:
+    x, found = torch.randn(16), []
+    for early in (False, True):
+        guide = SemiAmortizedGuide(positions, num_steps=2, name=f"guide_{early}")
+        if early:
+            guide.num_steps = 20
+        guide.setup(x)
+        guide.num_steps = 20
+        found.append(guide.inference.update.step_size)  # type: ignore[union-attr]
+    assert found[0] == found[1]
+
+
+def test_inference_mode() -> None:
+    """A guide may be built in it, and trained afterwards; refinement says what to do."""
+    x, guide = torch.randn(16), AmortizedGuide(positions)
+    with torch.inference_mode():
+        guide.median(x)
+    svi(positions, guide).step(x)
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"try torch\.no_grad\(\)"):
+        guide.refined(2).median(x)
+    with torch.no_grad():
+        guide.refined(2).median(x)

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -13,7 +14,13 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
 from pyro_amortized import AmortizedGuide, IterativeAmortizedGuide, PerDatapointGuide, SemiAmortizedGuide
-from pyro_amortized.training import load_checkpoint, save_checkpoint
+from pyro_amortized.training import (
+    AggressiveEncoder,
+    KLAnnealing,
+    linear_schedule,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 
 class Decoder(nn.Module):
@@ -151,3 +158,83 @@ def test_schedulers_of_pyro_are_refused(tmp_path: Path) -> None:
     optimizer = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.9})
     with pytest.raises(ValueError, match="do not give the state of the optimizers"):
         save_checkpoint(tmp_path / "run.pt", optimizer=optimizer)
+
+
+# States that wait, values that cannot be read again, and what else goes along
+
+
+def normal(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def trained(x: Tensor) -> AmortizedGuide:
+    guide = AmortizedGuide(normal)
+    svi = SVI(normal, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+    for _ in range(20):
+        svi.step(x)
+    return guide.eval()
+
+
+def test_a_state_that_waits_to_be_built_is_saved_again(tmp_path: Path) -> None:
+    x = torch.randn(16)
+    guide = trained(x)
+    loaded, again, checked, last = (AmortizedGuide(normal, name=f"guide_{i}") for i in range(4))
+    loaded.load_state_dict(guide.state_dict())
+    again.load_state_dict(loaded.state_dict())
+    inside = nn.ModuleDict({"guide": checked})
+    inside.load_state_dict({f"guide.{name}": value for name, value in again.state_dict().items()})
+    save_checkpoint(tmp_path / "run.pt", inside=inside)
+    load_checkpoint(tmp_path / "run.pt", inside=nn.ModuleDict({"guide": last}))
+    for other in (loaded, again, checked, last):
+        assert torch.equal(other.eval().median(x)["z"], guide.median(x)["z"])
+
+
+def test_a_checkpoint_that_could_not_be_read_is_not_written(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "run.pt", best=np.float64(1.5), steps=np.int64(3), losses=[1.0, 2.0])
+    with pytest.raises(ValueError, match=r"Cannot save \['best'\] because one holds"):
+        save_checkpoint(tmp_path / "run.pt", best=[np.float64(1.5)])
+    assert os.listdir(tmp_path) == ["run.pt"]
+    assert load_checkpoint(tmp_path / "run.pt") == {"best": 1.5, "steps": 3, "losses": [1.0, 2.0]}
+
+
+def test_parameters_that_have_come_since_then_go(tmp_path: Path) -> None:
+    def model(x: Tensor, learn: bool) -> None:
+        one = torch.tensor(1.0)
+        scale = pyro.param("scale", one, constraint=dist.constraints.positive) if learn else one
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, scale), obs=x)
+
+    x, guide, optimizer = torch.randn(16), AmortizedGuide(model), pyro.optim.Adam({"lr": 0.05})
+    svi = SVI(model, guide, optimizer, Trace_ELBO())
+    svi.step(x, False)
+    save_checkpoint(tmp_path / "run.pt", guide=guide, optimizer=optimizer)
+    expected = [svi.step(x, True) for _ in range(3)]
+    load_checkpoint(tmp_path / "run.pt", guide=guide, optimizer=optimizer)
+    assert [svi.step(x, True) for _ in range(3)] == expected
+
+
+def test_schedules_go_along(tmp_path: Path) -> None:
+    x = torch.randn(16)
+
+    def start_again() -> tuple[AggressiveEncoder, KLAnnealing, dict[str, Any]]:
+        pyro.clear_param_store()
+        guide, optimizer = AmortizedGuide(normal), pyro.optim.Adam({"lr": 0.01})
+        annealing = KLAnnealing(normal, guide, linear_schedule(10))
+        svi = AggressiveEncoder(normal, guide, optimizer, Trace_ELBO(), window=2)
+        return svi, annealing, {"svi": svi, "annealing": annealing, "guide": guide, "optimizer": optimizer}
+
+    svi, annealing, parts = start_again()
+    for _ in range(7):
+        svi.step(x)
+        annealing.step()
+    svi.aggressive = False
+    save_checkpoint(tmp_path / "run.pt", **parts)
+    expected = [svi.step(x) for _ in range(4)]
+    svi, annealing, parts = start_again()
+    load_checkpoint(tmp_path / "run.pt", **parts)
+    assert not svi.aggressive
+    assert annealing.num_steps == 7
+    assert [svi.step(x) for _ in range(4)] == expected

@@ -456,3 +456,16 @@ def test_in_a_process_without_pyro(outputs: dict[str, tuple[str, ...]], tmp_path
         if name == "flow_sample":  # the bounds of its uniform site are the example's
             actual.pop("scale"), value.pop("scale")
         torch.testing.assert_close(actual, value, atol=1e-6, rtol=1e-6)
+
+
+def test_exports_are_of_whole_precision_under_autocast() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x, guide = torch.randn(8), AmortizedGuide(model)
+    guide.setup(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        program = guide.exported(x[:3], output="median")
+    torch.testing.assert_close(program.module()(x)["z"], guide.eval().median(x)["z"], rtol=0, atol=1e-6)

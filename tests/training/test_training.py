@@ -515,3 +515,26 @@ def test_wrong_arguments_of_the_aggressive_encoder_are_refused() -> None:
     for name in ("window", "max_encoder_steps"):
         with pytest.raises(ValueError, match=f"Cannot use {name}=0 because it must be an integer of at least 1"):
             AggressiveEncoder(gamma, AmortizedGuide(gamma), optimizer, Trace_ELBO(), **{name: 0})
+
+
+def test_objectives_with_a_weight_for_every_datapoint() -> None:
+    """Without free bits they are the plain ELBO; and the floor of a dimension is counted with the mean weight."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x, weights = torch.randn(16), torch.rand(16) + 0.5
+    weighted = pyro.poutine.scale(model, weights)  # type: ignore[arg-type]
+    guide = AmortizedGuide(weighted)
+    guide.setup(x)
+    losses = []
+    for elbo in (TraceMeanField_ELBO(), FreeBitsELBO(0.0), FreeBitsELBO(100.0)):
+        pyro.set_rng_seed(0)
+        losses.append(elbo.loss(weighted, guide, x))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    with torch.no_grad():
+        loc, scale = guide.posterior(x).mean.squeeze(-1), guide.posterior(x).stddev.squeeze(-1)
+    kl = 0.5 * (loc**2 + scale**2 - 1) - scale.log()
+    assert losses[2] - losses[0] == pytest.approx(float(100.0 * weights.sum() - (weights * kl).sum()), rel=1e-4)
