@@ -274,7 +274,7 @@ def random_mask(given: bool) -> Callable[..., None]:
             present = present if given else torch.rand(len(x)) < 0.5
             with poutine.mask(mask=present):
                 z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     return model
 

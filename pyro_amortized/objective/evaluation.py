@@ -139,7 +139,8 @@ class Evaluation:
             if frame is None:
                 raise ValueError(
                     f"Cannot evaluate datapoints on their own because site {name!r} belongs to a discrete latent that "
-                    f"is enumerated outside of plate {self._layout.plate!r}; try one inside the plate, or for "
+                    f"is enumerated outside of plate {self._layout.plate!r}; try a discrete latent inside "
+                    f"the plate, or for "
                     "entries in long format their mixture itself, dist.MixtureSameFamily(...)."
                 )
             scales.append(sites[name]["scale"] * (frame.size / frame.full_size if frame.full_size else 1.0))

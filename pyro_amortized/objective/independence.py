@@ -12,6 +12,7 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_amortized.structure.call import ModelCall
 from pyro_amortized.structure.influence import close
@@ -51,7 +52,7 @@ def check_independence(
     Raises:
         ValueError: If a datapoint depends on the latents of others.
     """
-    if any(training for _, training in modes_of_modules()):
+    if any(training for _, training in modes_of_modules()) and _normalizes_batches(lambda: run(z)):
         return
     size = len(z)
     digits = range((size - 1).bit_length())
@@ -68,6 +69,17 @@ def check_independence(
             for site, other, kept in _pairs(call, sample_sites(first), after, ~moved):
                 if not close(other[kept], site[0][kept]):
                     _refuse(call, *site[1:])
+
+
+def _normalizes_batches(run: Callable[[], Trace]) -> bool:
+    """Whether a run calls modules that keep running statistics, in training."""
+    found: list[bool] = []
+    hook = register_module_forward_pre_hook(lambda m, _: found.append(m.training and "running_mean" in m._buffers))
+    try:
+        run()
+    finally:
+        hook.remove()
+    return any(found)
 
 
 @torch.no_grad()

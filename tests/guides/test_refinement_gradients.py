@@ -64,21 +64,6 @@ from pyro_amortized.structure.call import ModelCall
 from pyro_amortized.structure.reader import StructureReader
 from pyro_amortized.updates.base import Curvature
 
-
-@pytest.fixture
-def noises(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The noise of every step, in order, as the objective gave it out."""
-    given: list[Any] = []
-    original = LocalObjective.noise
-
-    def recording(self: LocalObjective, phi: Tensor, num_particles: int, whiten: bool = False) -> Any:
-        given.append(original(self, phi, num_particles, whiten))
-        return given[-1]
-
-    monkeypatch.setattr(LocalObjective, "noise", recording)
-    return given
-
-
 # Exact gradients through the steps
 
 

@@ -328,9 +328,8 @@ def test_codes() -> None:
 
 
 def masked(x: Tensor, present: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        with pyro.poutine.mask(mask=present):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)), pyro.poutine.mask(mask=present):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("x", dist.Normal(z.unsqueeze(-1), 1.0).expand([*z.shape, 3]).to_event(1), obs=x)
 
 

@@ -101,9 +101,8 @@ KNOWN = torch.arange(20) < 10
 
 
 def masked_batch(x: Tensor) -> None:
-    with pyro.plate("data", 20, subsample_size=6) as index:
-        with poutine.mask(mask=KNOWN[index]):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 20, subsample_size=6) as index, poutine.mask(mask=KNOWN[index]):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
 
 

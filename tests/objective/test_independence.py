@@ -81,6 +81,28 @@ def test_those_that_do_not_are_served(use: str) -> None:
     USES[use](own, guide, args)
 
 
+class Normalized(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(1)
+
+    def forward(self, y: Tensor) -> None:
+        with pyro.plate("p", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("y", dist.Normal(self.norm(z), 0.5).to_event(1), obs=y.unsqueeze(-1))
+
+
+def test_batch_normalisation_is_taken_as_meant_in_its_own_model_alone() -> None:
+    model, y = Normalized(), torch.randn(SIZE)
+    guide = AmortizedGuide(model)
+    guide.setup(y)
+    guide.refined(2).median(y)
+    other = AmortizedGuide(twins, name="other")
+    other.setup(y)
+    with pytest.raises(ValueError, match="depends on the latents of others, by site 'y'"):
+        other.refined(2).median(y)
+
+
 def test_svi_serves_them() -> None:
     """As the error says: the ELBO counts all."""
     guide, y = AmortizedGuide(twins), torch.randn(SIZE)
