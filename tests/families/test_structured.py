@@ -470,7 +470,7 @@ def test_masked_latents_are_standard_normal_and_cost_nothing() -> None:
     guide = AmortizedGuide(coupled, family="structured")
     guide.setup(x, present)
     with torch.no_grad():
-        guide.inference.head.heads[0].bias.normal_()
+        guide.inference.head.bias.normal_()
     phi = guide.variational_parameters(x, present)
     q = guide.family(phi)
     for i, length in enumerate(lengths.tolist()):
