@@ -124,7 +124,7 @@ def _pairs(call: ModelCall, before: Any, after: Any, kept: Tensor) -> Iterator[t
         if name not in after or (grouped is None and plate not in frames):
             continue
         frame = frames[plate if grouped is None else grouped]
-        rows = kept if grouped is None else kept[groups[grouped].datapoints]
+        rows = kept if grouped is None else kept[groups[grouped].datapoints.cpu()]
         one, other = _rows(site, frame), _rows(after[name], frame)
         if one.shape == other.shape and len(one) == len(rows):
             yield (one, name, grouped), other, rows.to(one.device)
