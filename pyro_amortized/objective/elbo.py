@@ -198,7 +198,7 @@ class LocalObjective:
         return phi if present is None else self.family.masked(phi, present)
 
     def unscaled(self, gradient: Tensor) -> Tensor:
-        """A gradient ``(N, P)`` of the ELBO without the scale that the model gives to its latents.
+        """A gradient ``(..., N, P)`` of the ELBO, nats, without the scale that the model gives to its latents.
 
         With it q's optimum stays where it is, as all that belongs to q is scaled alike, and steps their sizes.
         """

@@ -86,6 +86,9 @@ def _normalizes_batches(run: Callable[[], Trace]) -> bool:
 def check_absent(call: ModelCall) -> None:
     """Makes sure that nothing depends on latents whose prior is masked, which count as absent.
 
+    Args:
+        call: The call; global latents without a value in it are drawn.
+
     Raises:
         ValueError: If something does, as where ``mask(False)`` is meant for a flat prior.
     """
