@@ -30,24 +30,23 @@ from pyro_amortized.families.base import FamilySpec
 def svi_step() -> None:
     """An SVI step of AmortizedGuide against a hand-written Pyro guide with the same networks."""
     for hidden, batch in ((400, 128), (64, 64)):
-        pyro.clear_param_store()
         x = torch.rand(batch, 784).round()
-        encoder, head = nn.Sequential(nn.Linear(784, hidden), nn.ReLU()), nn.Linear(hidden, 40)
-        hand_model = vae_model(hidden, 20, "decoder_by_hand")
-
-        def hand_guide(x: torch.Tensor, encoder: nn.Module = encoder, head: nn.Module = head) -> None:
-            pyro.module("encoder", encoder)
-            pyro.module("head", head)
-            with pyro.plate("data", x.shape[0]):
-                loc, log_scale = head(encoder(x)).chunk(2, -1)
-                pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
-
-        hand = SVI(hand_model, hand_guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
         for name, options in (("", {}), (', encoder_input="x"', {"encoder_input": "x"})):
-            our_model = vae_model(hidden, 20, f"decoder_for_guide{name}")
-            our_encoder = nn.Sequential(nn.Linear(784, hidden), nn.ReLU())
-            our_guide = AmortizedGuide(our_model, our_encoder, name=f"guide{name}", **options)
+            pyro.clear_param_store()
+            encoder, head = nn.Sequential(nn.Linear(784, hidden), nn.ReLU()), nn.Linear(hidden, 40)
+
+            def hand_guide(x: torch.Tensor, encoder: nn.Module = encoder, head: nn.Module = head) -> None:
+                pyro.module("encoder", encoder)
+                pyro.module("head", head)
+                with pyro.plate("data", x.shape[0]):
+                    loc, log_scale = head(encoder(x)).chunk(2, -1)
+                    pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+            our_model = vae_model(hidden, 20, "decoder_for_guide")
+            our_guide = AmortizedGuide(our_model, nn.Sequential(nn.Linear(784, hidden), nn.ReLU()), **options)
+            hand_model = vae_model(hidden, 20, "decoder_by_hand")
             ours = SVI(our_model, our_guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
+            hand = SVI(hand_model, hand_guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
             ratio = paired_ratio(lambda: ours.step(x), lambda: hand.step(x))  # noqa: B023
             print(f"SVI step 784-{hidden}-20, batch {batch}: AmortizedGuide{name} / hand-written guide = {ratio}")
 

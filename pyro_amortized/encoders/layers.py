@@ -60,9 +60,9 @@ class Head(nn.Linear):
 
     def forward(self, features: Tensor) -> Tensor:
         """Outputs ``(..., P)`` of features ``(..., H)``."""
-        size = self.room * self.size
-        always = is_traced() or has_to_wait(features)
-        if always or (torch.linalg.vector_norm(features.detach(), dim=-1) > FAR * size).any():
-            features = features * log_shrinkage(torch.linalg.vector_norm(features, dim=-1, keepdim=True) / size)
+        size = self.size if self.room == 1.0 else self.room * self.size
+        norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+        if is_traced() or has_to_wait(features) or (norm.detach() > FAR * size).any():
+            features = features * log_shrinkage(norm / size)
         output = F.linear(features, self.weight / self.size, self.bias)
         return output.to(self.weight.dtype)  # under autocast, where it has fewer digits than scales need

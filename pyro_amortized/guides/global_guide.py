@@ -136,12 +136,10 @@ def check_parameter_store(taken: Sequence[str], own: Iterator[tuple[str, nn.Para
         taken: Names that were taken when the guide was built.
         own: Parameters of the guide by name.
     """
-    if pyro.settings.get("module_local_params"):
-        return
     params = pyro.get_param_store()._params
     others = [name for name in taken if name in params]
     others += [name for name, parameter in own if params.get(name, parameter) is not parameter]
-    if others:
+    if others and not pyro.settings.get("module_local_params"):
         raise ValueError(
             f"Cannot run this guide because the parameter store already holds other parameters named {others[0]!r}, "
             "from another guide of the same name or from a file; try a name=... of its own for each guide, "

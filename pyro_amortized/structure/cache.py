@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +40,9 @@ def _known_shape(value: Tensor) -> torch.Size:
         return torch.Size([int(size) for size in value.shape])
 
 
-def versions(arguments: Any) -> list[int]:
+def versions(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int]:
     """How often each tensor among the arguments has been changed in place."""
-    return [x._version for x in tree_leaves(arguments) if isinstance(x, Tensor) and not x.is_inference()]
+    flat = (*args, *kwargs.values())
+    if not all(isinstance(x, Tensor | int | float | str | None) for x in flat):
+        flat = tree_leaves(flat)
+    return [x._version for x in flat if isinstance(x, Tensor) and not x.is_inference()]

@@ -9,7 +9,7 @@ from typing import Any
 import pyro
 import torch
 from pyro.poutine import Trace
-from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -20,8 +20,8 @@ from pyro_amortized.structure.state import untouched
 __all__ = ["PlateFrame", "batch_depth", "plate_frames", "probe", "subsample_indices"]
 
 
-class _PlateKinds(Messenger):
-    """Notes for each plate how its indices come about, which the finished trace does not tell."""
+class _Look(Feasible, TraceMessenger):
+    """Records a run; of parameters their names alone, and of plates how their indices come about."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,6 +35,11 @@ class _PlateKinds(Messenger):
             else:
                 kind = "full" if size is None or size >= msg["fn"].size else "random"
             self.kinds[msg["name"]] = kind
+        elif msg["value"] is None:
+            super()._pyro_sample(msg)
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        self.trace.add_node(msg["name"], name=msg["name"], type="param")
 
 
 @dataclass(frozen=True)
@@ -121,8 +126,8 @@ def probe(
     Returns:
         The trace, and its plates by name.
     """
-    kinds = _PlateKinds()
+    look = _Look()
     with torch.no_grad(), pyro.validation_enabled(False), untouched(first=first):
-        handlers = (*((Untraced(),) if torch._C._get_tracing_state() else ()), Feasible(), kinds)
-        trace = run_model(model, args, kwargs, values, handlers=handlers)
-    return trace, plate_frames(trace, kinds.kinds)
+        handlers = (Untraced(),) if torch._C._get_tracing_state() else ()
+        trace = run_model(model, args, kwargs, values, handlers, look)
+    return trace, plate_frames(trace, look.kinds)

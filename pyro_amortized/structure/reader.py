@@ -22,6 +22,7 @@ from pyro_amortized.structure.masking import site_mask
 from pyro_amortized.structure.observed import observed_values
 from pyro_amortized.structure.periodic import check_periodic
 from pyro_amortized.structure.plates import PlateFrame, batch_depth, probe, subsample_indices
+from pyro_amortized.structure.sameness import run_key
 from pyro_amortized.structure.sites import is_data, is_enumerated, latent_sites, sample_sites
 from pyro_amortized.structure.structure import Structure
 
@@ -86,12 +87,14 @@ class StructureReader:
         self.max_size = max_size
         self._known: OrderedDict[Any, _Known] = OrderedDict()
         self._drawn: OrderedDict[Any, Structure] = OrderedDict()
+        self._read_before: OrderedDict[Any, Structure] = OrderedDict()
         self._parameters: list[str] | None = None
 
     def clear(self) -> None:
         """Forgets all structures: the model is another one."""
         self._known.clear()
         self._drawn.clear()
+        self._read_before.clear()
         self._parameters = None
 
     def foresee(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Structure | None:
@@ -100,7 +103,7 @@ class StructureReader:
         It spares a look: the guide's plates draw their indices first, and the model is looked at with these, once. That
         look tells whether the structure is what was foreseen.
         """
-        return self._drawn.get(call_key((args, dict(kwargs))))
+        return self._drawn.get(call_key((args, dict(kwargs)))) if self._drawn else None
 
     def look_as_foreseen(
         self, foreseen: Structure, model: Callable[..., Any], args: Any, kwargs: Any, indices: Mapping[str, Tensor]
@@ -147,6 +150,8 @@ class StructureReader:
         known = None if key is None else self._known.get(key)
         if known is not None and not (known.is_due and model is not None):
             known.calls += 1
+            if not self.groups:
+                return known.structure
             return replace(known.structure, groups=self._groups(model, args, kwargs, known.structure.frames))
         if model is None:
             raise ValueError(
@@ -221,24 +226,30 @@ class StructureReader:
         Raises:
             ValueError: If the structure is one that no guide can serve, or the model changes its arguments.
         """
-        before = versions((args, kwargs))
+        before = versions(args, kwargs)
         trace, frames = probe(model, args, kwargs, values, first=self._parameters is None)
         parameters = trace.param_nodes
         self._parameters = (
             parameters if self._parameters in (None, parameters) else None
         )  # other modules: the next is first
-        if versions((args, kwargs)) != before:
+        if versions(args, kwargs) != before:
             raise ValueError(
                 "Cannot guide a model that changes its arguments in place because guide and model would see different "
                 "data; try x = x.clone() at its beginning."
             )
-        missing = tuple(name for name, site in latent_sites(trace).items() if name in data)
+        plain = not (data or self.groups or self.discrete)
+        key = run_key(trace, frames) if plain else None
+        if key is not None and key in self._read_before:
+            return _with_values(self._read_before[key], trace)
+        missing = tuple(name for name in latent_sites(trace) if name in data) if data else ()
         for name in missing:
             trace.nodes[name]["is_observed"] = True
         grouped = bool(self.groups)
         plate = datapoint_plate(trace, frames, self.requested_plate, encodes=self.encodes, grouped=grouped)
         discrete = discrete_sites(trace, frames, plate) if self.discrete and plate is not None else ()
-        structure = _read_structure(trace, frames, plate, discrete, missing)
+        structure = _with_values(_read_structure(trace, frames, plate, discrete, missing), trace)
+        if key is not None:
+            self._keep(self._read_before, key, structure.without_tensors().worked_out())
         found = self._groups(model, args, kwargs, frames)
         return replace(structure, groups=read_groups(trace, frames, found, str(plate), missing)) if found else structure
 
@@ -250,7 +261,7 @@ def _read_structure(
     discrete: tuple[DiscreteSite, ...],
     missing: tuple[str, ...],
 ) -> Structure:
-    """Reads a structure off a run, given what the datapoints are and which discrete latents a guide draws."""
+    """Reads a structure off a run, but for its values, given the datapoints and the discrete latents of a guide."""
     local = {site.name for site in discrete}
     layout = None if plate is None else SiteLayout.from_trace(trace, frames, plate, local)
     if layout is not None and not layout.sites:
@@ -259,7 +270,6 @@ def _read_structure(
     global_sites = {name: site for name, site in latent_sites(trace).items() if name not in local}
     for name, site in global_sites.items():
         check_periodic(name, site)
-    observed, present = ({}, {}) if plate is None else observed_values(trace, frames[plate], missing)
     weights = {name: site_mask(site).simplified for name, site in global_sites.items()}
     return Structure(
         frames=frames,
@@ -267,9 +277,6 @@ def _read_structure(
         layout=layout,
         global_sites=tuple(global_sites),
         global_plates=tuple({f.name for site in global_sites.values() for f in site["cond_indep_stack"]}),
-        indices=subsample_indices(trace, frames),
-        observed=observed,
-        present=present,
         discrete=discrete,
         global_weights={name: weight for name, weight in weights.items() if not weight.is_neutral},
         data_plates=_subsampled_data_plates(trace, frames, plate),
@@ -280,6 +287,14 @@ def _read_structure(
             name for name, site in sample_sites(trace).items() if not site["is_observed"] and is_enumerated(site)
         ),
     )
+
+
+def _with_values(structure: Structure, trace: Trace) -> Structure:
+    """A structure with the indices and the observed values of a run that has it."""
+    observed, present = {}, {}
+    if structure.plate is not None:
+        observed, present = observed_values(trace, structure.datapoints, structure.missing)
+    return structure.holding(subsample_indices(trace, structure.frames), observed, present)
 
 
 def _subsampled_data_plates(trace: Trace, frames: Mapping[str, PlateFrame], plate: str | None) -> tuple[str, ...]:

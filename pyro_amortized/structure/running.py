@@ -12,11 +12,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.distributions import ImproperUniform
 from pyro.poutine import Trace, runtime
 from pyro.poutine.mask_messenger import MaskMessenger
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 from torch.distributions import biject_to
 
@@ -87,6 +87,7 @@ def run_model(
     kwargs: Mapping[str, Any],
     values: Mapping[str, Tensor] | None = None,
     handlers: Sequence[Any] = (),
+    tracer: TraceMessenger | None = None,
 ) -> Trace:
     """Runs a model once with the caller's handlers set aside.
 
@@ -96,6 +97,7 @@ def run_model(
         kwargs: Its keyword arguments.
         values: Values for latent sites, and indices for subsampled plates, by name.
         handlers: Further handlers to put around the model, outermost first, inside those that give values.
+        tracer: What records the run, inside all others; by default Pyro's own, outside of them.
 
     Returns:
         The trace, without log-probabilities.
@@ -104,8 +106,12 @@ def run_model(
         ValueError: If a plate of the model is empty.
     """
     with isolated(), ExitStack() as stack:
-        tracer = stack.enter_context(poutine.trace())
-        for handler in ([_Substitute(values)] if values else []) + [*handlers]:
+        around = [*((_Substitute(values),) if values else ()), *handlers]
+        if tracer is None:
+            around.insert(0, tracer := TraceMessenger())
+        else:
+            around.append(tracer)
+        for handler in around:
             stack.enter_context(handler)
         try:
             model(*args, **kwargs)

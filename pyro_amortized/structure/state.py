@@ -94,7 +94,8 @@ def kept_state(*, first: bool = False) -> Iterator[None]:
         first: Whether the model may call modules that no model has called before. A hook finds them then, which it does
             not do in every run because modules under ``torch.compile`` are compiled anew for it.
     """
-    store, known = pyro.get_param_store(), set(pyro.get_param_store().keys())
+    store = pyro.get_param_store()
+    known = set(store.keys())
     kept = {module: _buffers(module) for module in list(_WITH_BUFFERS)}
 
     def keep(module: nn.Module, inputs: Any) -> None:

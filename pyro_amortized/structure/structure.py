@@ -85,6 +85,19 @@ class Structure:
         local = [site.name for site in self.layout.sites] if self.layout is not None else []
         return frozenset([*self.global_sites, *local, *(site.name for site in self.discrete)])
 
+    def worked_out(self) -> Structure:
+        """This structure, with what every call asks of it worked out."""
+        _ = self.is_fixed, self.latent_plates, self.random_plates, self.weights
+        return self
+
+    def holding(
+        self, indices: Mapping[str, Tensor], observed: Mapping[str, Tensor], present: Mapping[str, Tensor]
+    ) -> Structure:
+        """The structure with other values, and with all that has been worked out of it, which is the same for them."""
+        found = object.__new__(Structure)
+        found.__dict__.update(self.__dict__, indices=indices, observed=observed, present=present)
+        return found
+
     def without_tensors(self) -> Structure:
         """The structure without indices and observed values, which may be kept without keeping data alive."""
         return replace(self, indices={}, observed=None, present={}, groups={})

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from functools import partial
 from random import Random
 from typing import Any
@@ -22,6 +22,7 @@ from structures import Structure
 from torch import Tensor
 
 from pyro_amortized import GradientAscent, estimate_gaps, log_evidence, to_arviz
+from pyro_amortized.structure.reader import StructureReader
 
 __all__ = ["CHECKS", "chosen", "make"]
 
@@ -210,6 +211,38 @@ def check_state(case: Case) -> None:
         close(f"ELBO after the {case.structure.state} changed", -found, expected)
 
 
+def check_read_again(case: Case) -> None:
+    """What is known of an earlier run that looked alike is what the next run shows."""
+    known = case.guide._structures
+    for part in (0, 1):
+        args, kwargs = case.program.arguments(part)
+        pyro.set_rng_seed(part)
+        found = known.look(case.program.model, args, kwargs)
+        pyro.set_rng_seed(part)
+        options = {"discrete": known.discrete, "encodes": known.encodes, "groups": known.groups}
+        afresh = StructureReader(known.requested_plate, **options).look(case.program.model, args, kwargs)
+        for field in fields(afresh):
+            now, before = getattr(afresh, field.name), getattr(found, field.name)
+            same = _same_layout(now, before) if field.name == "layout" else _same(now, before)
+            if not same:
+                raise Wrong(f"{field.name} is {now} and was taken for {before}")
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether values are equal, and tensors in mappings too."""
+    if isinstance(first, Mapping):
+        return first.keys() == second.keys() and all(_same(first[name], second[name]) for name in first)
+    return torch.equal(first, second) if isinstance(first, Tensor) else str(first) == str(second)
+
+
+def _same_layout(first: Any, second: Any) -> bool:
+    if first is None or second is None:
+        return first is second
+    pairs = zip(first.sites, second.sites, strict=True)
+    present = all((a.present is None) == (b.present is None) for a, b in pairs)
+    return present and first.description == second.description and first.shared == second.shared
+
+
 def check_outside(case: Case) -> None:
     """Whatever works with datapoints on their own refuses a model that has no such."""
     args, kwargs = case.program.arguments(0)
@@ -286,6 +319,7 @@ CHECKS: ALL = {
     "arviz": (check_arviz, lambda s: _own(s) and s.state is None, 0.2),
     "outside": (check_outside, lambda s: s.outside != "none" and s.guide.kind not in REFINING, 1.0),
     "inner_subsample": (check_inner_subsample, _sees_entries, 1.0),
+    "read_again": (check_read_again, lambda s: s.state is None, 0.5),
     "state": (check_state, lambda s: s.state is not None, 1.0),
     "identity": (check_identity, lambda s: s.has_closed_form and s.globals == "none" and _held(s), 0.7),
     "traced": (check_traced, lambda s: _unrolls(s) and s.traceable, 1.0),
