@@ -201,6 +201,7 @@ DIAGNOSTICS = [
 ]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(("diagnostic", "name"), DIAGNOSTICS)
 def test_diagnostics_leave_the_global_seed_alone(diagnostic: Callable[..., Any], name: str) -> None:
     model, guide, x = case(name)

@@ -115,6 +115,7 @@ def test_takes_unseen_data(name: str, guide: str) -> None:
     assert standardized(*bounds) > 3
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(
     ("name", "guide"), cases(*AMORTIZED, quick=lambda name, guide: guide == "amortized" and name != "semi_supervised")
 )

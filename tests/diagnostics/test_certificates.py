@@ -374,6 +374,7 @@ def test_discrete_latents_that_the_model_sums_out() -> None:
     assert error(found.draws[..., 0], mean, scale) < 1
 
 
+@pytest.mark.slow
 def test_inner_plates_and_global_latents() -> None:
     """Two levels of normal means have a normal posterior, given the global latent's median."""
 
@@ -421,6 +422,7 @@ def test_datapoints_that_matter_to_each_other_run_together() -> None:
 # Batches, files and pictures
 
 
+@pytest.mark.slow
 def test_a_loader_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = oracle()
     x = model.simulate(7)
@@ -487,6 +489,7 @@ def test_files_and_exports(tmp_path: Path) -> None:
     assert sum(any(stage in label for stage in ("encoder", "refined", "full_rank", "hmc")) for label in labels) >= 1
 
 
+@pytest.mark.slow
 def test_seeds_and_settings() -> None:
     x = torch.tensor([0.0, 3.0])
     guide = guided(conjugate)

@@ -69,6 +69,7 @@ def test_shares_equal_the_closed_form(guide: tuple[PerDatapointGuide, Tensor, Te
     assert f"of them at level '{leading}'" in " ".join(str(found).split())
 
 
+@pytest.mark.slow
 def test_a_level_that_is_not_off_has_no_share(guide: tuple[PerDatapointGuide, Tensor, Tensor, Tensor]) -> None:
     answers, y, loc, log_scale = guide
     with torch.no_grad():
@@ -80,6 +81,7 @@ def test_a_level_that_is_not_off_has_no_share(guide: tuple[PerDatapointGuide, Te
     assert (torch.from_numpy(shares.sel(level="pupil").values) - expected).abs().max() < 0.02
 
 
+@pytest.mark.slow
 def test_batches_are_joined_and_files_hold_them(
     guide: tuple[PerDatapointGuide, Tensor, Tensor, Tensor], tmp_path
 ) -> None:

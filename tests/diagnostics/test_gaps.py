@@ -180,6 +180,7 @@ def test_the_local_optimum_is_one(oracle: Oracle) -> None:
     assert "64 converged" in str(optimum)
 
 
+@pytest.mark.slow
 def test_subsampled_plates_keep_their_coordinates_and_drop_their_scale() -> None:
     oracle = Oracle(hard=False)
     index = torch.tensor([5, 1, 40])
@@ -254,6 +255,7 @@ def test_plot_returns_axes(gaps: GapEstimate) -> None:
     plt.close(axes.figure)
 
 
+@pytest.mark.slow
 def test_plot_leaves_out_what_is_far_above(gaps: GapEstimate) -> None:
     import matplotlib.pyplot as plt
 
@@ -281,6 +283,7 @@ def test_reports_have_an_html_form(gaps: GapEstimate) -> None:
     assert "<script" not in html
 
 
+@pytest.mark.slow
 def test_batches_concatenate_to_the_whole() -> None:
     oracle = Oracle(hard=False, points=10)
     guide = AmortizedGuide(oracle.model, oracle.encoder())
@@ -348,6 +351,7 @@ def test_infinite_log_joints_are_named() -> None:
         estimate_gaps(model, AmortizedGuide(model), (torch.tensor([0.0, 0.5, 2.0]),))
 
 
+@pytest.mark.slow
 def test_progress_bars_on_request(capfd: pytest.CaptureFixture[str]) -> None:
     factors = Factors()
     guide = AmortizedGuide(factors.model)
@@ -521,6 +525,7 @@ def test_annealing_from_a_poor_proposal(wrong: float) -> None:
     assert (error < 3.5).all() == (wrong == 0.0)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("size", [1, 2, 5, 8])
 @pytest.mark.parametrize("kind", ["fixed", "fixed_data", "closed_over", "fixed_indices", "free"])
 def test_models_that_fix_their_size_run_on_all_their_data(size: int, kind: str) -> None:
@@ -558,6 +563,7 @@ def evidence_of_squares(x: Tensor) -> Tensor:
     return log_joint.logsumexp(0) + math.log(2 * 1e-5)
 
 
+@pytest.mark.slow
 def test_both_modes_count_where_the_mean_lies_between_them() -> None:
     x = torch.linspace(0.8, 4.0, 6)
     guide = PerDatapointGuide(two_squares, family=lambda dim: Mixture(dim, 2))
@@ -696,6 +702,7 @@ def test_modes_are_found_though_other_climbs_led_to_known_ones() -> None:
     assert np.abs(result["log_evidence"] - truth).max() < 0.01
 
 
+@pytest.mark.slow
 def test_infinite_densities_where_numbers_underflow_have_no_weight() -> None:
     """A gamma density of shape below 1 is infinite at 0, which exp(z) is at z = -746."""
 
@@ -710,6 +717,7 @@ def test_infinite_densities_where_numbers_underflow_have_no_weight() -> None:
     assert np.abs(result["log_evidence"] - truth).max() < 0.01
 
 
+@pytest.mark.slow
 def test_a_posterior_with_tails_as_heavy_as_those_of_a_cauchy_prior() -> None:
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
@@ -759,6 +767,7 @@ def test_guides_with_draws_of_no_density_have_no_finite_elbo() -> None:
     assert "The ELBO of 6 datapoints is not finite" in str(gaps)
 
 
+@pytest.mark.slow
 def test_log_evidence_takes_loaders() -> None:
     oracle = Oracle(hard=False, points=5)
     guide = AmortizedGuide(oracle.model, oracle.encoder())
@@ -806,6 +815,7 @@ def test_datapoints_of_which_no_draw_has_weight_are_flagged() -> None:
     assert found["khat"][1].isposinf()
 
 
+@pytest.mark.slow
 def test_arguments_that_the_encoder_lacks_are_named() -> None:
     """And the remedy works: with it none is, and the slope is not halved."""
 

@@ -38,6 +38,7 @@ def signs(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(z.square(), 0.05).to_event(1), obs=x)
 
 
+@pytest.mark.slow
 def test_all_changes_of_sign_are_found() -> None:
     """16 modes of equal mass, by products of one-dimensional quadratures."""
     x = torch.tensor([[1.0, 0.8, 1.5, 2.0], [0.5, 0.7, 3.0, 1.0]])

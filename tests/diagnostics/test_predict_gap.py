@@ -65,6 +65,7 @@ def test_gaps_that_are_known_are_predicted() -> None:
     assert rank_correlation(torch.from_numpy(loaded["amortization_gap"].values), exact) > 0.9
 
 
+@pytest.mark.slow
 def test_intervals_hold_however_bad_the_prediction() -> None:
     """Over many reference sets, of inputs that tell something and of inputs that tell nothing."""
     numbers, held = torch.Generator().manual_seed(0), {"informative": [], "noise": []}
@@ -104,6 +105,7 @@ class BestEncoder(PartlyWrongEncoder):
         return posterior.mean, scale
 
 
+@pytest.mark.slow
 def test_words_where_there_is_nothing_to_predict() -> None:
     model, _ = linear()
     x = model.simulate(150, seed=1)

@@ -109,6 +109,7 @@ def certify_in_process(rank: int, size: int, path: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_certificates_of_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import xarray
 
@@ -130,6 +131,7 @@ def test_certificates_of_several_processes(tmp_path: Path, monkeypatch: pytest.M
     xarray.testing.assert_allclose(again.posterior, expected.posterior, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_other_batches_have_other_draws() -> None:
     """So that the test above would fail if each process went its own way."""
     import xarray

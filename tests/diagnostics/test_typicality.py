@@ -157,6 +157,7 @@ def test_data_that_are_too_likely_are_odd_too() -> None:
     assert report.dataset["p_elbo"].max() < 0.1
 
 
+@pytest.mark.slow
 def test_a_single_datapoint_and_errors_in_place_of_warnings() -> None:
     model, guide = linear()
     reference = model.simulate(300, seed=1)
@@ -168,6 +169,7 @@ def test_a_single_datapoint_and_errors_in_place_of_warnings() -> None:
             typicality(model.full, guide, (reference[:1] + 20.0,), reference_args=(reference,))
 
 
+@pytest.mark.slow
 def test_loaders_files_and_pictures(tmp_path: Any) -> None:
     model, guide = linear()
     reference, x = model.simulate(120, seed=1), model.simulate(30, seed=2)
@@ -263,6 +265,7 @@ def test_digits_and_counts() -> None:
             assert auroc(report, first) > 0.95
 
 
+@pytest.mark.slow
 def test_a_shift_to_one_side_is_found_and_chance_is_not() -> None:
     rng = torch.Generator().manual_seed(0)
     by_chance = torch.tensor(

@@ -109,6 +109,7 @@ def two_sides(x: Tensor, *rest: Tensor) -> None:
         pyro.sample("y", dist.Poisson((1.0 + z.sum(-1)).exp()), obs=y)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("lr", [0.001, 0.03])
 @pytest.mark.parametrize("name", ["pooled", "pooled transformer", "images", "counts"])
 def test_training_is_steady(name: str, lr: float) -> None:
@@ -133,6 +134,7 @@ def walks(x: Tensor) -> None:
             pyro.sample(f"x_{t}", dist.Poisson((1.0 + z).exp()), obs=x[:, t])
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("lr", [0.001, *(pytest.param(lr, marks=pytest.mark.slow) for lr in (0.003, 0.01)), 0.03])
 @pytest.mark.parametrize("options", [{}, {"network": "transformer"}, {"network": "transformer", "num_layers": 2}])
 def test_training_on_features_of_steps_is_steady(options: dict[str, Any], lr: float) -> None:

@@ -85,6 +85,7 @@ def test_leave_one_out_is_the_exact_one() -> None:
     assert np.abs(group.values[0] - marginal.numpy()).max() < 0.03
 
 
+@pytest.mark.slow
 def test_without_drawing_again_it_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """A guide that is far too narrow and off: the twin, which keeps the guide's own draws, must fail."""
     x = data(12)
@@ -98,6 +99,7 @@ def test_without_drawing_again_it_would_be_wrong(monkeypatch: pytest.MonkeyPatch
     assert wrong > 2 * right
 
 
+@pytest.mark.slow
 def test_loaders_give_what_one_call_gives() -> None:
     x = data(12)
     guide = make_guide(x)
@@ -133,6 +135,7 @@ def test_three_models_are_ordered_as_their_exact_values() -> None:
         assert abs(table.loc[name, "elpd_loo"] - value) < 0.02 * 25
 
 
+@pytest.mark.slow
 def test_a_poor_guide_is_warned_of() -> None:
     x = data()
     with pytest.warns(UserWarning, match="khat = .*above 0.7.*try more training, global_guide=AutoMultivariateNormal"):

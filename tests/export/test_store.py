@@ -110,6 +110,7 @@ def assert_equal(found: Any, expected: Any) -> None:
         assert all(first[v].dtype == second[v].dtype for v in second.variables), name
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("kind", CALLS)
 def test_a_store_holds_what_memory_would(kind: str, suffix: str, tmp_path: Path) -> None:

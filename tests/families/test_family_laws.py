@@ -233,6 +233,7 @@ def test_entropy(name: str, latent_dim: int) -> None:
 # Gradients
 
 
+@pytest.mark.thinned
 @cross(NOISY, (1, 3))
 def test_gradients_on_fixed_noise_are_finite_differences(name: str, latent_dim: int) -> None:
     family, phi = make(name, latent_dim, 2)
@@ -276,6 +277,7 @@ def exact_slopes(family: VariationalFamily, phi: Tensor, directions: Tensor) -> 
     return torch.stack([expectation(phi + s[None]) - expectation(phi - s[None]) for s in steps]) / 2e-4
 
 
+@pytest.mark.thinned
 @cross(DENSE, (1, 2))
 @pytest.mark.parametrize("way", ["rsample", "noise", "weighted"])
 def test_reparameterised_gradients_are_those_of_the_expectation(name: str, latent_dim: int, way: str) -> None:

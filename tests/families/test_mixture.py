@@ -119,6 +119,7 @@ def test_unrolled_gradients_are_those_of_the_steps() -> None:
     torch.autograd.gradcheck(step, phi.requires_grad_())
 
 
+@pytest.mark.slow
 def test_learned_updates() -> None:
     guide = trained("mixture", 30, IterativeAmortizedGuide)
     assert guide.variational_parameters(X).shape == (4, 12)

@@ -243,6 +243,7 @@ CHANGES: list[Callable[[Decoded], None]] = [
 ]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_no_graph_is_stale_after_a_change(change: Callable[[Decoded], None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Decoded, "class_scale", 1.0)
@@ -567,6 +568,7 @@ def derivatives(local: LocalObjective, phi: Tensor, noise: Tensor, weight: Tenso
     return [grad, *(torch.zeros(()) if x is None else x for x in second)]
 
 
+@pytest.mark.thinned
 @pytest.mark.usefixtures("_float64")
 @pytest.mark.parametrize("link", [*CUT, *HIDDEN])
 def test_derivatives_are_cut_off_where_the_model_does(link: Link) -> None:
@@ -684,6 +686,7 @@ def test_a_graph_is_not_differentiated_by_a_parameter_that_has_been_replaced() -
     assert traced[2].abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_parameter_that_is_trained_later_has_derivatives() -> None:
     weight, x, cache = nn.Parameter(torch.tensor([0.9, 1.1])), torch.randn(4, 2), GraphCache()
     model, noise = linked(through_data, weight), torch.randn(1, 4, 2)
@@ -715,6 +718,7 @@ def test_a_use_costs_one_run_of_the_model_with_one_draw(num_particles: int, esti
     assert draws == [1]
 
 
+@pytest.mark.slow
 def test_graphs_of_several_states_are_kept_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, cache = Decoded(), torch.randn(6, 5), GraphCache()
     noise, phi = torch.randn(1, 6, 2), phi_of(6)

@@ -168,6 +168,7 @@ MODELS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
 }
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("name", MODELS)
 def test_trains_by_every_elbo(Guide: Any, name: str) -> None:
     model, args = MODELS[name]

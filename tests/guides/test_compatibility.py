@@ -84,6 +84,7 @@ def sampled(combinations: list[tuple[str, str]], sample: set[tuple[str, str]]) -
     return [both for both in combinations if both in sample]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(("title", "Guide"), sampled(ALL, SAMPLE))
 def test_every_combination(title: str, Guide: str) -> None:
     """The ELBOs are those that the traces give, or the structure is refused, as the documentation says."""
@@ -96,6 +97,7 @@ ALL_LOSSES = [(title, Guide) for title in LOSSES for Guide in GUIDES]
 SLOW_LOSSES = ("ReweightedWakeSleep", "CSIS")
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(
     ("title", "Guide"),
     sampled(ALL_LOSSES, {(t, G) for t, G in ALL_LOSSES if G in FAST or not any(name in t for name in SLOW_LOSSES)}),

@@ -122,6 +122,7 @@ def test_the_outer_encoder_sees_the_draw_of_the_other_side() -> None:
     assert (seen[0] != seen[1]).squeeze(-1).sum(0).tolist() == [0, 0, 6, 0]
 
 
+@pytest.mark.slow
 def test_diagnostics_of_either_side() -> None:
     x = data()
     guide = both()

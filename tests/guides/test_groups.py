@@ -127,6 +127,7 @@ def test_counties_can_be_selected_and_repeated() -> None:
     assert torch.allclose(log_joint.plain(z), whole, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_trained_refined_and_predicted() -> None:
     pyro.set_rng_seed(0)
     torch.set_default_dtype(torch.float32)
@@ -205,6 +206,7 @@ def chained(y: Tensor, county: Tensor, w: Tensor, state: Tensor, num_states: int
         pyro.sample("y", dist.Normal(s[state][county], 1.0), obs=y)
 
 
+@pytest.mark.slow
 def test_groups_may_chain() -> None:
     state, county = torch.tensor([0, 1, 1, 0, 1]), torch.tensor([0, 1, 1, 2, 3, 3, 3])
     args = (torch.randn(7), county, torch.randn(5), state, 3)
@@ -276,6 +278,7 @@ def test_what_is_no_long_format_is_refused() -> None:
         guide(y, floor, index, uranium)
 
 
+@pytest.mark.slow
 def test_a_spared_look_still_reads_the_index() -> None:
     """The shapes of two calls are the same, the index is not."""
     guide = AmortizedGuide(radon, **NAMED)
@@ -304,6 +307,7 @@ def right(y: Tensor, floor: Tensor, county_index: Tensor, uranium: Tensor) -> No
         pyro.sample("y", dist.Normal(a[..., county_index] + SLOPE * floor, HOUSE), obs=y)
 
 
+@pytest.mark.slow
 def test_several_draws_at_once_are_right_or_refused() -> None:
     """With more draws than counties, `a[county_index]` would take draws for counties."""
     args, elbo = data(), Trace_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
@@ -374,6 +378,7 @@ def test_a_global_latent_is_no_value_of_an_entry() -> None:
     assert guide(torch.randn(5), user, item)["a"].shape == (3,)
 
 
+@pytest.mark.slow
 def test_what_the_encoder_lacks_is_named_by_plate_and_the_remedy_works() -> None:
     arguments = data()
     guide = AmortizedGuide(radon, plate="county", groups={"obs": "county_index"})

@@ -149,6 +149,7 @@ def oracle_errors(plates: str, kind: str, elbo: Any, error: float = 0.0) -> list
 PLATES = ["full", "explicit", "random", "unsized", "rows", "columns"]
 
 
+@pytest.mark.thinned
 @pytest.mark.usefixtures("_float64")
 @pytest.mark.parametrize("vectorized", [False, True])
 @pytest.mark.parametrize("Elbo", [Trace_ELBO, TraceGraph_ELBO])
@@ -225,6 +226,7 @@ def test_exact_for_every_batch_size(kind: str) -> None:
 ELBOS: list[Callable[..., Any]] = [Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO, RenyiELBO]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("Guide", GUIDES)
 @pytest.mark.parametrize("vectorized", [False, True])

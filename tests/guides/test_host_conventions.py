@@ -187,6 +187,7 @@ def test_factors_of_the_model(Guide: Any, family: str) -> None:
 ELBOS = [Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO, TraceEnum_ELBO, RenyiELBO]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(
     ("Guide", "Elbo", "vectorized"),
     [
@@ -297,6 +298,7 @@ STARTS = {
 }
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(("Guide", "start"), [*product(ONE_SHOT, STARTS), *product(REFINING, ["generated"])])
 def test_every_start(Guide: Any, start: str) -> None:
     x = counts(6)
@@ -609,6 +611,7 @@ def jit_elbo(Elbo: Any, **options: Any) -> Any:
     return Elbo(ignore_jit_warnings=True, **options)
 
 
+@pytest.mark.thinned
 @jit_warning
 @pytest.mark.parametrize("Guide", ONE_SHOT)
 @pytest.mark.parametrize("Elbo", [Elbo for Elbo in JIT if Elbo is not JitTraceMeanField_ELBO])  # of other draws
@@ -826,6 +829,7 @@ def test_double_precision_model_under_single_precision_default(Guide: Any, famil
     assert {value.dtype for value in values.values()} == {torch.float64}
 
 
+@pytest.mark.thinned
 @most_guides
 @pytest.mark.parametrize("setup", [False, True])
 def test_single_precision_state_in_a_double_precision_guide(Guide: Any, setup: bool) -> None:

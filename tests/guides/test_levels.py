@@ -210,6 +210,7 @@ def absent(y: Tensor, age: Tensor, present: Tensor) -> None:
             pyro.sample("y", dist.Normal(p, TEST), obs=y)
 
 
+@pytest.mark.slow
 def test_refinement_is_not_moved_by_entries_that_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their couplings to the school, which an encoder gives all pupils alike, would pull at the school's scale."""
     present = torch.arange(6) < torch.arange(7).unsqueeze(-1)

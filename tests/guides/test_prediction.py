@@ -54,6 +54,7 @@ def trained(Guide: Any, model: Any, *args: Any, num_steps: int = 3, elbo: Any = 
     return guide
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("plate", [None, "data"])
 @pytest.mark.parametrize("encoder_input", [None, "x"])
 @pytest.mark.parametrize("Guide", GUIDES)

@@ -344,6 +344,7 @@ def test_switching_between_training_and_evaluation_traces_once_for_each(monkeypa
     assert 1 <= len(traced) <= 2
 
 
+@pytest.mark.slow
 def test_another_model_is_refined_on_its_own_elbo() -> None:
     first, second, x = VAE(), VAE(), pixels()
     for parameter in second.parameters():
@@ -480,6 +481,7 @@ def shares(dim: int, norm: nn.Module | None = None) -> Any:
     return model, guide, x
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_float64")
 def test_draws_are_evaluated_as_copies_of_the_datapoints() -> None:
     """In as many runs of the model as with a dimension of draws, with the same losses and gradients."""
@@ -495,6 +497,7 @@ def test_draws_are_evaluated_as_copies_of_the_datapoints() -> None:
     assert found[0][2] == found[1][2]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_float64")
 def test_draws_that_batch_normalisation_mixes_are_not_evaluated_together() -> None:
     """Copies of a datapoint at other draws would matter to it; in evaluation mode they do not."""

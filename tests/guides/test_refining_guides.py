@@ -65,6 +65,7 @@ def assert_trains(model: Any, guide: Any, args: Any, elbos: list[Any]) -> None:
             assert torch.tensor(elbo.loss(model, guide, *args)).isfinite()
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(
     ("plates", "kind"),
     some_slow(
@@ -457,6 +458,7 @@ def test_iterative_guide_needs_features() -> None:
     assert torch.tensor(Trace_ELBO().loss(linear.full, guide, linear.simulate(4))).isfinite()
 
 
+@pytest.mark.slow
 def test_learned_update_serves_one_guide() -> None:
     rule, linear = LearnedUpdate((8,)), LinearGaussian.random_weights()
     IterativeAmortizedGuide(linear.full, update=rule)(linear.simulate(4))

@@ -135,6 +135,7 @@ def counties(y: Tensor, county: Tensor, number: int) -> None:
         pyro.sample("y", dist.Normal(a[..., county], 1.0), obs=y)
 
 
+@pytest.mark.slow
 def test_long_format() -> None:
     guide = AmortizedGuide(counties, plate="county", groups={"obs": "county"})
     example = torch.randn(6), torch.tensor([0, 0, 1, 2, 2, 2]), 3
@@ -198,6 +199,7 @@ def test_every_encoder(name: str) -> None:
         torch.testing.assert_close(run(program, guide, x), guide.median(x), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_lengths_are_an_input() -> None:
     guide = AmortizedGuide(simple, SequenceEncoder(1, pooled=True), encoder_input=lambda x: (x, (x > 0).sum(1)))
     program = set_up(guide, X).exported(X)
@@ -216,6 +218,7 @@ class Own(nn.Module):
         return self.layers(self.function(x))
 
 
+@pytest.mark.slow
 def test_encoders_that_ask_for_a_length_and_have_modes() -> None:
     """In training mode too, the program is that of the evaluation mode, and leaves the guide in its own."""
     guide = set_up(AmortizedGuide(simple, Own()), X)
@@ -300,6 +303,7 @@ def labels(x: Tensor) -> None:
         pyro.sample("x", dist.Normal((z + y + b).unsqueeze(-1), 1.0).expand([*z.shape, 3]).to_event(1), obs=x)
 
 
+@pytest.mark.slow
 def test_discrete_latents() -> None:
     guide = DiscreteAmortizedGuide(labels)
     guide.setup(X)

@@ -91,6 +91,7 @@ def test_encoder_sees_what_is_simulated() -> None:
         assert torch.equal(seen[-1], simulated)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("insomnia", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("vectorized", [False, True])
 @pytest.mark.parametrize("Guide", [AmortizedGuide, SemiAmortizedGuide])

@@ -228,6 +228,7 @@ def test_an_enumerated_latent_beside_the_plate() -> None:
             use()
 
 
+@pytest.mark.slow
 def test_random_numbers_of_the_model_are_no_dependence() -> None:
     """Dropout outside of the plate gives other numbers in every run; single precision is compared to the last digit."""
     torch.set_default_dtype(torch.float32)

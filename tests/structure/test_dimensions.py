@@ -174,6 +174,7 @@ def test_batches_of_any_size_and_a_subsampled_plate() -> None:
     SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo).step(x)
 
 
+@pytest.mark.slow
 def test_a_dimension_of_size_one_is_none_of_the_datapoint() -> None:
     x = torch.randn(N, M)
     guide = AmortizedGuide(summed)

@@ -213,6 +213,7 @@ def test_encoder_sees_zeros_and_the_mask() -> None:
     assert level.masks == (0,)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("Guide", [AmortizedGuide, SemiAmortizedGuide, IterativeAmortizedGuide, PerDatapointGuide])
 @pytest.mark.parametrize("model", [*MASKED, missing])
 def test_masks_may_change_in_every_call(model: Any, Guide: Any) -> None:

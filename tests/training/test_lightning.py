@@ -128,6 +128,7 @@ def _fresh() -> None:
 # One process
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("kind", list(GUIDES))
 def test_trains_as_svi_does(kind: str, tmp_path: Path) -> None:
     """The same losses as SVI's with the same optimizer."""
@@ -422,6 +423,7 @@ def test_a_resumed_run_has_the_losses_of_an_unbroken_one(kind: str, tmp_path: Pa
     assert train(tmp_path / "other", 4, kind, tmp_path / "broken" / "step=3.ckpt") == expected
 
 
+@pytest.mark.slow
 def test_a_run_resumed_within_an_epoch(tmp_path: Path) -> None:
     expected = train(tmp_path / "whole", 3, mid=True)
     for step in (2, 6):  # in the middle and at the end of an epoch

@@ -61,6 +61,7 @@ def scale_tril(family: Any, phi: Tensor) -> Tensor:
 # The curvature
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("Family", FAMILIES)
 @pytest.mark.parametrize("num_particles", [LATENTS + 1, 20, 33])
@@ -206,6 +207,7 @@ class TwoModes:
             pyro.sample("x", dist.Normal(z.square().sum(-1), 0.2), obs=x)
 
 
+@pytest.mark.slow
 def test_steps_from_between_modes_climb() -> None:
     x = torch.tensor([1.0, 2.0, 4.0])
     guide = SemiAmortizedGuide(TwoModes(), initial="prior", num_steps=15, update=Newton(), num_particles=32)
