@@ -39,6 +39,7 @@ def batches(
     model_kwargs: Mapping[str, Any] | None,
     *,
     seed: int,
+    plate: str | None = None,
     to_args: ToArgs | None = None,
     progress: bool = False,
 ) -> Iterator[Batch]:
@@ -46,9 +47,9 @@ def batches(
     with progress_bar(num_calls(model_args), "batches", progress) as bar:
         for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs, to_args, model)):
             own = batch_seed(seed, number)
-            problem = bind(model, guide, args, kwargs, own)
+            problem = bind(model, guide, args, kwargs, own, plate=plate)
             with torch.no_grad():
-                features = guide.encoder_features(*args, **kwargs)
+                features = problem.guide.encoder_features(*args, **kwargs)
             known = torch.cat([features.to(problem.phi), problem.phi], -1)
             yield Batch(problem, known.cpu().double(), own)
             bar.update()

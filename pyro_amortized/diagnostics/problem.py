@@ -47,6 +47,7 @@ class LocalProblem:
         plate: Name of the datapoint plate.
         index: Positions of the datapoints in the full data set, ``(N,)``.
         global_sites: Names of the global latents that are held at their median.
+        guide: Whose phi it is: the guide, or that of the other side of crossed plates.
     """
 
     objective: LocalObjective
@@ -54,6 +55,12 @@ class LocalProblem:
     plate: str
     index: Tensor
     global_sites: tuple[str, ...]
+    guide: LocalGuide
+
+    @property
+    def held(self) -> Mapping[str, Tensor]:
+        """What the global latents are held at, by name."""
+        return self.objective.log_joint.call.global_values
 
 
 def bind(
@@ -66,6 +73,7 @@ def bind(
     *,
     graphs: GraphCache | None = None,
     plate: str | None = None,
+    held: Mapping[str, Tensor] | None = None,
 ) -> LocalProblem:
     """Binds a call, and checks that its numbers can be trusted.
 
@@ -79,6 +87,7 @@ def bind(
         graphs: Its traced forms, to share them between calls; new ones by default.
         plate: The datapoint plate of the guide, by default, or of a global guide that amortizes the other side of
             crossed plates; the latents of all other sides are held at their medians.
+        held: What to hold global latents at in place of their medians.
 
     Raises:
         ValueError: If the guide is none of this package, the model has no local latents, its log-joint is not finite at
@@ -96,7 +105,7 @@ def bind(
         check_same_model(guide, call)
         check_unscaled(structure)
         check_repeatable(guide, call, phi)
-        held = guide.global_median(*args, **kwargs)
+        medians, side = guide.global_median(*args, **kwargs), guide
         if plate is not None and plate != guide.plate:
             side = _side(guide, plate)
             inferred = side.infer(*args, **kwargs)
@@ -104,7 +113,8 @@ def bind(
             call = ModelCall(model, args, kwargs, structure)
             check_unscaled(structure)
             own = {site.name for site in structure.layout.sites}  # type: ignore[union-attr]
-            held = {name: value for name, value in guide.median(*args, **kwargs).items() if name not in own}
+            medians = {name: value for name, value in guide.median(*args, **kwargs).items() if name not in own}
+    held = medians if held is None else held
     log_joint = LocalLogJoint(replace(call, global_values=held))
     z = draw(family, phi, 2, generator(seed, 0))
     check_log_joint(log_joint, z)
@@ -113,7 +123,7 @@ def bind(
     log_joint.graphs = GraphCache(compile) if graphs is None else graphs
     frame = structure.datapoints
     index = torch.arange(frame.size) if structure.positions is None else structure.positions
-    return LocalProblem(LocalObjective(log_joint, family), phi.detach(), frame.name, index.cpu(), tuple(held))
+    return LocalProblem(LocalObjective(log_joint, family), phi.detach(), frame.name, index.cpu(), tuple(held), side)
 
 
 def blocks(problem: LocalProblem, phi: Tensor) -> list[tuple[LocalProblem, Tensor]]:

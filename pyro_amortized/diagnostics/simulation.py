@@ -66,6 +66,7 @@ def simulate(
     model_kwargs: Mapping[str, Any] | None = None,
     num_datapoints: int | None = None,
     *,
+    plate: str | None = None,
     seed: int = 0,
 ) -> Simulation:
     """Simulates datapoints from the model, with the global latents held at the guide's median.
@@ -81,6 +82,7 @@ def simulate(
         model_kwargs: Its keyword arguments.
         num_datapoints: S, by default as many as the call has. Further ones repeat the rows of all arguments that
             hold data of the datapoints, as is found by numbers; fewer are a random selection of them.
+        plate: As for :func:`estimate_gaps`.
         seed: Seed of all draws.
 
     Returns:
@@ -104,18 +106,7 @@ def simulate(
     if num_datapoints is not None:
         num_datapoints = check_count("num_datapoints", num_datapoints, 1, 100)
     seed = check_seed(seed)
-    simulator = Simulator(bind(model, guide, model_args, model_kwargs, seed), guide)
-    rng = generator(seed, 20)
-    if num_datapoints is None:
-        return simulator.run(None, rng)
-    rows = simulator.choose_rows(num_datapoints, rng)
-    if rows is None:
-        raise ValueError(
-            f"Cannot simulate {num_datapoints} datapoints in one call because the model and its guide can only be run "
-            f"on their own {simulator.num_datapoints} rows; try num_datapoints=None, or a plate that takes its size "
-            "from the arguments."
-        )
-    return simulator.run(rows, rng)
+    return Simulator(bind(model, guide, model_args, model_kwargs, seed, plate=plate)).at_once(num_datapoints, seed)
 
 
 class Simulator:
@@ -123,17 +114,28 @@ class Simulator:
 
     Args:
         problem: The call.
-        guide: The guide.
 
     Raises:
         ValueError: If the call is none that can be simulated.
     """
 
-    def __init__(self, problem: LocalProblem, guide: LocalGuide) -> None:
-        self.guide = guide
+    def __init__(self, problem: LocalProblem) -> None:
+        self.guide = problem.guide
         self.log_joint = problem.objective.log_joint
         self.num_datapoints = self.log_joint.num_datapoints
-        _check_call(guide, self.log_joint)
+        _check_call(self.guide, self.log_joint)
+
+    def at_once(self, number: int | None, seed: int) -> Simulation:
+        """Simulates a number of datapoints in one call, by default as many as it has, as :func:`simulate` does."""
+        rng = generator(seed, 20)
+        rows = None if number is None else self.choose_rows(number, rng)
+        if number is not None and rows is None:
+            raise ValueError(
+                f"Cannot simulate {number} datapoints in one call because the model and its guide can only be run on "
+                f"their own {self.num_datapoints} rows; try num_datapoints=None, or a plate that takes its size from "
+                "the arguments."
+            )
+        return self.run(rows, rng)
 
     def blocks(self, num_simulations: int, rng: torch.Generator) -> Iterator[Simulation]:
         """Simulates at least ``num_simulations`` datapoints: in blocks, or as whole data sets if it has to be."""

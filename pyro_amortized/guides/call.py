@@ -28,6 +28,7 @@ class Call:
         model: The model that observes the data at hand, if it is another than the guide's.
         complete: Whether the data at hand are among the arguments.
         global_values: The global latents that q(z) is conditioned on, by site: those drawn in this call, or medians.
+        held: What global latents are held at, by site, in place of their medians.
         inputs: What the encoder sees, where that is all that is given; None to find it among the arguments.
     """
 
@@ -39,6 +40,7 @@ class Call:
     model: Callable[..., Any] | None = None
     complete: bool = True
     global_values: Mapping[str, Tensor] | None = None
+    held: Mapping[str, Tensor] | None = None
     inputs: tuple[Tensor, ...] | None = None
 
     def of_model(self, model: Callable[..., Any]) -> ModelCall:

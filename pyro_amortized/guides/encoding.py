@@ -117,7 +117,9 @@ class EncodingGuide(ReadingGuide):
         check_global_shapes(shapes, self._global_shapes)
 
     def _global_values(self, call: Call) -> dict[str, Tensor]:
-        """The global latents at their median, or for autoguides without one at a draw."""
+        """The global latents at their median, or for autoguides without one at a draw; or where the call holds them."""
+        if call.held is not None:
+            return dict(call.held)
         return global_median(self, call.args, call.kwargs) if self.global_sites else {}
 
     # phi

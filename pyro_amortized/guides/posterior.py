@@ -76,10 +76,28 @@ class PosteriorGuide(EncodingGuide):
             return inferred
         return replace(inferred, global_values=global_median(self, args, kwargs))
 
-    def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, predicting: bool = False) -> Inferred:
+    def infer_given(self, global_values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Inferred:
+        """As :meth:`infer`, with given values of the global latents in place of their medians.
+
+        Args:
+            global_values: The values by name.
+            *args: The model's arguments, with all data.
+            **kwargs: The model's keyword arguments.
+        """
+        return self._infer(args, kwargs, given=global_values)
+
+    def _infer(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        predicting: bool = False,
+        given: Mapping[str, Tensor] | None = None,
+    ) -> Inferred:
         """As :meth:`infer`, with global latents only if the encoder sees any; ``predicting`` as in :meth:`_read`."""
         with isolated():
             call = self._read(args, kwargs, predicting=predicting)
+            call.held = given
             self._require_data(call)
             phi = None if call.structure.layout is None else self._phi(call)
             family = None if phi is None else self.family

@@ -274,8 +274,8 @@ class VectorQuantizedGuide(AmortizedGuide):
             call = self._read(args, kwargs)
             return call.structure, self._nearest(call)
 
-    def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, predicting: bool = False) -> Inferred:
-        inferred = super()._infer(args, kwargs, predicting=predicting)
+    def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any], **options: Any) -> Inferred:
+        inferred = super()._infer(args, kwargs, **options)
         cause, remedy = "q has one possible value, the nearest codes", "guide.codes(...) and collapse_report(...)"
         return replace(inferred, cause=cause, remedy=remedy)
 

@@ -42,7 +42,7 @@ def _known_shape(value: Tensor) -> torch.Size:
 
 def versions(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int]:
     """How often each tensor among the arguments has been changed in place."""
-    flat = (*args, *kwargs.values())
+    flat: Sequence[Any] = (*args, *kwargs.values())
     if not all(isinstance(x, Tensor | int | float | str | None) for x in flat):
         flat = tree_leaves(flat)
     return [x._version for x in flat if isinstance(x, Tensor) and not x.is_inference()]

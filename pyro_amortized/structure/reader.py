@@ -291,10 +291,10 @@ def _read_structure(
 
 def _with_values(structure: Structure, trace: Trace) -> Structure:
     """A structure with the indices and the observed values of a run that has it."""
-    observed, present = {}, {}
-    if structure.plate is not None:
-        observed, present = observed_values(trace, structure.datapoints, structure.missing)
-    return structure.holding(subsample_indices(trace, structure.frames), observed, present)
+    indices = subsample_indices(trace, structure.frames)
+    if structure.plate is None:
+        return structure.holding(indices, {}, {})
+    return structure.holding(indices, *observed_values(trace, structure.datapoints, structure.missing))
 
 
 def _subsampled_data_plates(trace: Trace, frames: Mapping[str, PlateFrame], plate: str | None) -> tuple[str, ...]:

@@ -149,7 +149,7 @@ def test_indexed_subsamples_write_their_rows() -> None:
     assert torch.equal(found[others], x[others])
     assert not torch.isclose(found[index], x[index]).any()
     assert len(simulate(oracle.explicit, guide, (x, index), None, 2).latents) == 2
-    simulator = Simulator(bind(oracle.explicit, guide, (x, index), None, 0), guide)
+    simulator = Simulator(bind(oracle.explicit, guide, (x, index), None, 0))
     latents, values = [], []
     for part in simulator.blocks(2000, generator(0)):
         latents.append(part.latents)
@@ -185,7 +185,7 @@ def test_structures_that_depend_on_values() -> None:
     observed = torch.arange(3) < simulation.args[1].unsqueeze(-1)
     assert torch.equal(simulation.args[0] != 0, observed)
     guide = AmortizedGuide(chains)
-    simulator = Simulator(bind(chains, guide, (x, lengths), None, 0), guide)
+    simulator = Simulator(bind(chains, guide, (x, lengths), None, 0))
     assert all(part.latents.shape[1] == 3 for part in simulator.blocks(1, generator(0)))
 
 
@@ -213,7 +213,7 @@ def test_models_that_only_run_on_all_their_rows(monkeypatch: pytest.MonkeyPatch)
 
     guide = AmortizedGuide(stubborn)
     assert len(simulate(stubborn, guide, (x,)).latents) == 6
-    simulator = Simulator(bind(stubborn, guide, (x,), None, 0), guide)
+    simulator = Simulator(bind(stubborn, guide, (x,), None, 0))
     assert [len(part.latents) for part in simulator.blocks(20, generator(0))] == [6] * 4
     with pytest.raises(
         ValueError, match=r"Cannot simulate 20 datapoints in one call.*own 6 rows; try num_datapoints=N"

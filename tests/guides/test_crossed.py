@@ -18,12 +18,18 @@ from pyro_amortized import (
     AmortizedGuide,
     DeepSetEncoder,
     SemiAmortizedGuide,
+    calibrate,
+    certified_posterior,
     collapse_report,
     compare_gaps,
     estimate_gaps,
+    evidence_bounds,
     log_evidence,
     optimize_local,
+    predict_gap,
+    simulate,
     to_arviz,
+    typicality,
 )
 
 pytestmark = pytest.mark.usefixtures("_float64")
@@ -143,6 +149,70 @@ def test_diagnostics_of_either_side() -> None:
     assert all(gaps.dataset.sizes["genes"] == 4 for gaps in compared.estimates.values())
     with pytest.raises(ValueError, match=r"amortizes those of \['cells', 'genes'\]"):
         log_evidence(factors, guide, (x,), plate="batches")
+
+
+class Exact(torch.nn.Module):
+    """The posterior of one side of :func:`factors` given the other, with scales that may be wrong by a factor."""
+
+    def __init__(self, wrong: float, other: Tensor | None = None) -> None:
+        super().__init__()
+        self.wrong, self.other = wrong, other
+
+    def forward(self, x: Tensor, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        given = self.other if given is None else given
+        precision = (1.0 + 4.0 * given.square().sum(-1, keepdim=True)).expand(len(x), 1)
+        return 4.0 * (x * given).sum(-1, keepdim=True) / precision, self.wrong * precision.rsqrt()
+
+
+@pytest.mark.parametrize("wrong", [1.0, 0.6])
+@pytest.mark.parametrize("plate", ["cells", "genes"])
+def test_either_side_is_calibrated_given_the_other(plate: str, wrong: float) -> None:
+    """The simulations hold the other side, and so does the guide where its encoder sees it."""
+    x, exact = data(20, 12), Exact(wrong, torch.ones(20))
+    if plate == "genes":
+        guide = both(encoder=exact)
+    else:
+        options: dict[str, Any] = {"global_guide": lambda part: AmortizedGuide(part, plate="genes")}
+        guide = AmortizedGuide(factors, exact, plate="cells", encoder_input=["x", "v"], **options)
+    guide.setup(x)
+    exact.other = guide.median(x)["u"].reshape(-1)
+    report = calibrate(factors, guide, (x,), num_simulations=400, num_samples=99, plate=plate)
+    assert report.dataset.attrs["plate"] == plate
+    assert report.calibrated == (wrong == 1.0)
+    simulation = simulate(factors, guide, (x,), plate=plate)
+    assert len(simulation.latents) == x.shape[0 if plate == "cells" else 1]
+    with pytest.raises(ValueError, match="beside crossed plates .*try posterior=None"):
+        calibrate(factors, guide, (x,), posterior=certified_posterior, plate=plate)
+
+
+@pytest.mark.parametrize("plate", [pytest.param("cells", marks=pytest.mark.slow), "genes"])
+def test_bounds_of_either_side_enclose_the_evidence(plate: str) -> None:
+    x = data(20, 12)
+    guide = both()
+    guide.setup(x)
+    number = x.shape[0 if plate == "cells" else 1]
+    found = evidence_bounds(factors, guide, (x,), num_simulations=number, num_samples=500, plate=plate)
+    held = guide.median(x)["v" if plate == "cells" else "u"].reshape(-1)
+    covariance = held.unsqueeze(-1) * held + 0.25 * torch.eye(len(held))
+    simulated = simulate(factors, guide, (x,), num_datapoints=number, plate=plate).args[0]
+    data_of = simulated if plate == "cells" else simulated.T
+    expected = dist.MultivariateNormal(torch.zeros(len(held)), covariance).log_prob(data_of)
+    assert np.abs(found["log_evidence"].values - expected.numpy()).max() < 0.02
+    assert -0.02 < found.attrs["mean_width"] < 0.05
+
+
+def test_typicality_and_predicted_gaps_of_either_side() -> None:
+    x, more = data(6, 5), data(6, 42)
+    guide = AmortizedGuide(
+        factors,
+        plate="cells",
+        encoder_input={"genes": ["x", "v"]},
+        global_guide=lambda part: AmortizedGuide(part, plate="genes"),
+    )
+    guide.setup(more)
+    assert typicality(factors, guide, (x,), reference_args=(more,), plate="genes").dataset.sizes["genes"] == 5
+    gaps = predict_gap(factors, guide, (x,), reference_args=(more,), plate="genes")
+    assert gaps["amortization_gap"].sizes == {"genes": 5}
 
 
 def test_refined_predicted_exported_and_saved() -> None:

@@ -164,6 +164,7 @@ def calibrate(
     num_simulations: int = 1000,
     num_samples: int = 199,
     posterior: Posterior | None = None,
+    plate: str | None = None,
     to_args: ToArgs | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -192,6 +193,7 @@ def calibrate(
         posterior: A procedure to test in place of the guide, such as :func:`~pyro_amortized.certified_posterior`, or
             ``functools.partial`` of it: it is run on the simulated data. Simulations that it does not certify, as it
             decides by their data alone, are left out and counted; there is no log q then.
+        plate: As for :func:`estimate_gaps`: with crossed plates the side to test, given the other at its median.
         to_args: Where batches of a loader hold something else than the model's arguments: a function from a batch to
             the positional arguments, a tuple, or to a pair of these and keyword arguments, ``(args, kwargs)``.
         seed: Seed of all draws; torch's global seed is left alone.
@@ -244,10 +246,11 @@ def calibrate(
             share = _share(num_simulations, num_calls(model_args), number)
             if share == 0:
                 continue
-            problem = bind(model, guide, args, kwargs, seed)
+            problem = bind(model, guide, args, kwargs, seed, plate=plate)
+            _check_posterior(posterior, problem, guide)
             prior = prior_location(problem, rng)
-            for simulation in Simulator(problem, guide).blocks(share, rng):
-                found, served = ranks(guide, problem, simulation, prior, num_samples, rng, posterior)
+            for simulation in Simulator(problem).blocks(share, rng):
+                found, served = ranks(problem, simulation, prior, num_samples, rng, posterior)
                 parts.append((found[:share], served[:share]))
                 share -= len(parts[-1][0])
                 bar.update(len(parts[-1][0]))
@@ -257,8 +260,18 @@ def calibrate(
             f"Cannot test calibration because {int(served.sum())} of {len(served)} simulations have a certificate; try "
             f"num_simulations={10 * len(served)}, or a reparameterised model, of which more have one."
         )
-    dataset = _to_dataset(found[served], problem, guide, num_samples, seed, posterior)
+    dataset = _to_dataset(found[served], problem, num_samples, seed, posterior)
     return CalibrationReport(dataset.assign_attrs(num_left_out=int((~served).sum())))
+
+
+def _check_posterior(posterior: Posterior | None, problem: LocalProblem, guide: LocalGuide) -> None:
+    """Refuses procedures that would find other values of the latents that the simulations hold."""
+    amortized = isinstance(getattr(guide, "global_guide", None), LocalGuide) or problem.guide is not guide
+    if posterior is not None and amortized:
+        raise ValueError(
+            f"Cannot calibrate {_name(posterior)} beside crossed plates because it would infer latents "
+            f"{[*problem.global_sites]} anew from simulated data, which hold them at their median; try posterior=None."
+        )
 
 
 def _share(total: int, number_of_calls: int | None, number: int) -> int:
@@ -274,7 +287,6 @@ def _share(total: int, number_of_calls: int | None, number: int) -> int:
 def _to_dataset(
     found: Tensor,
     problem: LocalProblem,
-    guide: LocalGuide,
     num_samples: int,
     seed: int,
     posterior: Posterior | None,
@@ -308,7 +320,7 @@ def _to_dataset(
             "seed": seed,
             "family_wise_level": LEVEL,
             "plate": problem.plate,
-            "guide": type(guide).__name__ if posterior is None else _name(posterior),
+            "guide": type(problem.guide).__name__ if posterior is None else _name(posterior),
             "family": type(problem.objective.family).__name__,
             "latent_dim": problem.objective.family.latent_dim,
             "latents": "unconstrained",

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pyro_amortized.diagnostics.problem import LocalProblem
 from pyro_amortized.diagnostics.simulation import Simulation
-from pyro_amortized.guides import LocalGuide
 from pyro_amortized.objective.draws import chunks
 from pyro_amortized.objective.noise import draw, seeded
 from pyro_amortized.objective.prior import prior_draws
@@ -25,7 +24,6 @@ Posterior = Callable[..., Any]
 
 @torch.no_grad()
 def ranks(
-    guide: LocalGuide,
     original: LocalProblem,
     simulation: Simulation,
     prior: tuple[Tensor, Tensor],
@@ -41,7 +39,7 @@ def ranks(
         Ranks ``(S, Q)``, without those of log q where it is not the guide that is asked; and which simulations have
         draws, ``(S,)``.
     """
-    structure, phi = _infer(guide, simulation, rng)
+    structure, phi = _infer(original, simulation, rng)
     before = original.objective.log_joint
     call = replace(before.call, args=simulation.args, kwargs=simulation.kwargs, structure=structure)
     log_joint = before.of_call(call)
@@ -57,7 +55,7 @@ def ranks(
 
     served, draws = torch.ones(len(phi), dtype=torch.bool), None
     if posterior is not None:
-        served, draws = _ask(posterior, guide, original, simulation, num_samples, rng)
+        served, draws = _ask(posterior, original, simulation, num_samples, rng)
     truth = quantities(simulation.latents.to(phi).unsqueeze(0))
     below, equal = torch.zeros(truth.shape[1:]), torch.zeros(truth.shape[1:])
     for piece in chunks(num_samples, len(phi)):
@@ -71,7 +69,6 @@ def ranks(
 
 def _ask(
     posterior: Posterior,
-    guide: LocalGuide,
     original: LocalProblem,
     simulation: Simulation,
     num_samples: int,
@@ -80,7 +77,7 @@ def _ask(
     """Which simulations a procedure answers, and draws ``(L, S, D)`` chosen at random from its own."""
     seed = int(torch.randint(2**31 - 1, (), generator=rng))
     model = original.objective.log_joint.call.model
-    found = posterior(model, guide, simulation.args, simulation.kwargs, seed=seed)
+    found = posterior(model, original.guide, simulation.args, simulation.kwargs, seed=seed)
     draws = found.draws
     if len(draws) < num_samples:
         raise ValueError(
@@ -91,11 +88,12 @@ def _ask(
     return torch.from_numpy(found.dataset["certified"].values), draws[chosen]
 
 
-def _infer(guide: LocalGuide, simulation: Simulation, rng: torch.Generator) -> tuple[Structure, Tensor]:
-    """The structure of a simulated call, and the guide's variational parameters."""
+def _infer(original: LocalProblem, simulation: Simulation, rng: torch.Generator) -> tuple[Structure, Tensor]:
+    """The structure of a simulated call, and the guide's variational parameters at the same global latents."""
+    guide = original.guide
     try:
         with seeded(rng), guide.repeatable():
-            inferred = guide.infer(*simulation.args, **simulation.kwargs)
+            inferred = guide.infer_given(original.held, *simulation.args, **simulation.kwargs)
             return inferred.structure, inferred.local[0]
     except ValueError as error:
         raise ValueError(

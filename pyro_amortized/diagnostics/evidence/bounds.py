@@ -27,7 +27,7 @@ from pyro_amortized.diagnostics.evidence.evidence import (
 )
 from pyro_amortized.diagnostics.optimum.local_optimum import solve
 from pyro_amortized.diagnostics.problem import bind, to_dataset
-from pyro_amortized.diagnostics.simulation import simulate
+from pyro_amortized.diagnostics.simulation import Simulator
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.objective.noise import generator
 
@@ -47,6 +47,7 @@ def evidence_bounds(
     num_samples: int = 2000,
     tolerance: float = 0.02,
     max_samples: int = 20000,
+    plate: str | None = None,
     seed: int = 0,
     compile: bool = False,
     progress: bool = False,
@@ -66,6 +67,7 @@ def evidence_bounds(
         num_samples: K, the number of importance samples in the bounds.
         tolerance: As for :func:`log_evidence`.
         max_samples: As for :func:`log_evidence`.
+        plate: As for :func:`estimate_gaps`.
         seed: Seed of all noise; torch's global seed is not touched.
         compile: Whether to compile the log-joint.
         progress: Whether to show progress bars.
@@ -87,8 +89,10 @@ def evidence_bounds(
     num_simulations = check_count("num_simulations", num_simulations, 1, 100)
     num_samples = check_count("num_samples", num_samples, 1, 2000)
     tolerance, max_samples, seed = check_effort(tolerance, max_samples, seed)
-    simulation = simulate(model, guide, model_args, model_kwargs, num_simulations, seed=seed)
-    problem = bind(model, guide, simulation.args, simulation.kwargs, seed, compile)
+    original = bind(model, guide, model_args, model_kwargs, seed, plate=plate)
+    simulation = Simulator(original).at_once(num_simulations, seed)
+    args, kwargs = simulation.args, simulation.kwargs
+    problem = bind(model, guide, args, kwargs, seed, compile, plate=plate, held=original.held)
     optimum = solve(problem, tolerance, seed, progress)
     evidence = estimate_evidence(problem, optimum.phi, tolerance, max_samples, seed, progress)
     lower, upper = torch.zeros(2, len(optimum.phi), dtype=torch.float64)

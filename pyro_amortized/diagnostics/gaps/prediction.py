@@ -48,6 +48,7 @@ def predict_gap(
     budget: float = 0.2,
     level: float = 0.9,
     tolerance: float = 0.02,
+    plate: str | None = None,
     to_args: ToArgs | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -71,6 +72,7 @@ def predict_gap(
         budget: The share of datapoints that may be refined.
         level: What the interval is to hold with.
         tolerance: As for :func:`optimize_local`, of the reference data.
+        plate: As for :func:`estimate_gaps`.
         to_args: Where batches of a loader hold something else than the model's arguments: a function from a batch to
             the positional arguments, a tuple, or to a pair of these and keyword arguments, ``(args, kwargs)``.
         seed: Seed of all noise; torch's global seed is not touched.
@@ -109,7 +111,7 @@ def predict_gap(
     for name, value in (("budget", budget), ("level", level)):
         check_real(name, value, "a share, above 0 and below 1", lambda x: 0 < x < 1, 0.2 if name == "budget" else 0.9)
     kwargs = model_kwargs if reference_kwargs is None else reference_kwargs
-    options: dict[str, Any] = {"to_args": to_args, "progress": progress}
+    options: dict[str, Any] = {"plate": plate, "to_args": to_args, "progress": progress}
     known, gaps = [], []
     for batch in batches(model, guide, reference_args, kwargs, seed=seed, **options):
         optimum = solve(batch.problem, tolerance, batch.seed, progress)

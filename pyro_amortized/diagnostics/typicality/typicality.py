@@ -151,6 +151,7 @@ def typicality(
     reference_args: ModelArgs,
     reference_kwargs: Mapping[str, Any] | None = None,
     level: float = 0.05,
+    plate: str | None = None,
     to_args: ToArgs | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -172,6 +173,7 @@ def typicality(
             everything new looks odd. At least 40 datapoints; p-values are no smaller than 2 by their number.
         reference_kwargs: The model's keyword arguments there; by default ``model_kwargs``.
         level: The share of false alarms.
+        plate: As for :func:`estimate_gaps`.
         to_args: Where batches of a loader hold something else than the model's arguments: a function from a batch to
             the positional arguments, a tuple, or to a pair of these and keyword arguments, ``(args, kwargs)``.
         seed: Seed of the draws and of the halves.
@@ -209,9 +211,8 @@ def typicality(
     check_real("level", level, "a share of false alarms, above 0 and below 1", lambda x: 0 < x < 1, 0.05)
     seed = check_seed(seed)
     kwargs = model_kwargs if reference_kwargs is None else reference_kwargs
-    known = _Statistics.of(
-        batches(model, guide, reference_args, kwargs, seed=seed, to_args=to_args, progress=progress), seed
-    )
+    options: dict[str, Any] = {"plate": plate, "to_args": to_args, "progress": progress}
+    known = _Statistics.of(batches(model, guide, reference_args, kwargs, seed=seed, **options), seed)
     number = len(known.elbo)
     if number < _LEAST_REFERENCE or number * level < 2:
         least = max(_LEAST_REFERENCE, int(np.ceil(2 / level)))
@@ -219,7 +220,7 @@ def typicality(
             f"Cannot compare with {number} reference datapoints because p-values of level={level:g} want more; try "
             f"reference_args with {least} or more of them."
         )
-    found = list(batches(model, guide, model_args, model_kwargs, seed=seed + 1, to_args=to_args, progress=progress))
+    found = list(batches(model, guide, model_args, model_kwargs, seed=seed + 1, **options))
     report = _report(found, _Statistics.of(found, seed, known.features.shape[-1]), known, level, seed)
     if not report.typical:
         warnings.warn(f"{report.verdict} (batch p-value {report.batch_p_value:.2g})", AtypicalDataWarning, stacklevel=2)
