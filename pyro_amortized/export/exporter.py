@@ -38,6 +38,16 @@ def check_guide(guide: Any) -> None:
         )
 
 
+def _check_names(structure: Structure) -> None:
+    """Raises a ValueError if a plate has the name of a dimension that every export has."""
+    taken = sorted({"chain", "draw"} & structure.frames.keys())
+    if taken:
+        raise ValueError(
+            f"Cannot export a model with a plate {taken[0]!r} because ArviZ has a dimension of that name; try "
+            f"`pyro.plate({taken[0] + 's'!r}, ...)` in the model, and a guide of it."
+        )
+
+
 def _version() -> str:
     try:
         return metadata.version("pyro-amortized")
@@ -91,6 +101,7 @@ class Exporter:
         """
         with seeded(generator(self.options.seed, 30, self._number)):
             structure, phi = self._infer(args, kwargs)
+            _check_names(structure)
             batch = Batch(ModelRuns(ModelCall(self.model, args, kwargs, structure)), self.options, self._log_q(phi))
             if self.options.quantiles:
                 batch.add_quantiles(self._quantiles(batch.runs.call, phi))

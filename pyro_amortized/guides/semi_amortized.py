@@ -42,9 +42,10 @@ class SemiAmortizedGuide(RefiningGuide):
             step size is 2 / ``num_steps``, at most 0.5: larger ones make the steps forget where they started, so that
             nothing trains the encoder.
         encoder_gradient: How the encoder learns; by default ``"anchored"``, or ``"unrolled"`` with an ``update`` of
-            your own. ``"anchored"``: by the exact gradient of the refined ELBO through all
-            steps and that of the ELBO of its own answer; ``"unrolled"``: by the first of them alone, as in the SA-VAE,
-            so that an answer that the steps mend in any case may drift away from one training step to the next;
+            your own. ``"anchored"``: by the exact gradient of the refined ELBO through all steps, in which medians of
+            global latents count as constants, and that of the ELBO of its own answer; ``"unrolled"``: by the first of
+            them alone, as in the SA-VAE, so that an answer that the steps mend in any case may drift away from one
+            training step to the next;
             ``"first_order"``: the same with the Jacobian of the steps taken for the identity,
             which is cheaper; ``"initial"``: by the ELBO of its own answer, the model by that of the refined one
             (VAE+SVI); ``"distill"``: by the KL divergence from its answer to the refined one (VAE+SVI+KL).

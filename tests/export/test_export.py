@@ -7,6 +7,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -409,6 +410,19 @@ def test_global_latents_alone(features: int) -> None:
     assert np.allclose(draws(data, "log_likelihood", "y"), expected)
     assert data["posterior_predictive"]["y"].dims == ("chain", "draw", "data")
     assert data["constant_data"]["x"].dims == ("data", "x_dim_0")
+
+
+def test_a_plate_named_as_a_dimension_of_arviz_is_refused() -> None:
+    def model(name: str, x: Tensor) -> None:
+        with pyro.plate(name, len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match=r"a plate 'draw' because .*; try `pyro.plate\('draws', ...\)` in the model"):
+        to_arviz(partial(model, "draw"), AmortizedGuide(partial(model, "draw")), (torch.randn(3),), num_samples=2)
+    guide = AmortizedGuide(partial(model, "draws"), name="renamed")
+    found = to_arviz(partial(model, "draws"), guide, (torch.randn(3),), num_samples=2)
+    assert found.posterior["z"].dims == ("chain", "draw", "draws")
 
 
 def test_a_model_without_plates() -> None:
