@@ -97,13 +97,13 @@ def of_size(size: int | None) -> Callable[[Tensor], None]:
 case(
     "more rows than a model runs on",
     lambda: simulate(of_size(6), made(of_size(6)), (X,), num_datapoints=20),
-    "num_datapoints=None",
-    lambda: simulate(of_size(6), made(of_size(6)), (X,), num_datapoints=None),
+    "num_datapoints=6",
+    lambda: simulate(of_size(6), made(of_size(6)), (X,), num_datapoints=6),
 )
 case(
     "more rows than a model runs on, of any size",
     lambda: simulate(of_size(6), made(of_size(6)), (X,), num_datapoints=20),
-    "a plate that takes its size from the arguments",
+    "a model whose plate takes its size from an argument that holds the data of its datapoints",
     lambda: simulate(of_size(None), made(of_size(None)), (X,), num_datapoints=20),
 )
 for name, seen in (("as it is", "x"), ("computed", lambda x: x.square())):

@@ -125,15 +125,21 @@ class Simulator:
         self.num_datapoints = self.log_joint.num_datapoints
         _check_call(self.guide, self.log_joint)
 
-    def at_once(self, number: int | None, seed: int) -> Simulation:
-        """Simulates a number of datapoints in one call, by default as many as it has, as :func:`simulate` does."""
+    def at_once(self, number: int | None, seed: int, name: str = "num_datapoints") -> Simulation:
+        """Simulates a number of datapoints in one call, by default as many as it has, as :func:`simulate` does.
+
+        Args:
+            number: The number.
+            seed: Seed of all draws.
+            name: What the user calls the number.
+        """
         rng = generator(seed, 20)
         rows = None if number is None else self.choose_rows(number, rng)
         if number is not None and rows is None:
             raise ValueError(
                 f"Cannot simulate {number} datapoints in one call because the model and its guide can only be run on "
-                f"their own {self.num_datapoints} rows; try num_datapoints=None, or a plate that takes its size from "
-                "the arguments."
+                f"their own {self.num_datapoints} rows; try {name}={self.num_datapoints}, or a model whose plate takes "
+                "its size from an argument that holds the data of its datapoints."
             )
         return self.run(rows, rng)
 

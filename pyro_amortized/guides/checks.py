@@ -176,6 +176,18 @@ def check_summed_out(structure: Structure, built: Structure, hidden: Collection[
         )
 
 
+def check_global_plates(structure: Structure, built: Structure) -> None:
+    """Raises a ValueError if latents that are guided as global ones have become more or fewer."""
+    for name in structure.global_plates:
+        before, now = built.frames.get(name), structure.frames[name]
+        if before is not None and before.full_size != now.full_size:
+            raise ValueError(
+                f"Cannot guide the latents of plate {name!r} because it now has {now.full_size} entries and had "
+                f"{before.full_size} when the guide was set up, and they are no datapoints of this guide: the global "
+                f"guide knows those of the set-up alone; try {structure.amortizing(name)} for any number of them."
+            )
+
+
 def check_predictable(missing: Sequence[str], shown_masks: Sequence[str]) -> None:
     """Raises a ValueError if an encoder cannot tell that data are missing."""
     unknown = sorted(set(missing) - set(shown_masks))

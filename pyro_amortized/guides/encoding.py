@@ -36,6 +36,7 @@ class EncodingGuide(ReadingGuide):
         self._hold_all: dict[Any, bool] = {}
         self._whole_observations = WholeObservations()
         self._shown_masks: tuple[str, ...] = ()
+        self._seen_sites: tuple[str, ...] = ()
         self._global_shapes: dict[str, Size] | None = None
 
     # What a member says of its encoder

@@ -55,8 +55,10 @@ class Inferred:
     def local(self) -> tuple[Tensor, VariationalFamily]:
         """phi and the family; a ValueError if the model has no latents of single datapoints."""
         if self.phi is None or self.family is None:
+            others = [self.structure.amortizing(name) + ", or" for name in self.structure.global_plates[:1]]
             raise ValueError(
-                f"Cannot give variational parameters per datapoint because {self.cause}; try {self.remedy}."
+                f"Cannot give variational parameters per datapoint because {self.cause}; try "
+                f"{' '.join([*others, self.remedy])}."
             )
         return self.phi, self.family
 

@@ -28,14 +28,32 @@ def describe(guide: Any) -> str:
     local += [f"{site.name} (discrete)" for site in structure.discrete]
     lines += [f"  plate: {structure.plate}"] if structure.plate is not None else []
     lines += [f"  local latents: {', '.join(local) or 'none'}"]
-    lines += [f"  global latents: {', '.join(structure.global_sites) or 'none'}"]
+    within = f" (in {', '.join(structure.global_plates)})" if structure.global_plates else ""
+    lines += [f"  global latents: {', '.join(structure.global_sites) or 'none'}{within}"]
     lines += [f"  data: {', '.join(structure.data) or 'none'}"]
     lines += [f"  in long format: plates {', '.join(guide.groups)}"] if guide.groups else []
     lines += [f"  family: {type(family).__name__} of {family.latent_dim} dimensions"] if family is not None else []
     encoder = getattr(start_of(modules.get("inference")), "encoder", None)
+    lines += [f"  encoder sees: {_seen(guide)}"] if encoder is not None else []
     parts = {"encoder": encoder, "inference": modules.get("inference"), "global guide": modules.get("global_guide")}
     lines += [f"  {what}: {type(module).__name__}" for what, module in parts.items() if module is not None]
     return "\n".join([*lines, f"  parameters: {sum(p.numel() for p in guide.parameters()):,}"])
+
+
+def _seen(guide: Any) -> str:
+    """What the encoder sees, by plate where it was said so."""
+    if guide._encoder_plates:
+        plates = dict.fromkeys(guide._encoder_plates.values())
+        return "; ".join(
+            f"{plate}: {', '.join(name for name, of in guide._encoder_plates.items() if of == plate)}"
+            for plate in plates
+        )
+    if callable(guide._encoder_input):
+        return "what encoder_input makes of the arguments"
+    named = guide._encoder_input
+    names = guide._seen_sites if named is None else [named] if isinstance(named, str) else named
+    shown = [name for name in guide._shown_masks if name in names]
+    return ", ".join(names) + (f", and what is missing of {', '.join(shown)}" if shown else "")
 
 
 def describe_in_html(guide: Any) -> str:

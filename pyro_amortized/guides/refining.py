@@ -128,7 +128,13 @@ class RefiningGuide(AmortizedGuide):
                 "torch.no_grad()."
             )
         with kept_state():  # the model's own run in this step counts, not those of refinement
-            refinement = strategy.refine(inputs, call.index, self._objective(call))  # type: ignore[operator]
+            try:
+                refinement = strategy.refine(inputs, call.index, self._objective(call))  # type: ignore[operator]
+            except torch.linalg.LinAlgError as error:
+                raise ValueError(
+                    "Cannot refine phi because a step has left a covariance that is singular: refinement has diverged; "
+                    "try a smaller step_size, or the default update."
+                ) from error
         call.signal = refinement.signal
         return refinement.phi
 

@@ -90,6 +90,10 @@ class StructureReader:
         self._read_before: OrderedDict[Any, Structure] = OrderedDict()
         self._parameters: list[str] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what runs have looked like, for copies and files."""
+        return {**self.__dict__, "_read_before": OrderedDict()}
+
     def clear(self) -> None:
         """Forgets all structures: the model is another one."""
         self._known.clear()

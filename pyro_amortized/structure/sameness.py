@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from pyro.poutine import Trace
 from torch import Tensor
-from torch.distributions import Independent
+from torch.distributions import Distribution, Independent
+from torch.distributions.constraints import Constraint
 
 from pyro_amortized.structure.plates import PlateFrame
 from pyro_amortized.structure.running import Site
@@ -25,8 +26,8 @@ def run_key(trace: Trace, frames: Mapping[str, PlateFrame]) -> Any:
         frames: The plates in it.
 
     Returns:
-        The key; None for a run with latents that are masked or scaled, whose supports are made anew in every run, or
-        whose densities are neither Pyro's nor torch's: what these are is read each time.
+        The key; None for a run with latents that are masked or scaled, whose supports have bounds of their own, or
+        whose densities are neither Pyro's nor torch's, or made of others: what these are is read each time.
     """
     if torch._C._get_tracing_state():
         return None
@@ -44,9 +45,9 @@ def run_key(trace: Trace, frames: Mapping[str, PlateFrame]) -> Any:
 
 
 def _kind(site: Site) -> Any:
-    """What tells the density of a latent from others: its classes and its support, where that is an object of theirs.
+    """What tells the density of a latent from others: its classes, and its support where that has no bounds of its own.
 
-    A support with bounds of its own is another object in every run.
+    None for what is made of other densities, which may be of any kind, and for classes of others.
     """
     if site["mask"] is not None or isinstance(site["scale"], Tensor):
         return None
@@ -54,6 +55,19 @@ def _kind(site: Site) -> Any:
     while isinstance(fn, Independent):
         kinds.append(type(fn))
         fn = fn.base_dist
-    if hasattr(fn, "base_dist") or type(fn).__module__.partition(".")[0] not in ("pyro", "torch"):
+    support = _plain(fn.support)
+    if support is None or not _is_known(fn) or any(isinstance(part, Distribution) for part in vars(fn).values()):
         return None
-    return *kinds, type(fn), fn.support
+    return *kinds, type(fn), support
+
+
+def _plain(support: Any) -> Any:
+    """A support of torch's or Pyro's as the numbers that it is made of; None if these are tensors, or anything else."""
+    if not _is_known(support):
+        return None
+    parts = [_plain(value) if isinstance(value, Constraint) else value for value in vars(support).values()]
+    return (type(support), *parts) if all(isinstance(part, int | float | tuple) for part in parts) else None
+
+
+def _is_known(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] in ("pyro", "torch")

@@ -85,6 +85,12 @@ class Structure:
         local = [site.name for site in self.layout.sites] if self.layout is not None else []
         return frozenset([*self.global_sites, *local, *(site.name for site in self.discrete)])
 
+    def amortizing(self, plate: str) -> str:
+        """The guide that would amortize the latents of a plate in which no data lie."""
+        groups = "" if self.plate in (None, plate) else f", groups={{{self.plate!r}: ...}}"
+        index = f", with the index that ties entries of {self.plate!r} to it" if groups else ""
+        return f"AmortizedGuide(model, plate={plate!r}{groups}){index}"
+
     def worked_out(self) -> Structure:
         """This structure, with what every call asks of it worked out."""
         _ = self.is_fixed, self.latent_plates, self.random_plates, self.weights

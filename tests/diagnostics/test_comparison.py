@@ -50,6 +50,28 @@ def test_paired_differences_are_those_of_the_datapoints(linear: LinearGaussian) 
     assert data["elbo_difference_se"].values[0] == 0.0
 
 
+class Varying(Encoder):
+    """Far off, by as much as the datapoint says."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        loc, scale = super().forward(x)
+        return loc + x.square().sum(-1, keepdim=True), scale
+
+
+def test_the_verdict_does_not_depend_on_the_order_of_the_guides(linear: LinearGaussian) -> None:
+    """Nor on how much a third guide, with which all others are compared, varies."""
+    x = linear.simulate(30)
+    far = AmortizedGuide(linear.full, Varying(linear, 0.0), name="c")
+    far.setup(x)
+    found = compare_gaps(linear.full, {"far": far, **guides(linear, x)}, (x,))
+    last = found.dataset.isel(case=2)
+    assert last["elbo_difference_se"] > abs(last["elbo_lead"]) > 10 * last["elbo_lead_se"]
+    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
+        cases = [[*found.estimates][k] for k in order]
+        verdict = GapComparison.of({case: found.estimates[case] for case in cases}).verdict
+        assert "The best ELBO is that of 'exact'" in verdict
+
+
 @pytest.mark.slow
 def test_pairing_shows_what_lies_within_the_spread_of_datapoints(linear: LinearGaussian) -> None:
     x = linear.simulate(40)

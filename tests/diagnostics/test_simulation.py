@@ -216,7 +216,7 @@ def test_models_that_only_run_on_all_their_rows(monkeypatch: pytest.MonkeyPatch)
     simulator = Simulator(bind(stubborn, guide, (x,), None, 0))
     assert [len(part.latents) for part in simulator.blocks(20, generator(0))] == [6] * 4
     with pytest.raises(
-        ValueError, match=r"Cannot simulate 20 datapoints in one call.*own 6 rows; try num_datapoints=N"
+        ValueError, match=r"Cannot simulate 20 datapoints in one call.*own 6 rows; try num_datapoints=6"
     ):
         simulate(stubborn, guide, (x,), None, 20)
 

@@ -23,6 +23,7 @@ from pyro_amortized import (
     calibrate,
     collapse_report,
     estimate_gaps,
+    evidence_bounds,
     log_evidence,
     simulate,
     to_arviz,
@@ -388,3 +389,33 @@ def test_what_the_encoder_lacks_is_named_by_plate_and_the_remedy_works() -> None
     assert spec == {"obs": ["y", "floor"], "county": ["uranium"]}
     mended = AmortizedGuide(radon, plate="county", groups={"obs": "county_index"}, encoder_input=spec, name="mended")
     assert "unseen_arguments" not in estimate_gaps(radon, mended, arguments).dataset.attrs
+
+
+def test_latents_of_a_plate_without_data_are_not_answered_for_other_ones() -> None:
+    """By default the datapoints are the rows, and what they share is global, for these groups alone."""
+
+    def model(y: Tensor, index: Tensor, num: int) -> None:
+        with pyro.plate("group", num):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("obs", len(y)):
+            pyro.sample("y", dist.Normal(a[..., index], 1.0), obs=y)
+
+    def data(num: int) -> tuple[Tensor, Tensor, int]:
+        return torch.randn(3 * num), torch.arange(num).repeat_interleave(3), num
+
+    guide = AmortizedGuide(model)
+    guide(*data(5))
+    assert "global latents: a (in group)" in str(guide)
+    remedy = r"AmortizedGuide\(model, plate='group', groups=\{'obs': ...\}\), with the index that ties entries of 'obs'"
+    for ask in (guide, guide.median):
+        with pytest.raises(ValueError, match=rf"plate 'group' because it now has 4 entries and had 5 .* try {remedy}"):
+            ask(*data(4))
+    with pytest.raises(ValueError, match=rf"no local latents; try {remedy}"):
+        guide.variational_parameters(*data(5))
+    mended = AmortizedGuide(model, plate="group", groups={"obs": "index"}, name="mended")
+    mended(*data(5))
+    assert "encoder sees: y" in str(mended)
+    assert mended.median(*data(4))["a"].shape == (4,)
+    with pytest.raises(ValueError, match="on their own 5 rows; try num_simulations=5"):
+        evidence_bounds(model, mended, data(5))
+    assert evidence_bounds(model, mended, data(5), num_simulations=5, num_samples=50).sizes == {"group": 5}

@@ -63,7 +63,7 @@ def evidence_bounds(
         guide: A guide of this package.
         model_args: The model's positional arguments, whose covariates the simulations use.
         model_kwargs: The model's keyword arguments.
-        num_simulations: Number of datapoints to simulate.
+        num_simulations: Number of datapoints to simulate, in one call: in long format as many as there are.
         num_samples: K, the number of importance samples in the bounds.
         tolerance: As for :func:`log_evidence`.
         max_samples: As for :func:`log_evidence`.
@@ -90,7 +90,7 @@ def evidence_bounds(
     num_samples = check_count("num_samples", num_samples, 1, 2000)
     tolerance, max_samples, seed = check_effort(tolerance, max_samples, seed)
     original = bind(model, guide, model_args, model_kwargs, seed, plate=plate)
-    simulation = Simulator(original).at_once(num_simulations, seed)
+    simulation = Simulator(original).at_once(num_simulations, seed, "num_simulations")
     args, kwargs = simulation.args, simulation.kwargs
     problem = bind(model, guide, args, kwargs, seed, compile, plate=plate, held=original.held)
     optimum = solve(problem, tolerance, seed, progress)

@@ -42,7 +42,9 @@ class GapComparison(Report):
         dataset: Over ``case``, with coordinates ``guide`` and ``data``: for each quantity of a :class:`GapEstimate` the
             mean over datapoints, its standard error ``<name>_se``, the mean difference ``<name>_difference`` from the
             case's reference (coordinate ``reference``) and its standard error ``<name>_difference_se``;
-            ``num_datapoints`` and ``num_unreliable``. All in nats per datapoint. Guides are compared with the first one
+            ``elbo_lead``, the mean difference of the ELBO from the best other guide's on the same data, with
+            ``elbo_lead_se``, NaN where there is none; ``num_datapoints`` and ``num_unreliable``. All in nats per
+            datapoint. Guides are compared with the first one
             on the same data, pairwise per datapoint; the first guide on further data with itself on the first data.
         estimates: The :class:`GapEstimate` of every case, by ``(guide, data)``; empty if read from a file.
     """
@@ -65,6 +67,7 @@ class GapComparison(Report):
                 row[name], row[f"{name}_se"] = gaps.mean(name)
                 difference = _difference(gaps, estimates[reference], name, paired=reference[1] == data)
                 row[f"{name}_difference"], row[f"{name}_difference_se"] = difference
+            row["elbo_lead"], row["elbo_lead_se"] = _lead(estimates, guide, data)
             cases.append((guide, data, " on ".join(reference)))
             for name, value in row.items():
                 columns.setdefault(name, []).append(value)
@@ -125,7 +128,7 @@ class GapComparison(Report):
             part = data.isel(case=np.flatnonzero(data["data"].values == name))
             if part.sizes["case"] > 1:
                 where = f" on {name} data" if len(set(data["data"].values)) > 1 else ""
-                words.append(_best(part, str(data["guide"].values[0]), where))
+                words.append(_best(part, where))
         first = data["guide"].values[0]
         later = np.flatnonzero((data["guide"].values == first) & (data["data"].values != data["data"].values[0]))
         words += [_generalisation(data.isel(case=int(case)), str(data["data"].values[0])) for case in later]
@@ -264,18 +267,23 @@ def _difference(gaps: GapEstimate, reference: GapEstimate, name: str, *, paired:
     return float(difference.mean()), 0.0 if same else max(spread, float(np.sqrt(sum(noise)) / count))
 
 
-def _best(part: xarray.Dataset, reference: str, where: str) -> str:
+def _lead(estimates: Mapping[tuple[str, str], GapEstimate], guide: str, data: str) -> tuple[float, float]:
+    """Mean difference of an ELBO from the best other one on the same data, by pairs, and its standard error."""
+    others = [gaps for (name, where), gaps in estimates.items() if where == data and name != guide]
+    if not others:
+        return np.nan, np.nan
+    best = max(others, key=lambda gaps: gaps.mean("elbo")[0])
+    return _difference(estimates[guide, data], best, "elbo", paired=True)
+
+
+def _best(part: xarray.Dataset, where: str) -> str:
     """Which guide has the highest ELBO on a data set, and whether that is more than chance."""
-    best = part.isel(case=int(part["elbo"].values.argmax()))
-    rest = part.isel(case=np.flatnonzero(part["guide"].values != best["guide"].item()))
-    second = rest.isel(case=int(rest["elbo"].values.argmax()))
-    # Both differ from the reference guide on the same data, by pairs: the errors' sum bounds that of their difference.
-    error = sum(row["elbo_difference_se"].item() for row in (best, second) if row["guide"].item() != reference)
-    gain = best["elbo"].item() - second["elbo"].item()
-    names = f"{best['guide'].item()!r} over {second['guide'].item()!r}"
+    order = part["elbo"].values.argsort()[::-1]
+    best, second = (str(part["guide"].values[i]) for i in order[:2])
+    gain, error = (part[name].values[order[0]] for name in ("elbo_lead", "elbo_lead_se"))
     if gain > 2 * error:
-        return f"The best ELBO{where} is that of {best['guide'].item()!r}, {gain:.3g} nats above the next."
-    return f"No guide stands out{where}: {names} by {gain:.3g} nats is within two standard errors."
+        return f"The best ELBO{where} is that of {best!r}, {gain:.3g} nats above the next."
+    return f"No guide stands out{where}: {best!r} over {second!r} by {gain:.3g} nats is within two standard errors."
 
 
 def _generalisation(row: xarray.Dataset, first: str) -> str:
