@@ -1,4 +1,4 @@
-"""What Pyro's own tests ask of an autoguide, asked of every guide; what test_guides.py asks is not repeated."""
+"""What Pyro's own tests ask of an autoguide, asked of every guide: sites, starting points, losses and precision."""
 
 import copy
 import io
@@ -12,7 +12,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 from compatibility import elbo_by_hand
+from host_conventions import ONE_SHOT, X, assert_loss, build, centred, every_guide, most_guides
 from models import counts, topics
+from plain_guides import normals, svi
 from pyro import poutine
 from pyro.infer import (
     CSIS,
@@ -21,19 +23,14 @@ from pyro.infer import (
     JitTraceEnum_ELBO,
     JitTraceGraph_ELBO,
     JitTraceMeanField_ELBO,
-    Predictive,
     RenyiELBO,
     ReweightedWakeSleep,
     Trace_ELBO,
     TraceEnum_ELBO,
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
-    config_enumerate,
 )
 from pyro.infer.autoguide import (
-    AutoDelta,
-    AutoDiscreteParallel,
-    AutoGuideList,
     AutoNormal,
     init_to_feasible,
     init_to_generated,
@@ -44,9 +41,7 @@ from pyro.infer.autoguide import (
     init_to_value,
 )
 from pyro.infer.inspect import get_dependencies, get_model_relations
-from pyro.infer.reparam import LocScaleReparam
-from pyro.nn import PyroModule, PyroSample
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_amortized import (
     AmortizedGuide,
@@ -57,23 +52,7 @@ from pyro_amortized import (
 )
 
 FAMILIES = ["normal", "multivariate_normal", "low_rank_multivariate_normal", "flow"]
-OPTIONS: dict[Any, dict[str, Any]] = {
-    AmortizedGuide: {},
-    PerDatapointGuide: {},
-    DiscreteAmortizedGuide: {},
-    SemiAmortizedGuide: {"num_steps": 2, "keep_best": False},
-    IterativeAmortizedGuide: {"num_steps": 2, "num_particles": 2, "keep_best": False},
-}
-ONE_SHOT = [AmortizedGuide, PerDatapointGuide]
 REFINING = [SemiAmortizedGuide, IterativeAmortizedGuide]
-X = torch.linspace(-1.0, 1.5, 6)
-
-every_guide = pytest.mark.parametrize("Guide", list(OPTIONS))
-slow_iterative = pytest.param(IterativeAmortizedGuide, marks=pytest.mark.slow)
-most_guides = pytest.mark.parametrize(
-    "Guide", [*(G for G in OPTIONS if G is not IterativeAmortizedGuide), slow_iterative]
-)
-"""Every guide, the iterative one in the slow run: what it does here is what the semi-amortized one does."""
 every_family = pytest.mark.parametrize(
     ("Guide", "family"),
     [
@@ -82,49 +61,6 @@ every_family = pytest.mark.parametrize(
         pytest.param(IterativeAmortizedGuide, "normal", marks=pytest.mark.slow),
     ],
 )
-
-
-def build(Guide: Any, model: Any, **options: Any) -> Any:
-    return Guide(model, **{**OPTIONS[Guide], **options})
-
-
-def svi(model: Any, guide: Any, elbo: Any = None, lr: float = 0.01) -> SVI:
-    return SVI(model, guide, pyro.optim.Adam({"lr": lr}), elbo or Trace_ELBO())
-
-
-def train(model: Any, guide: Any, *args: Any) -> None:
-    """A few steps of a torch optimizer; Pyro's own do not take modules whose parameters are local to them."""
-    elbo = Trace_ELBO()(model, guide)
-    elbo(*args)
-    optimizer = torch.optim.Adam(elbo.parameters(), lr=0.01)
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss = elbo(*args)
-        loss.backward()
-        optimizer.step()
-        assert loss.isfinite()
-
-
-def assert_loss(model: Any, guide: Any, *args: Any) -> None:
-    """The loss of ``Trace_ELBO`` is the number of a computation by hand, with the same noise."""
-    guide.setup(*args)
-    pyro.set_rng_seed(3)
-    expected = elbo_by_hand(model, guide, *args)
-    pyro.set_rng_seed(3)
-    assert -Trace_ELBO().loss(model, guide, *args) == pytest.approx(expected, rel=1e-5, abs=1e-4)
-
-
-def normals(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-
-def centred(x: Tensor) -> None:
-    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(loc, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
 
 def hierarchy(x: Tensor) -> None:
@@ -314,287 +250,7 @@ def test_every_start(Guide: Any, start: str) -> None:
     assert torch.tensor(svi(topics, guide, lr=0.001).step(x)).isfinite()
 
 
-# 3. Lists and nesting
-
-
-@pytest.mark.parametrize(("Guide", "nested"), [*product(OPTIONS, [True]), *product(ONE_SHOT, [False])])
-def test_in_a_list(Guide: Any, nested: bool) -> None:
-    guide = AutoGuideList(centred)
-    inner = build(Guide, poutine.block(centred, hide=["loc"]))
-    if nested:
-        part = AutoGuideList(poutine.block(centred, hide=["loc"]))
-        part.append(inner)
-        guide.append(part)
-    else:
-        guide.append(inner)
-    guide.append(AutoDelta(poutine.block(centred, expose=["loc"])))
-    steps = svi(centred, guide)
-    assert torch.tensor([steps.step(X) for _ in range(3)]).isfinite().all()
-    assert guide.median(X).keys() == {"loc", "z"}
-    pyro.set_rng_seed(3)
-    expected = elbo_by_hand(centred, guide, X)
-    pyro.set_rng_seed(3)
-    assert -Trace_ELBO().loss(centred, guide, X) == pytest.approx(expected, rel=1e-5)
-
-
-@most_guides
-def test_in_a_list_with_a_function(Guide: Any) -> None:
-    def loc(x: Tensor) -> None:
-        pyro.sample("loc", dist.Delta(pyro.param("loc_value", torch.tensor(0.3))))
-
-    guide = AutoGuideList(centred)
-    guide.append(loc)
-    guide.append(build(Guide, poutine.block(centred, hide=["loc"])))
-    steps = svi(centred, guide)
-    assert torch.tensor([steps.step(X) for _ in range(3)]).isfinite().all()
-    assert pyro.param("loc_value").item() != pytest.approx(0.3)
-
-
-@most_guides
-def test_as_a_part_of_a_larger_module(Guide: Any) -> None:
-    """Parameters go to the store under the names of the modules that hold the guide."""
-
-    class Both(PyroModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first = build(Guide, poutine.block(topics, hide=["rate"]))
-
-        def forward(self, x: Tensor) -> None:
-            loc = pyro.param("rate_loc", torch.ones(3), constraint=dist.constraints.positive)
-            with pyro.plate("topics", 3):
-                pyro.sample("rate", dist.Delta(loc))
-            self.first(x)
-
-    x, both = counts(6), Both()
-    steps = svi(topics, both, lr=0.002)
-    assert torch.tensor([steps.step(x) for _ in range(3)]).isfinite().all()
-    names = set(pyro.get_param_store().keys()) - {"rate_loc"}
-    assert names
-    assert all("first.inference" in name for name in names)
-
-
-@most_guides
-def test_discrete_latents_in_a_guide_of_their_own(Guide: Any) -> None:
-    @config_enumerate
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            k = pyro.sample("k", dist.Bernoulli(0.4))
-            pyro.sample("x", dist.Normal(z + 2 * k, 1.0), obs=x)
-
-    guide = AutoGuideList(model)
-    guide.append(AutoDiscreteParallel(poutine.block(model, expose=["k"])))
-    guide.append(build(Guide, poutine.block(model, hide=["k"])))
-    elbo = TraceEnum_ELBO(max_plate_nesting=1)
-    steps = svi(model, guide, elbo)
-    assert torch.tensor([steps.step(X) for _ in range(3)]).isfinite().all()
-
-
-@most_guides
-def test_hidden_latents_are_left_alone(Guide: Any) -> None:
-    x = counts(6)
-    guide = build(Guide, poutine.block(topics, hide=["rate"]))
-    assert guide(x).keys() == {"size", "share"}
-    assert_loss(topics, poutine_with_rate(guide), x)
-
-
-def poutine_with_rate(guide: Any) -> Any:
-    class WithRate:
-        def setup(self, x: Tensor) -> None:
-            guide.setup(x)
-
-        def __call__(self, x: Tensor) -> None:
-            with pyro.plate("topics", 3):
-                pyro.sample("rate", dist.Gamma(2.0, 1.0))
-            guide(x)
-
-    return WithRate()
-
-
-@most_guides
-def test_reparametrised_model(Guide: Any) -> None:
-    @poutine.reparam(config={"z": LocScaleReparam(0.0)})
-    def model(x: Tensor) -> None:
-        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(loc, 2.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    guide = build(Guide, model)
-    assert_loss(model, guide, X)
-    assert guide(X).keys() == {"loc", "z_decentered"}
-    assert torch.tensor(svi(model, guide).step(X[:4] if Guide is not PerDatapointGuide else X)).isfinite()
-
-
-@most_guides
-def test_scoped_site_names(Guide: Any) -> None:
-    from pyro.contrib.autoname import scope
-
-    model = scope(normals, prefix="part")
-    guide = build(Guide, model)
-    assert_loss(model, guide, X)
-    assert guide.median(X).keys() == {"part/z"}
-
-
-@most_guides
-def test_plates_of_the_user(Guide: Any) -> None:
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x), subsample_size=3, dim=-2) as rows:
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            with pyro.plate("columns", 2, dim=-1):
-                v = pyro.sample("v", dist.Normal(z, 1.0))
-                pyro.sample("x", dist.Normal(v, 1.0), obs=x[rows])
-
-    def create_plates(x: Tensor) -> list[pyro.plate]:
-        return [pyro.plate("data", len(x), subsample_size=3, dim=-2), pyro.plate("columns", 2, dim=-1)]
-
-    x = torch.randn(6, 2)
-    guide = build(Guide, model, create_plates=create_plates, plate="data")
-    assert_loss(model, guide, x)
-    batches = {tuple(poutine.trace(guide).get_trace(x).nodes["data"]["value"].tolist()) for _ in range(5)}
-    assert len(batches) > 1
-
-
-# 4. Models that are modules
-
-
-class Regression(PyroModule):
-    """Random weights and a noise parameter in a module, latents of the datapoints in its forward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = PyroModule[nn.Linear](2, 1)
-        self.linear.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 2]).to_event(2))
-        self.linear.bias = PyroSample(dist.Normal(0.0, 1.0).expand([1]).to_event(1))
-        self.log_scale = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        mean = self.linear(x).squeeze(-1)
-        with pyro.plate("data", len(x)):
-            z = self.local(mean)
-            return pyro.sample("y", dist.Normal(z, self.log_scale.exp()), obs=y)
-
-    def local(self, mean: Tensor) -> Tensor:
-        return mean
-
-
-class LocalRegression(Regression):
-    """As above, with a latent per datapoint."""
-
-    def local(self, mean: Tensor) -> Tensor:
-        return pyro.sample("z", dist.Normal(mean, 1.0))
-
-
-@pytest.fixture(params=[False, True])
-def _module_local(request: Any) -> Iterator[None]:
-    with pyro.settings.context(module_local_params=request.param):
-        yield
-
-
-@most_guides
-@pytest.mark.usefixtures("_module_local")
-@pytest.mark.parametrize("Model", [Regression, LocalRegression])
-def test_module_models_with_random_weights(Guide: Any, Model: Any) -> None:
-    model, x, y = Model(), torch.randn(8, 2), torch.randn(8)
-    guide = build(Guide, model)
-    assert_loss(model, guide, x, y)
-    weights = {"linear.weight", "linear.bias"}
-    assert guide.median(x, y).keys() == weights | ({"z"} if Model is LocalRegression else set())
-    assert not any(name.startswith("model") for name, _ in guide.named_parameters())
-    train(model, guide, x, y)
-    assert model.log_scale.item() != 0.0
-
-
-@every_guide
-@pytest.mark.usefixtures("_module_local")
-def test_predicts_from_a_module_with_global_latents_alone(Guide: Any) -> None:
-    """Pyro's regression tutorial: train on (x, y), then predict y at any x."""
-    model, x, y = Regression(), torch.randn(8, 2), torch.randn(8)
-    guide = build(Guide, model)
-    train(model, guide, x, y)
-    predictive = Predictive(model, guide=guide, num_samples=5, return_sites=("y", "_RETURN"))
-    for size in (8, 3):
-        samples = predictive(torch.randn(size, 2))
-        assert samples["y"].reshape(5, size).std(0).min() > 0
-
-
-@every_guide
-def test_predicts_what_was_observed_in_training(Guide: Any) -> None:
-    """A guide whose encoder sees covariates alone needs no y to predict y."""
-
-    def model(x: Tensor, y: Tensor | None = None) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x, 1.0))
-            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
-
-    options = {} if Guide is PerDatapointGuide else {"encoder_input": "x"}
-    guide = build(Guide, model, plate="data", **options)
-    svi(model, guide).step(X, 2 * X)
-    samples = Predictive(model, guide=guide, num_samples=4)(X)
-    assert samples["y"].reshape(4, 6).std(0).min() > 0
-
-
-@most_guides
-@pytest.mark.parametrize("parallel", [False, True])
-def test_replicates_what_was_observed(Guide: Any, parallel: bool) -> None:
-    guide = build(Guide, normals)
-    svi(normals, guide).step(X)
-    predictive = Predictive(poutine.uncondition(normals), guide=guide, num_samples=4, parallel=parallel)
-    assert predictive(X)["x"].reshape(4, 6).std(0).min() > 0
-
-
-@most_guides
-def test_two_guides_of_one_name_with_local_parameters(Guide: Any) -> None:
-    with pyro.settings.context(module_local_params=True):
-        guides = [build(Guide, normals) for _ in range(2)]
-        for guide in guides:
-            train(normals, guide, X)
-        assert not pyro.get_param_store().keys()
-        first = [value.clone() for value in guides[0].state_dict().values()]
-        train(normals, guides[1], X)
-        assert all(map(torch.equal, first, guides[0].state_dict().values()))
-
-
-def alone(x: Tensor) -> None:
-    """Nothing but a global latent."""
-    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", len(x)):
-        pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
-
-
-@pytest.mark.parametrize(
-    ("Guide", "model", "options"),
-    [*((Guide, alone, {}) for Guide in OPTIONS), (SemiAmortizedGuide, centred, {"initial": "prior"})],
-)
-def test_two_guides_of_one_name_without_encoder_parameters(Guide: Any, model: Any, options: Any) -> None:
-    """With global latents alone, or a start at the prior, it is the parameters of the global guide that clash."""
-    svi(model, build(Guide, model, **options)).step(X)
-    with pytest.raises(ValueError, match=r"already holds other parameters.*name="):
-        svi(model, build(Guide, model, **options)).step(X)
-    svi(model, build(Guide, model, name="other", **options)).step(X)
-
-
-@most_guides
-def test_options_of_the_optimizer_by_parameter(Guide: Any) -> None:
-    names = []
-
-    def options(name: str) -> dict[str, float]:
-        names.append(name)
-        return {"lr": 0.0}
-
-    guide = build(Guide, topics)
-    steps = SVI(topics, guide, pyro.optim.Adam(options), Trace_ELBO())
-    x = counts(6)
-    steps.step(x)
-    before = copy.deepcopy(dict(guide.named_parameters()))
-    steps.step(x)
-    assert any("inference" in name for name in names)
-    assert any("global_guide" in name for name in names)
-    for name, value in guide.named_parameters():
-        assert torch.equal(value, before[name]), name
-
-
-# 5. Other ELBOs and training loops
+# 3. Other ELBOs and training loops
 
 PLAIN = {
     JitTrace_ELBO: Trace_ELBO,
@@ -785,7 +441,7 @@ def test_learning_rate_schedules(Guide: Any) -> None:
         scheduler.step()
 
 
-# 6. Precision and devices
+# 4. Precision and devices
 
 
 @every_family
@@ -895,7 +551,7 @@ def test_moves_to_the_meta_device(Guide: Any) -> None:
         assert not isinstance(value, Tensor) or value.device.type == "meta", path
 
 
-# 7. Pyro's other tools
+# 5. Pyro's other tools
 
 
 @most_guides
