@@ -12,10 +12,11 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 
 import pyro_amortized
-from pyro_amortized import AmortizedGuide
+from pyro_amortized import AmortizedGuide, collapse_report
 
 X = torch.linspace(-1.0, 1.0, 6)
 X2 = torch.linspace(-1.0, 1.0, 12).reshape(6, 2)
+HALF = torch.tensor([True, False])
 
 
 def model(x: Tensor) -> None:
@@ -36,6 +37,31 @@ def of_latent(
             pyro.sample("x", dist.Normal(loc, 1.0) if likelihood is None else likelihood(z), obs=x)
 
     return model
+
+
+def global_only(x: Tensor) -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+
+def subsampled(x: Tensor, index: Tensor) -> None:
+    with pyro.plate("data", len(x), subsample=index):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+
+def masked_global(event: bool, whole: bool = False) -> Callable[[Tensor], None]:
+    def other(x: Tensor) -> None:
+        prior = dist.LogNormal(torch.zeros(2), 1.0)
+        if event:
+            prior = prior.to_event(1).mask(torch.tensor(True)) if whole else prior.mask(HALF).to_event(1)
+        else:
+            prior = prior.to_event(1).mask(torch.tensor(False))
+        pyro.sample("loc", prior)
+        model(x)
+
+    return other
 
 
 def step(model: Any, guide: Any, *args: Any, elbo: Any = None) -> None:
@@ -59,6 +85,10 @@ def train(
 ) -> None:
     pyro.clear_param_store()
     step(model, guide_class(model, *args, **options), data, elbo=elbo)
+
+
+def report(args: Any = (X,), **options: Any) -> Any:
+    return collapse_report(model, made(), args, num_samples=20, **options)
 
 
 class Cases(dict[str, tuple[Callable[[], Any], str, Callable[[], Any]]]):
