@@ -1,9 +1,7 @@
-"""Gap decomposition, log evidence and local optimum against the closed forms of the linear-Gaussian model."""
+"""Gap decomposition and local optimum against closed forms, grids and quadrature; what is refused."""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,66 +9,17 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI, Trace_ELBO
+from factor_models import FEATURES, LATENTS, POINTS, Factors, Oracle, _Function
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-from pyro_amortized import AmortizedGuide, GapEstimate, PerDatapointGuide, estimate_gaps, log_evidence, optimize_local
-from pyro_amortized.diagnostics.evidence.annealing import anneal
-from pyro_amortized.diagnostics.evidence.evidence import summary
-from pyro_amortized.diagnostics.evidence.proposal import first_proposals
-from pyro_amortized.diagnostics.gaps.gaps import warn_of_violations
+from pyro_amortized import AmortizedGuide, PerDatapointGuide, estimate_gaps, log_evidence, optimize_local
 from pyro_amortized.diagnostics.optimum import local_optimum
 from pyro_amortized.diagnostics.optimum.lbfgs import minimize_rows
 from pyro_amortized.diagnostics.problem import bind
 from pyro_amortized.families import Mixture
 
 pytestmark = pytest.mark.usefixtures("_float64")
-
-LATENTS, FEATURES, POINTS = 20, 100, 64
-
-
-class Oracle:
-    """x = W z + noise of variances psi; easy: weak, nearly orthogonal loadings; hard: strong correlations."""
-
-    def __init__(self, hard: bool, points: int = POINTS, seed: int = 0) -> None:
-        rng = torch.Generator().manual_seed(seed)
-        weights = torch.randn(FEATURES, LATENTS, generator=rng)
-        if hard:
-            correlation = 0.4 * torch.ones(LATENTS, LATENTS) + 0.6 * torch.eye(LATENTS)
-            weights = weights @ torch.linalg.cholesky(correlation).T
-        else:
-            weights = 0.15 * weights
-        self.weights, self.psi = weights, 0.5 + torch.rand(FEATURES, generator=rng)
-        z = torch.randn(points, LATENTS, generator=rng)
-        self.x = z @ weights.T + self.psi.sqrt() * torch.randn(points, FEATURES, generator=rng)
-        self.precision = torch.eye(LATENTS) + weights.T @ (weights / self.psi[:, None])
-        self.gap = 0.5 * (self.precision.diagonal().log().sum() - torch.logdet(self.precision)).item()
-
-    def model(self, x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(LATENTS), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z @ self.weights.T, self.psi.sqrt()).to_event(1), obs=x)
-
-    def mean(self, x: Tensor) -> Tensor:
-        return torch.linalg.solve(self.precision, self.weights.T @ (x / self.psi).T).T
-
-    def log_evidence(self) -> np.ndarray[Any, Any]:
-        covariance = self.weights @ self.weights.T + torch.diag(self.psi)
-        return dist.MultivariateNormal(torch.zeros(FEATURES), covariance).log_prob(self.x).numpy()
-
-    def encoder(self, shift: Tensor | float = 0.0) -> nn.Module:
-        """The best mean-field posterior, its mean off by ``shift``."""
-        return _Function(lambda x: (self.mean(x) + shift, self.precision.diagonal().rsqrt().expand(len(x), LATENTS)))
-
-
-class _Function(nn.Module):
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.function(*inputs)
 
 
 @pytest.fixture(params=[False, True], ids=["easy", "hard"])
@@ -115,44 +64,6 @@ def test_the_low_rank_family_lies_between() -> None:
     gap = estimate_gaps(small.model, guide, (small.x,)).dataset["approximation_gap"].values
     assert (gap > 0.05).all()
     assert (gap < small.gap).all()
-
-
-@pytest.mark.slow
-def test_standard_errors_of_the_log_evidence_cover_the_truth() -> None:
-    """Of 5 x 64 independent estimates, 2-se intervals cover the truth in a share within 3 binomial s.e. of 95.4%."""
-    oracle = Oracle(hard=True)
-    guide = AmortizedGuide(oracle.model, oracle.encoder())
-    optimum = optimize_local(oracle.model, guide, (oracle.x,))
-    covered, covered_by_tenth = [], []
-    for seed in range(5):
-        result = log_evidence(oracle.model, guide, (oracle.x,), optimum=optimum, seed=seed, tolerance=0.1)
-        error = np.abs(result["log_evidence"] - oracle.log_evidence())
-        covered.append(error < 2 * result["log_evidence_se"])
-        covered_by_tenth.append(error < 0.2 * result["log_evidence_se"])
-    standard_error = math.sqrt(0.954 * 0.046 / (5 * POINTS))
-    assert abs(np.mean(covered) - 0.954) < 3 * standard_error
-    assert np.mean(covered_by_tenth) < 0.5  # the twin: intervals a tenth as wide do not cover
-
-
-class Factors:
-    """A Bernoulli factor model whose evidence a fine grid gives: two latents."""
-
-    def __init__(self, points: int = 12) -> None:
-        rng = torch.Generator().manual_seed(1)
-        self.weights = 2.0 * torch.randn(6, 2, generator=rng)
-        self.x = torch.bernoulli(torch.full((points, 6), 0.5), generator=rng)
-
-    def model(self, x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Bernoulli(logits=z @ self.weights.T).to_event(1), obs=x)
-
-    def log_evidence(self) -> np.ndarray[Any, Any]:
-        axis = torch.linspace(-8, 8, 801)
-        z = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 1, 2)
-        log_joint = dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
-        log_joint = log_joint + dist.Bernoulli(logits=z @ self.weights.T).log_prob(self.x).sum(-1)
-        return (log_joint.logsumexp(0) + 2 * math.log(16 / 800)).numpy()
 
 
 @pytest.mark.parametrize("family", ["normal", "multivariate_normal", "low_rank_multivariate_normal"])
@@ -214,104 +125,6 @@ def test_models_that_cannot_run_on_many_draws_or_few_rows_give_the_same_numbers(
     assert torch.allclose(results[0].elbo, results[1].elbo, atol=1e-6)
 
 
-def test_a_doubtful_estimate_is_flagged() -> None:
-    """Far more draws would be needed for the tolerance than are allowed."""
-    factors = Factors()
-    guide = AmortizedGuide(factors.model)
-    gaps = estimate_gaps(factors.model, guide, (factors.x,), tolerance=1e-4, max_samples=2000)
-    assert not gaps.dataset["reliable"].any()
-    assert "unreliable: 12 of 12" in str(gaps)
-
-
-@pytest.fixture
-def gaps() -> GapEstimate:
-    factors = Factors()
-    return estimate_gaps(factors.model, AmortizedGuide(factors.model), (factors.x,))
-
-
-def test_table_says_what_it_holds(gaps: GapEstimate) -> None:
-    table = str(gaps)
-    for text in ("12 datapoints", "'data'", "nats", "approximation gap", "amortization gap", "unreliable: 0 of 12"):
-        assert text in table
-    assert f"{gaps.dataset['inference_gap'].values.mean():.3f}" in table
-
-
-def test_netcdf_round_trip(gaps: GapEstimate, tmp_path: Path) -> None:
-    gaps.to_netcdf(tmp_path / "gaps.nc")
-    again = GapEstimate.from_netcdf(tmp_path / "gaps.nc")
-    assert again.dataset.identical(gaps.dataset)
-    assert again.dataset.attrs["units"] == "nats per datapoint"
-
-
-def test_plot_returns_axes(gaps: GapEstimate) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    axes = gaps.plot()
-    assert "nats" in axes.get_ylabel()
-    assert len(axes.patches) == 24
-    import matplotlib.pyplot as plt
-
-    plt.close(axes.figure)
-
-
-@pytest.mark.slow
-def test_plot_leaves_out_what_is_far_above(gaps: GapEstimate) -> None:
-    import matplotlib.pyplot as plt
-
-    before = gaps.plot().get_ylim()[1]
-    data = gaps.dataset.copy(deep=True)
-    for name in ("amortization_gap", "inference_gap"):
-        data[name].values[3] = 4321.0
-    data["reliable"].values[:2] = False
-    axes = GapEstimate(data).plot()
-    assert axes.get_ylim()[1] < 5 * before
-    assert [text.get_text() for text in axes.texts] == ["largest: 4.32e+03"]
-    assert "unreliable (2)" in [text.get_text() for text in axes.get_legend().get_texts()]
-    assert "datapoints of plate 'data'" in axes.get_title()
-    assert "gap" in axes.get_title().splitlines()[1]
-    for name in ("amortization_gap", "inference_gap"):
-        data[name].values[:] = np.inf
-    GapEstimate(data).plot()
-    plt.close("all")
-
-
-def test_reports_have_an_html_form(gaps: GapEstimate) -> None:
-    html = gaps._repr_html_()
-    assert html.count(" ".join(gaps.verdict.split()).replace('"', "&quot;")) == 1
-    assert "log evidence  log p(x)" in html
-    assert "<script" not in html
-
-
-@pytest.mark.slow
-def test_batches_concatenate_to_the_whole() -> None:
-    oracle = Oracle(hard=False, points=10)
-    guide = AmortizedGuide(oracle.model, oracle.encoder())
-    joined = GapEstimate.concat([estimate_gaps(oracle.model, guide, (part,)) for part in oracle.x.split(4)])
-    assert joined.dataset.sizes == {"data": 10}
-    assert joined.dataset["data"].values.tolist() == list(range(10))
-    assert np.abs(joined.dataset["approximation_gap"] - oracle.gap).max() < 0.02
-    with pytest.raises(ValueError, match="there are none"):
-        GapEstimate.concat([])
-
-
-def test_global_latents_are_held_at_their_median() -> None:
-    def model(x: Tensor) -> None:
-        shift = pyro.sample("shift", dist.Normal(0.0, 5.0))
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(shift, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    x = torch.tensor([0.0, 1.0, 5.0])
-    guide = AmortizedGuide(model)
-    result = log_evidence(model, guide, (x,))
-    shift = guide.median(x)["shift"]
-    truth = dist.Normal(shift, math.sqrt(2.0)).log_prob(x).detach().numpy()
-    assert np.abs(result["log_evidence"] - truth).max() < 0.02
-    assert "shift" in result.attrs["global_latents"]
-    assert set(result) == {"log_evidence", "log_evidence_se", "khat", "ess", "num_samples", "reliable"}
-
-
 def test_random_models_are_refused() -> None:
     dropout = nn.Dropout(0.5)
 
@@ -349,18 +162,6 @@ def test_infinite_log_joints_are_named() -> None:
 
     with pytest.raises(ValueError, match=r"1 datapoints.*not finite.*\[2\]"):
         estimate_gaps(model, AmortizedGuide(model), (torch.tensor([0.0, 0.5, 2.0]),))
-
-
-@pytest.mark.slow
-def test_progress_bars_on_request(capfd: pytest.CaptureFixture[str]) -> None:
-    factors = Factors()
-    guide = AmortizedGuide(factors.model)
-    estimate_gaps(factors.model, guide, (factors.x,), tolerance=0.5)
-    assert capfd.readouterr().err == ""
-    estimate_gaps(factors.model, guide, (factors.x,), tolerance=0.5, progress=True)
-    shown = capfd.readouterr().err
-    assert "log evidence: 100%" in shown
-    assert "ELBO of q and q*: 100%" in shown
 
 
 # Posteriors that are not normal: here biased estimates, missed modes and early stops would show.
@@ -477,54 +278,6 @@ def test_random_encoders_are_refused() -> None:
         estimate_gaps(factors.model, AmortizedGuide(factors.model, encoder), (factors.x,))
 
 
-def mixed(x: Tensor) -> None:
-    """A discrete latent chooses between two linear-Gaussian models: posteriors with a second mode or a shoulder."""
-    weights = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(2))
-    with pyro.plate("data", len(x)):
-        c = pyro.sample("c", dist.Categorical(torch.tensor([0.3, 0.7])), infer={"enumerate": "parallel"})
-        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
-        pyro.sample("x", dist.Normal((z.unsqueeze(-2) @ weights[c]).squeeze(-2), 1.0).to_event(1), obs=x)
-
-
-def mixed_data(size: int) -> tuple[Tensor, np.ndarray[Any, Any]]:
-    """Data of :func:`mixed`, and its exact log evidence."""
-    weights = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(2))
-    rng = torch.Generator().manual_seed(3)
-    c = (torch.rand(size, generator=rng) < 0.7).long()
-    z = torch.randn(size, 3, generator=rng)
-    x = (z.unsqueeze(-2) @ weights[c]).squeeze(-2) + torch.randn(size, 6, generator=rng)
-    parts = [
-        math.log(share) + dist.MultivariateNormal(torch.zeros(6), torch.eye(6) + w.T @ w).log_prob(x)
-        for share, w in zip((0.3, 0.7), weights, strict=True)
-    ]
-    return x, torch.stack(parts).logsumexp(0).numpy()
-
-
-@pytest.mark.slow
-def test_small_further_modes_and_shoulders_are_found() -> None:
-    x, exact = mixed_data(60)
-    result = log_evidence(mixed, AmortizedGuide(mixed), (x,))
-    good = ((result["khat"] < 0.7) & (result["log_evidence_se"] <= 0.02)).values
-    assert good.mean() >= 0.95
-    error = np.abs(result["log_evidence"] - exact)[good]
-    assert error.max() < 0.05
-    assert (error / result["log_evidence_se"][good] < 3).mean() > 0.95
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("wrong", [0.0, 0.1])
-def test_annealing_from_a_poor_proposal(wrong: float) -> None:
-    """Weights of annealed chains average to the evidence; a wrong one is told from it."""
-    model = Oracle(hard=False, points=4)
-    problem = bind(model.model, AmortizedGuide(model.model, model.encoder()), (model.x,), None, 0)
-    ((_, proposal, _),) = first_proposals(problem, problem.phi, (0,))
-    proposal.loc[0] += 2.0 / math.sqrt(LATENTS)
-    weights = anneal(problem, proposal, torch.arange(4), 0.02, 100_000, (0,))
-    relative = (weights - torch.from_numpy(model.log_evidence() + wrong)).exp()
-    error = (relative.mean(0) - 1).abs() / (relative.std(0) / len(relative) ** 0.5)
-    assert (error < 3.5).all() == (wrong == 0.0)
-
-
 @pytest.mark.thinned
 @pytest.mark.parametrize("size", [1, 2, 5, 8])
 @pytest.mark.parametrize("kind", ["fixed", "fixed_data", "closed_over", "fixed_indices", "free"])
@@ -622,233 +375,3 @@ def test_data_of_the_wrong_kind_are_refused(args: Any, match: str) -> None:
     model = Oracle(hard=False, points=3)
     with pytest.raises(ValueError, match=match):
         estimate_gaps(model.model, AmortizedGuide(model.model), args)
-
-
-def made_up(count: int = 100, **means: float) -> GapEstimate:
-    """An estimate with given gaps."""
-    import xarray
-
-    rng = np.random.default_rng(0)
-    data = {"khat": np.zeros(count), "reliable": np.ones(count, dtype=bool)}
-    for name in ("log_evidence", "elbo_optimal", "elbo", "approximation_gap", "amortization_gap", "inference_gap"):
-        data[name] = means.get(name, 0.0) + 0.1 * means.get(name, 0.0) * rng.standard_normal(count)
-        data[f"{name}_se"] = np.full(count, 0.001)
-    data["inference_gap"] = data["approximation_gap"] + data["amortization_gap"]
-    return GapEstimate(
-        xarray.Dataset({name: ("data", values) for name, values in data.items()}, {"data": range(count)})
-    )
-
-
-@pytest.mark.parametrize(
-    ("gaps", "words"),
-    [
-        (made_up(amortization_gap=1.0, approximation_gap=0.1), "The amortization gap dominates ("),
-        (made_up(amortization_gap=0.1, approximation_gap=1.0), "The approximation gap dominates (0.996 of 1.1 nats)"),
-        (made_up(amortization_gap=1.0, approximation_gap=0.9), "Both gaps matter"),
-        (made_up(amortization_gap=0.01, approximation_gap=0.01), "Inference is close to exact"),
-    ],
-)
-def test_verdict_names_the_gap_to_work_on(gaps: GapEstimate, words: str) -> None:
-    assert words in gaps.verdict
-    assert "can be trusted as far as checked: no datapoint is flagged" in gaps.verdict
-    assert gaps.verdict[:40] in str(gaps)
-
-
-def test_verdict_says_whether_to_trust_it() -> None:
-    gaps = made_up(amortization_gap=1.0)
-    gaps.dataset["reliable"][:30] = False
-    gaps.dataset["khat"][:20] = 0.9
-    assert "cannot be trusted: 30 of 100 datapoints are flagged, 20 for heavy-tailed weights" in gaps.verdict
-    gaps.dataset["reliable"][5:] = True
-    assert "as far as checked: 5 of 100" in gaps.verdict
-
-
-def test_the_worst_datapoints_are_named() -> None:
-    gaps = made_up(amortization_gap=0.1)
-    gaps.dataset["inference_gap"][[7, 3]] = torch.tensor([500.0, 90.0])
-    assert gaps.worst(2)["data"].values.tolist() == [7, 3]
-    assert gaps.worst(1, by="khat").sizes["data"] == 1
-    assert "5 of 100 datapoints hold" in gaps.verdict
-    assert "(7, 3, " in gaps.verdict
-    with pytest.raises(ValueError, match="Cannot sort datapoints by 'gap' because there is no such variable"):
-        gaps.worst(by="gap")
-
-
-def test_broken_bounds_raise_a_warning() -> None:
-    gaps = made_up(approximation_gap=0.0)
-    warn_of_violations(gaps)
-    gaps.dataset["approximation_gap"][:15] = -0.01
-    assert int(gaps.violations.sum()) == 15
-    with pytest.warns(UserWarning, match=r"fails by more than two standard errors at 15 of 100 datapoints"):
-        warn_of_violations(gaps)
-
-
-# Models on which estimates were once wrong without a word.
-
-
-@pytest.mark.slow
-def test_modes_are_found_though_other_climbs_led_to_known_ones() -> None:
-    """Two modes in ten dimensions, of mass one half each: a missed one costs log 2."""
-
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(10), 1.0).to_event(1))
-            k = pyro.sample("k", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
-            pyro.sample("x", dist.Normal((2 * k - 1).unsqueeze(-1) * z, 0.1).to_event(1), obs=x)
-
-    x = torch.randn(10, 10, generator=torch.Generator().manual_seed(0))
-    truth = dist.Normal(0.0, math.sqrt(1.01)).log_prob(x).sum(-1).numpy()
-    result = log_evidence(model, AmortizedGuide(model), (x,))
-    assert np.abs(result["log_evidence"] - truth).max() < 0.01
-
-
-@pytest.mark.slow
-def test_infinite_densities_where_numbers_underflow_have_no_weight() -> None:
-    """A gamma density of shape below 1 is infinite at 0, which exp(z) is at z = -746."""
-
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            rate = pyro.sample("rate", dist.Gamma(0.05, 0.1))
-            pyro.sample("x", dist.Poisson(rate), obs=x)
-
-    x = torch.tensor([0.0, 0.0, 1.0, 2.0, 5.0, 10.0, 100.0, 1000.0])
-    truth = dist.GammaPoisson(torch.tensor(0.05), 0.1).log_prob(x).numpy()
-    result = log_evidence(model, AmortizedGuide(model), (x,), tolerance=0.005)
-    assert np.abs(result["log_evidence"] - truth).max() < 0.01
-
-
-@pytest.mark.slow
-def test_a_posterior_with_tails_as_heavy_as_those_of_a_cauchy_prior() -> None:
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Cauchy(0.0, 1.0))
-            pyro.sample("x", dist.Normal(0 * z, 1.0), obs=x)
-
-    x = torch.linspace(-1.0, 1.0, 20)
-    result = log_evidence(model, AmortizedGuide(model), (x,))
-    z_scores = (result["log_evidence"] - dist.Normal(0.0, 1.0).log_prob(x).numpy()) / result["log_evidence_se"]
-    assert np.abs(z_scores).max() < 4.0
-    assert np.abs(z_scores.mean()) < 3 / math.sqrt(20)
-
-
-@pytest.mark.slow
-def test_standard_errors_from_few_draws_that_matter_are_wide_enough() -> None:
-    """Where the proposal is close, most of the error comes from the few outermost draws."""
-
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(10), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
-
-    x = torch.randn(200, 10, generator=torch.Generator().manual_seed(0))
-    guide = AmortizedGuide(model)
-    optimum = optimize_local(model, guide, (x,), tolerance=0.2)
-    truth = dist.Normal(0.0, math.sqrt(1.25)).log_prob(x).sum(-1).numpy()
-    results = [log_evidence(model, guide, (x,), optimum=optimum, seed=seed) for seed in range(2)]
-    z_scores = np.concatenate([(r["log_evidence"] - truth) / r["log_evidence_se"] for r in results])
-    assert z_scores.std() < 1.35
-
-
-@pytest.mark.slow
-def test_guides_with_draws_of_no_density_have_no_finite_elbo() -> None:
-    """A normal posterior of a scale that must be positive: the log-joint at negative draws is not a number."""
-
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(0.0, z.sqrt(), validate_args=False), obs=x)
-
-    x = torch.randn(6)
-    encoder = _Function(lambda x: (x.new_ones(len(x), 1), x.new_full((len(x), 1), 0.4)))
-    with pyro.validation_enabled(False):
-        gaps = estimate_gaps(model, AmortizedGuide(model, encoder), (x,))
-    assert np.isneginf(gaps.dataset["elbo"]).all()
-    assert not gaps.dataset["reliable"].any()
-    assert "The ELBO of 6 datapoints is not finite" in str(gaps)
-
-
-@pytest.mark.slow
-def test_log_evidence_takes_loaders() -> None:
-    oracle = Oracle(hard=False, points=5)
-    guide = AmortizedGuide(oracle.model, oracle.encoder())
-    loader = DataLoader(TensorDataset(oracle.x), batch_size=2)
-    result = log_evidence(oracle.model, guide, loader)
-    assert result["data"].values.tolist() == list(range(5))
-    assert np.abs(result["log_evidence"] - oracle.log_evidence()).max() < 0.05
-    assert result.attrs["num_annealed"] == 0
-    optimum = optimize_local(oracle.model, guide, (oracle.x[:2],))
-    with pytest.raises(ValueError, match="one optimum for several batches"):
-        log_evidence(oracle.model, guide, loader, optimum=optimum)
-    with pytest.raises(ValueError, match=r"model_args=<DataLoader>.*one batch"):
-        optimize_local(oracle.model, guide, loader)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"max_samples=0.*at least 1"):
-        log_evidence(oracle.model, guide, (oracle.x[:2],), max_samples=0)
-
-
-@pytest.mark.slow
-def test_annealing_from_where_the_model_has_no_density() -> None:
-    """Half of the chains start at negative latents, which are impossible, and must not set the pace of the others."""
-
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.factor("positive", torch.where(z < 0, -math.inf, 0.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    x = torch.linspace(1.0, 3.0, 5)
-    encoder = _Function(lambda x: (0.5 * x.unsqueeze(-1), x.new_full((len(x), 1), 0.05)))
-    problem = bind(model, AmortizedGuide(model, encoder), (x,), None, 0)
-    ((_, proposal, _),) = first_proposals(problem, problem.phi, (0,))
-    proposal.loc[0] -= 0.5 * x.unsqueeze(-1)
-    weights = anneal(problem, proposal, torch.arange(5), 0.02, 100_000, (0,))
-    truth = dist.Normal(0.0, math.sqrt(2.0)).log_prob(x) + dist.Normal(0.0, 1.0).cdf(x / math.sqrt(2.0)).log()
-    relative = (weights - truth).exp()
-    assert ((relative.mean(0) - 1).abs() < 4 * relative.std(0) / len(relative) ** 0.5).all()
-
-
-def test_datapoints_of_which_no_draw_has_weight_are_flagged() -> None:
-    weights = torch.randn(1000, 2)
-    weights[:, 1] = -math.inf
-    found = summary(weights)
-    assert found["log_evidence"][0].isfinite()
-    assert found["log_evidence"][1].isneginf()
-    assert found["khat"][1].isposinf()
-
-
-@pytest.mark.slow
-def test_arguments_that_the_encoder_lacks_are_named() -> None:
-    """And the remedy works: with it none is, and the slope is not halved."""
-
-    def mixed(x: Tensor, y: Tensor, weight: float = 1.0) -> None:
-        slope = pyro.param("slope", torch.tensor(0.0))
-        with pyro.plate("data", len(x)):
-            effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
-            pyro.sample("y", dist.Normal(slope * x + effect, 0.5), obs=y)
-
-    x = torch.randn(50)
-    y = 2 * x + 1.1 * torch.randn(50)
-    slopes = []
-    for spec in (None, ["x", "y"]):
-        pyro.clear_param_store()
-        guide = AmortizedGuide(mixed, encoder_input=spec)
-        svi = SVI(mixed, guide, pyro.optim.Adam({"lr": 0.03}), Trace_ELBO())
-        for _ in range(250):
-            svi.step(x, y)
-        slopes.append(pyro.param("slope").item())
-        gaps = estimate_gaps(mixed, guide, (x, y))
-        words = "the encoder does not see 'x', on which posteriors depend"
-        assert (words in " ".join(gaps.verdict.split())) == (spec is None)
-        assert gaps.dataset.attrs.get("encoder_input_to_try") == (None if spec else "['x', 'y']")
-
-    def shared(weights: Tensor, y: Tensor) -> None:
-        """As many weights as datapoints, which are no data of these."""
-        with pyro.plate("data", len(y)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("y", dist.Normal(weights * z.unsqueeze(-1), 0.5).to_event(1), obs=y)
-
-    pyro.clear_param_store()
-    gaps = estimate_gaps(shared, AmortizedGuide(shared), (torch.randn(6), torch.randn(6, 6)))
-    assert "unseen_arguments" not in gaps.dataset.attrs
-    least_squares = ((x * y).sum() / x.square().sum()).item()
-    assert slopes[0] < 0.7 * least_squares
-    assert slopes[1] > 0.9 * least_squares
