@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from compatibility import elbo_by_hand
+from elbos_by_hand import elbo_by_hand
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 

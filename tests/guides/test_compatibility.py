@@ -9,21 +9,19 @@ import pyro.distributions as dist
 import pytest
 import torch
 from compatibility import (
-    ELBOS,
     FAMILIES,
     GUIDES,
     LOSSES,
     NESTED,
-    STRUCTURES,
     TABLE,
     WORKS,
-    Structure,
     cell,
     family_outcomes,
     loss_outcome,
     outcome,
     outcomes,
 )
+from compatible_structures import ELBOS, STRUCTURES, Structure
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 

@@ -11,7 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from compatibility import elbo_by_hand
+from elbos_by_hand import elbo_by_hand
 from host_conventions import ONE_SHOT, X, assert_loss, build, centred, every_guide, most_guides
 from models import counts, topics
 from plain_guides import normals, svi

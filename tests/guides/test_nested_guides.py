@@ -7,7 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from compatibility import elbo_by_hand
+from elbos_by_hand import elbo_by_hand
 from host_conventions import ONE_SHOT, OPTIONS, X, assert_loss, build, centred, most_guides
 from models import counts, topics
 from plain_guides import normals, svi
