@@ -316,10 +316,12 @@ class PlateEncoder(StandardizedEncoder):
             return
         plate = self.levels[number].axes[-1]
         if low < least / FAR or high > most * FAR:
+            sizes = f"{low:.0f}" + (f" to {high:.0f}" if high > low else "")
+            fewer = "" if high > most * FAR else "PlateEncoder(member_dropout=0.3), "
             warnings.warn(
-                f"Groups of {low:.0f} to {high:.0f} entries of plate {plate!r} are far from the {least:.0f} to "
-                f"{most:.0f} that this encoder was trained on: what it says of them may be far off; try training on "
-                "groups of such sizes, PlateEncoder(member_dropout=0.3), or guide.refined(...).",
+                f"Groups of {sizes} entries of plate {plate!r} are far from the {least:.0f} to {most:.0f} that this "
+                "encoder was trained on: what it says of them may be far off; try training on groups of such sizes, "
+                f"{fewer}or guide.refined(...).",
                 UnseenSizeWarning,
                 stacklevel=2,
             )

@@ -279,6 +279,8 @@ def check_continuous(name: str, site: Site, by: str = "this guide") -> None:
         remedy = f"DiscreteAmortizedGuide, or {remedy}"
     if not site["fn"].has_enumerate_support:
         remedy = "a Categorical over the values that matter, which can be summed out"
+    if name.endswith("_unobserved"):  # of Pyro's obs_mask
+        remedy = "a mask in the place of obs_mask, `fn.mask(present)` with obs filled in: what is missing drops out"
     raise ValueError(f"Cannot guide latent {name!r} by {by} because it is discrete; try {remedy}.")
 
 

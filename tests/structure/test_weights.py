@@ -194,6 +194,29 @@ def test_missing_observations_are_latent(family: str) -> None:
             assert gaps["elbo_optimal"].values[row] == pytest.approx(float(exact), abs=0.01)
 
 
+def test_missing_discrete_observations_are_masked_instead() -> None:
+    """Pyro's obs_mask makes them latents, which no guide of these can draw."""
+
+    def model(x: Tensor, present: Tensor, masked: bool) -> None:
+        with pyro.plate("data", len(x), dim=-2):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with pyro.plate("features", WIDTH, dim=-1):
+                fn = dist.Bernoulli(logits=z.expand(x.shape))
+                if masked:
+                    pyro.sample("x", fn.mask(present), obs=x)
+                else:
+                    pyro.sample("x", fn, obs=x, obs_mask=present)
+
+    x, present = data()
+    x = (x > 0).to(x)
+    with pytest.raises(ValueError, match=r"_unobserved' .*; try a mask in the place of obs_mask, `fn.mask\(present\)`"):
+        AmortizedGuide(model)(x, present, False)
+    guide = AmortizedGuide(model, name="masked")
+    other = torch.where(present, x, 1 - x)
+    assert torch.isfinite(torch.tensor(Trace_ELBO().loss(model, guide, x, present, True)))
+    assert torch.equal(guide.median(x, present, True)["z"], guide.median(other, present, True)["z"])
+
+
 def test_encoder_sees_zeros_and_the_mask() -> None:
     x, present = data()
     seen = {}
