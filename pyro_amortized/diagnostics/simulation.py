@@ -29,7 +29,7 @@ from pyro_amortized.structure.call import ModelCall
 from pyro_amortized.structure.influence import close
 from pyro_amortized.structure.layout import SiteLayout
 from pyro_amortized.structure.reader import StructureReader
-from pyro_amortized.structure.sites import sample_sites
+from pyro_amortized.structure.sites import is_computed, sample_sites
 from pyro_amortized.structure.state import untouched
 from pyro_amortized.structure.structure import Structure
 
@@ -274,7 +274,7 @@ def _check_scales(structure: Structure, trace: Trace) -> None:
     frame = structure.datapoints
     subsampling = frame.full_size / frame.size if frame.subsampled else 1.0
     for name, site in sample_sites(trace).items():
-        if all(f.name != frame.name for f in site["cond_indep_stack"]) or site["infer"].get("_deterministic"):
+        if all(f.name != frame.name for f in site["cond_indep_stack"]) or is_computed(site):
             continue
         scale = torch.as_tensor(site["scale"], dtype=torch.float64) / subsampling
         if not torch.allclose(scale, torch.ones_like(scale)):

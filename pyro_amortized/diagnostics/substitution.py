@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyro_amortized.structure.masking import site_mask
 from pyro_amortized.structure.running import Site
+from pyro_amortized.structure.sites import is_computed
 
 __all__ = ["SampleDatapoints"]
 
@@ -26,7 +27,7 @@ class SampleDatapoints(Messenger):
         self.observed: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Site) -> None:
-        if msg["infer"].get("_deterministic") or all(f.name not in self.plates for f in msg["cond_indep_stack"]):
+        if is_computed(msg) or all(f.name not in self.plates for f in msg["cond_indep_stack"]):
             return
         name, fn = msg["name"], msg["fn"]
         if isinstance(fn, dist.Unit):

@@ -47,23 +47,26 @@ class Batch:
         runs: The call.
         options: What was asked for.
         log_q: The log-density ``(K, N)`` of flat local latents.
+        first: Whether it is the first batch, with which goes what all datapoints share.
 
     Attributes:
         groups: What there is so far of the groups asked for.
     """
 
-    def __init__(self, runs: ModelRuns, options: Options, log_q: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, runs: ModelRuns, options: Options, log_q: Callable[[Tensor], Tensor], first: bool) -> None:
         self.runs = runs
         self.structure = runs.structure
         self.options = options
         self.log_q = log_q
+        self.first = first
         self.groups: dict[str, Group] = {name: {} for name in options.groups}
 
     @property
     def passes(self) -> list[Pass]:
         """The runs of the model that are needed at every draw."""
         passes: list[Pass] = [self.runs.weigh] if self.options.weighs else []
-        return [*passes, self.runs.predict] if "posterior_predictive" in self.groups else passes
+        passes += [self.runs.predict] if "posterior_predictive" in self.groups else []
+        return [*passes, self.runs.compute] if "posterior" in self.groups and self.runs.computed else passes
 
     @property
     def has_prior(self) -> bool:
@@ -87,11 +90,11 @@ class Batch:
         chosen = systematic(smoothed.softmax(0), rng)
         return Draws(z.gather(0, chosen.unsqueeze(-1).expand_as(z)), draws.globals)
 
-    def add_posterior(self, draws: Draws, with_globals: bool) -> None:
+    def add_posterior(self, draws: Draws) -> None:
         """Latents in their supports."""
         if "posterior" not in self.groups:
             return
-        values = dict(draws.globals) if with_globals else {}
+        values = dict(draws.globals) if self.first else {}
         if draws.z is not None:
             values.update(self.structure.layout.values(draws.z))  # type: ignore[union-attr]
         for name, value in values.items():
@@ -174,7 +177,8 @@ class Batch:
 
     def _put_results(self, results: Results, part: slice, number: int) -> None:
         for (group, name), value in results.items():
-            if group in self.groups:
+            shared = self.structure.plate not in self.runs.sites[name].plates.values() if name else False
+            if group in self.groups and (self.first or group != "posterior" or not shared):
                 self._put(group, name, value, part, number)
 
     def _put(self, group: str, name: str, value: Tensor, part: slice, number: int) -> None:

@@ -86,7 +86,7 @@ class Exporter:
         self._marginal = marginal
         self._globals: Mapping[str, Tensor] | None = None if marginal is None else marginal.globals
         self._prior_globals: dict[str, Tensor] = {}
-        self._modes: dict[Any, dict[str, Mode]] = {}
+        self._modes: dict[Any, tuple[dict[str, Mode], tuple[str, ...]]] = {}
 
     @torch.no_grad()
     def export(
@@ -102,7 +102,12 @@ class Exporter:
         with seeded(generator(self.options.seed, 30, self._number)):
             structure, phi = self._infer(args, kwargs)
             _check_names(structure)
-            batch = Batch(ModelRuns(ModelCall(self.model, args, kwargs, structure)), self.options, self._log_q(phi))
+            batch = Batch(
+                ModelRuns(ModelCall(self.model, args, kwargs, structure)),
+                self.options,
+                self._log_q(phi),
+                self._number == 0,
+            )
             if self.options.quantiles:
                 batch.add_quantiles(self._quantiles(batch.runs.call, phi))
             if self.options.num_samples:
@@ -124,7 +129,7 @@ class Exporter:
         self._choose_modes(batch, draws)
         if self.options.resample:
             draws = batch.resampled(draws, generator(self.options.seed, 31, self._number))
-        batch.add_posterior(draws, with_globals=self._number == 0)
+        batch.add_posterior(draws)
         batch.add_evaluations(draws, advance)
 
     def _quantiles(self, call: ModelCall, phi: Tensor | None) -> dict[str, Tensor]:
@@ -203,12 +208,13 @@ class Exporter:
         if key not in self._modes:
             if self.options.weighs:
                 runs.check_outside(draws)
+            runs.leave_out_shared(draws)
             for function in batch.passes if self.options.num_samples > 1 else ():
                 runs.choose_mode(function, draws)
             if batch.has_prior and self.options.num_prior_samples > 1:
                 runs.choose_mode(runs.prior, Draws(None, self._prior_globals))
-            self._modes[key] = runs.modes
-        runs.modes = self._modes[key]
+            self._modes[key] = runs.modes, runs.computed
+        runs.modes, runs.computed = self._modes[key]
 
     def _attributes(self, structure: Structure) -> dict[str, Any]:
         guide, options = self.guide, self.options

@@ -56,7 +56,9 @@ def to_arviz(
 
     ======================  ==========================================================================================
     posterior               latents by site, in their supports, ``(chain, draw, *plates, *event)``; discrete latents
-                            that the model sums out (``infer={"enumerate": "parallel"}``) are left out
+                            that the model sums out (``infer={"enumerate": "parallel"}``) are left out; what the model
+                            computes of them (``pyro.deterministic``, sites under ``poutine.reparam``), but for what all
+                            datapoints of a call give together
     posterior_predictive    new observations given each draw, ``(chain, draw, *plates, *event)``
     log_likelihood          :math:`\log p(x_n \mid z_n, \theta)` in nats, ``(chain, draw, *plates)``, masked, without
                             any scale, discrete latents summed out; where there are local latents only if asked for

@@ -29,7 +29,7 @@ from pyro_amortized.structure.call import ModelCall
 from pyro_amortized.structure.influence import close
 from pyro_amortized.structure.plates import batch_depth, probe
 from pyro_amortized.structure.running import Site
-from pyro_amortized.structure.sites import is_data, latent_sites, sample_sites
+from pyro_amortized.structure.sites import is_computed, is_data, latent_sites, sample_sites
 
 __all__ = ["Draws", "Mode", "ModelRuns", "Pass", "Results"]
 
@@ -78,6 +78,7 @@ class ModelRuns:
         latent: Names of the latent sites, but for those that the model sums out.
         depth: Number of batch dimensions of results.
         num_elements: Number of elements of the largest site.
+        computed: Names of the sites that hold what the model computes of its latents.
         lengths: How long the axes of the sites are.
         modes: How several draws are evaluated, by pass; those missing one by one.
     """
@@ -94,6 +95,9 @@ class ModelRuns:
             for name, site in found.items()
             if is_data(site) and name not in structure.global_sites and torch.as_tensor(site["value"]).numel() > 0
         }
+        of_chosen = structure.enumerated or structure.discrete  # of whose values there are no draws
+        computed = [name for name, site in found.items() if is_computed(site) and _is_tensor(site)]
+        self.computed = () if of_chosen else tuple(computed)
         self.depth = batch_depth(trace, structure.frames)
         shapes = [site["fn"].shape() for site in found.values()]
         self.num_elements = max([1, *(shape.numel() for shape in shapes)])
@@ -126,6 +130,15 @@ class ModelRuns:
         values = {**self._global_values(draws, together), **self._local_values(draws, together)}
         return self._sample(values, number, together, {"posterior_predictive": tuple(self.data)})
 
+    def compute(self, draws: Draws, number: int, together: bool) -> Results:
+        """Values of the sites that are computed of latents."""
+        values = {**self._global_values(draws, together), **self._local_values(draws, together)}
+        nodes: dict[str, Any] = self._run(self.call.model, values, self._draws_plate(number, together)).nodes
+        return {
+            ("posterior", name): self._aligned(nodes[name]["value"], self.sites[name].event_dim, number, together)
+            for name in self.computed
+        }
+
     def prior(self, draws: Draws, number: int, together: bool) -> Results:
         """Draws of every latent and data site from the prior; global latents of ``draws`` are taken as they are."""
         values = self._global_values(draws, together)
@@ -152,6 +165,18 @@ class ModelRuns:
 
     # How draws are evaluated
 
+    @torch.no_grad()
+    def leave_out_shared(self, draws: Draws) -> None:
+        """Leaves out what is computed for all datapoints of a call together, which other calls have otherwise."""
+        plate = self.structure.plate
+        shared = [name for name in self.computed if plate not in self.sites[name].plates.values()]
+        if shared and draws.z is not None:
+            before, after = (
+                self.compute(Draws(z, draws[:1].globals), 1, False) for z in (draws.z[:1], draws.z[:1] + 1)
+            )
+            left = [name for name in shared if not torch.equal(before["posterior", name], after["posterior", name])]
+            self.computed = tuple(name for name in self.computed if name not in left)
+
     def check_outside(self, draws: Draws) -> None:
         """Raises a ValueError if the weight of a datapoint's draw would leave out sites that depend on it."""
         if draws.z is not None:
@@ -172,7 +197,9 @@ class ModelRuns:
 
         def is_right(results: Results) -> bool:
             same = all(value.shape == apart[key].shape for key, value in results.items())
-            return same and (function != self.weigh or all(close(v, apart[key]) for key, v in results.items()))
+            return same and (
+                function not in (self.weigh, self.compute) or all(close(v, apart[key]) for key, v in results.items())
+            )
 
         return agrees(lambda: mode(function, draws, number), is_right)
 
@@ -226,8 +253,21 @@ class _Sample(Messenger):
             msg["value"] = msg["fn"].sample()
 
 
+def _is_tensor(site: Site) -> bool:
+    """Whether a site holds numbers."""
+    return isinstance(site["value"], Tensor) and site["value"].numel() > 0
+
+
 def _site_shape(site: Site) -> SiteShape:
     plates = {frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.vectorized}
+    if is_computed(site) and _is_tensor(site):
+        shape, sizes = site["value"].shape, {frame.dim: frame.size for frame in site["cond_indep_stack"]}
+        batch = len(shape) - site["fn"].event_dim
+        if not batch:  # by default Pyro takes all dimensions for those of an event, also inside of plates
+            batch = min(len(shape), max([-dim for dim in sizes], default=0))
+        shape = shape[:batch]
+        plates = {dim: name for dim, name in plates.items() if -dim <= batch and shape[dim] == sizes[dim]}
+        return SiteShape(site["value"].dim() - batch, batch, plates)
     return SiteShape(site["fn"].event_dim, len(site["fn"].batch_shape), plates)
 
 

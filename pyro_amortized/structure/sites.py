@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from pyro.distributions import Delta, MaskedDistribution
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 
 from pyro_amortized.structure.running import Site
 
-__all__ = ["is_data", "is_enumerated", "latent_sites", "sample_sites", "size_at"]
+__all__ = ["is_computed", "is_data", "is_enumerated", "latent_sites", "sample_sites", "size_at"]
 
 
 def sample_sites(trace: Trace) -> dict[str, Site]:
@@ -37,5 +38,12 @@ def latent_sites(trace: Trace) -> dict[str, Site]:
 
 
 def is_data(site: Site) -> bool:
-    """Whether a site is observed, rather than latent or merely recorded by ``pyro.deterministic``."""
-    return site["is_observed"] and not site["infer"].get("_deterministic", False)
+    """Whether a site is observed, rather than latent or computed of latents."""
+    return site["is_observed"] and not is_computed(site)
+
+
+def is_computed(site: Site) -> bool:
+    """Whether a site holds what is computed of others: ``pyro.deterministic``, or what ``poutine.reparam`` replaces."""
+    fn = site["fn"]
+    replaced = isinstance(fn, MaskedDistribution) and fn._mask is False and isinstance(fn.base_dist, Delta)
+    return site["is_observed"] and (site["infer"].get("_deterministic", False) or replaced)

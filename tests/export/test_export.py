@@ -21,12 +21,22 @@ import pytest
 import torch
 import xarray
 from models import LinearGaussian, chains, counts, topics, uniform_bounds
+from pyro import poutine
 from pyro.infer.autoguide import AutoDelta, AutoIAFNormal, AutoMultivariateNormal, AutoNormal
+from pyro.infer.reparam import LocScaleReparam
 from pyro.ops.indexing import Vindex
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_amortized import AmortizedGuide, IterativeAmortizedGuide, Normal, PerDatapointGuide, SemiAmortizedGuide, psis
+from pyro_amortized import (
+    AmortizedGuide,
+    IterativeAmortizedGuide,
+    Normal,
+    PerDatapointGuide,
+    SemiAmortizedGuide,
+    psis,
+    simulate,
+)
 from pyro_amortized.export import posterior_summary, to_arviz
 from pyro_amortized.export.runs import ModelRuns
 
@@ -410,6 +420,42 @@ def test_global_latents_alone(features: int) -> None:
     assert np.allclose(draws(data, "log_likelihood", "y"), expected)
     assert data["posterior_predictive"]["y"].dims == ("chain", "draw", "data")
     assert data["constant_data"]["x"].dims == ("data", "x_dim_0")
+
+
+def computing(x: Tensor, scale: float = 0.5) -> None:
+    """What is computed of latents: of each datapoint, of global ones, and of all datapoints together."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    pyro.deterministic("double", 2.0 * mu)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        t = pyro.sample("t", dist.Normal(z, scale))
+        pyro.deterministic("sum", z + t)
+        pyro.deterministic("pair", torch.stack([z, -t], -1), event_dim=1)
+        pyro.sample("x", dist.Normal(t, 1.0), obs=x)
+    pyro.deterministic("total", z.sum(-1))
+
+
+@pytest.mark.parametrize("batches", [False, True])
+def test_what_is_computed_of_latents_goes_with_them(batches: bool) -> None:
+    """Deterministic sites, and those that a reparametrisation has put others in the place of, which are no data."""
+    model = poutine.reparam(computing, {"t": LocScaleReparam(0.0)})
+    x = torch.randn(6)
+    guide = AmortizedGuide(model)
+    guide.setup(x)
+    assert len(guide.encoder_inputs(x)) == 1
+    loader = DataLoader(TensorDataset(x), batch_size=4)
+    found = to_arviz(model, guide, loader if batches else (x,), num_samples=7)
+    posterior = found.posterior
+    assert {*found.observed_data} == {"x"}
+    assert {*posterior} == {"mu", "z", "t_decentered", "double", "t", "sum", "pair"}
+    z, t = posterior["z"].values, posterior["t"].values
+    assert t == pytest.approx(z + 0.5 * posterior["t_decentered"].values, abs=1e-5)
+    assert posterior["sum"].values == pytest.approx(z + t, abs=1e-5)
+    assert posterior["pair"].dims == ("chain", "draw", "data", "pair_dim_0")
+    assert posterior["pair"].values[..., 1] == pytest.approx(-t, abs=1e-5)
+    assert posterior["double"].values == pytest.approx(2.0 * posterior["mu"].values, abs=1e-5)
+    simulation = simulate(model, guide, (x,), num_datapoints=20)
+    assert simulation.args[0].shape == (20,)
 
 
 def test_a_plate_named_as_a_dimension_of_arviz_is_refused() -> None:
