@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from pyro_amortized.export.groups import to_dataset
 from pyro_amortized.export.marginal import Marginal
 from pyro_amortized.export.runs import Draws, Mode, ModelRuns
 from pyro_amortized.guides import LocalGuide
+from pyro_amortized.guides.posterior import Inferred
 from pyro_amortized.objective.noise import draw, generator, seeded
 from pyro_amortized.structure.call import ModelCall
 from pyro_amortized.structure.signature import named_arguments
@@ -36,6 +38,13 @@ def check_guide(guide: Any) -> None:
             f"Cannot export the posterior of a {type(guide).__name__} because it is no guide of this package; try an "
             "AmortizedGuide, which serves the latents outside of its plate by global_guide=...."
         )
+
+
+def _drawn(inferred: Inferred) -> Inferred:
+    """What a guide says, or its refusal where it draws discrete latents, which only whole calls of it give."""
+    if inferred.structure.discrete:
+        _ = replace(inferred, phi=None).local
+    return inferred
 
 
 def _check_names(structure: Structure) -> None:
@@ -155,13 +164,13 @@ class Exporter:
         guide = self.guide
         guide.setup(*args, **kwargs)
         if guide.layout is None:
-            structure = guide.infer(*args, **kwargs).structure
+            structure = _drawn(guide.infer(*args, **kwargs)).structure
             check_same_model(guide, ModelCall(self.model, args, kwargs, structure))
             return structure, None
         if self.options.weighs and self._number == 0:
             self._check(args, kwargs)
         with guide.repeatable():
-            inferred = guide.infer(*args, **kwargs)
+            inferred = _drawn(guide.infer(*args, **kwargs))
             structure, phi = inferred.structure, inferred.phi
         check_same_model(guide, ModelCall(self.model, args, kwargs, structure))
         return structure, phi

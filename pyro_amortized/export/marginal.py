@@ -87,7 +87,7 @@ def marginal_likelihood(
     """
     _check_again(model_args)
     effort, draws, found, log_prior = Effort(), None, [], torch.zeros(())
-    frame, size = None, 0
+    frame, rows = None, []
     for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs, to_args, model)):
         own_seed = batch_seed(seed, number)
         guide.setup(*args, **kwargs)
@@ -99,11 +99,15 @@ def marginal_likelihood(
         phi = solve(problem, effort.tolerance, own_seed, progress).phi
         found.append(evidence_of_draws(problem, phi, draws.values, effort, own_seed, progress)["log_evidence"])
         frame = problem.objective.log_joint.structure.datapoints
-        size += frame.size
-    if draws is None or frame is None or (frame.subsampled and size != frame.full_size):
+        rows.append(problem.index)
+    index = torch.cat(rows) if rows else torch.empty(0)
+    size, once = len(index), len(index.unique())
+    if draws is None or frame is None or (frame.subsampled and not size == once == frame.full_size):
+        twice = f", and {size - once} of them again" if size > once else ""
         raise ValueError(
-            f"Cannot weigh draws of the global latents because {size} of the {frame.full_size if frame else 0} "
-            "datapoints are at hand, and their posterior is that given all of them; try a loader over all data."
+            f"Cannot weigh draws of the global latents because {once} of the {frame.full_size if frame else 0} "
+            f"datapoints are at hand{twice}, and their posterior is that given all of them, each once; try a loader "
+            "over all data."
         )
     return _resampled(draws, found, log_prior, seed)
 

@@ -16,6 +16,7 @@ from pyro_amortized.guides.amortized import AmortizedGuide
 from pyro_amortized.guides.base import GuideOptions
 from pyro_amortized.guides.call import Call
 from pyro_amortized.guides.checks import check_values
+from pyro_amortized.guides.posterior import Inferred
 from pyro_amortized.guides.sampling import sample_local
 from pyro_amortized.inference.base import InferenceStrategy, Objective
 from pyro_amortized.structure.discrete import (
@@ -34,6 +35,14 @@ from pyro_amortized.structure.running import isolated
 from pyro_amortized.structure.structure import Structure
 
 __all__ = ["DiscreteAmortizedGuide"]
+
+
+_INSTEAD = (
+    "guide.probabilities(...) and guide.median(...), for draws pyro.infer.Predictive(model, guide=guide, "
+    "num_samples=...), or, for diagnostics, exports and refinement, a model that sums the discrete latents out, "
+    'infer={"enumerate": "parallel"}, with AmortizedGuide'
+)
+"""What to try where q of a datapoint is no member of the family."""
 
 
 class _EncodedJointly(InferenceStrategy):
@@ -231,8 +240,7 @@ class DiscreteAmortizedGuide(AmortizedGuide):
             return phi.reshape(-1, phi.shape[-1])
         raise ValueError(
             f"Cannot give variational parameters per datapoint because they depend on discrete latents {names}; try "
-            "guide.probabilities(...) and guide.median(...), or, for diagnostics and refinement, a model that sums "
-            'the discrete latents out, infer={"enumerate": "parallel"}, with AmortizedGuide.'
+            f"{_INSTEAD}."
         )
 
     def _features(self, call: Call) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
@@ -306,6 +314,12 @@ class DiscreteAmortizedGuide(AmortizedGuide):
         return result
 
     # What is known of the posterior
+
+    def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any], **options: Any) -> Inferred:
+        inferred = super()._infer(args, kwargs, **options)
+        names = [site.name for site in inferred.structure.discrete]
+        cause = f"its local latents {names} are discrete" if names else inferred.cause
+        return replace(inferred, cause=cause, remedy=_INSTEAD if names else inferred.remedy)
 
     def probabilities(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """q(y | x) of the discrete latents of a call, differentiable.

@@ -227,9 +227,10 @@ def run_particles(
     for name, site in sample_sites(guide_trace).items():
         if particles.guide_evaluation.scale_of(site) is not None:
             nodes[name] = particles.gated(site)
-    model = poutine.replay(_repeated(call.model, call, number), trace=replayed)
-    if call.structure.enumerated:
+    model = _repeated(call.model, call, number)
+    if call.structure.enumerated:  # inside of the replay, which is what latents have their values from first
         model = poutine.enum(model, first_available_dim=-call.structure.depth - 2)
+    model = poutine.replay(model, trace=replayed)
     particles.model_trace = poutine.trace(model).get_trace(*call.args, **call.kwargs)
     if is_validation_enabled():
         check_model_guide_match(particles.model_trace, guide_trace, call.structure.depth + 1)

@@ -110,7 +110,7 @@ def test_words_where_there_is_nothing_to_predict() -> None:
     model, _ = linear()
     x = model.simulate(150, seed=1)
     gaps = predict_gap(model.full, AmortizedGuide(model.full, BestEncoder(model)), (x[:20],), reference_args=(x,))
-    assert "gaps are small" in gaps.attrs["advice"] or "cannot be relied on" in gaps.attrs["advice"]
+    assert "gaps are small" in gaps.attrs["advice"]
 
 
 def test_what_is_refused() -> None:

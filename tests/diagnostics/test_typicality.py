@@ -194,6 +194,15 @@ def test_what_is_refused() -> None:
         typicality(model.full, guide, (x,), reference_args=(x,), level=1.5)
 
 
+@pytest.mark.usefixtures("_float64")
+def test_reference_data_that_are_all_the_same() -> None:
+    model, guide = linear()
+    x = model.simulate(100)
+    with pytest.warns(AtypicalDataWarning):
+        report = typicality(model.full, guide, (x[:20],), reference_args=(x[:1].expand(100, -1).clone(),))
+    assert not report.typical
+
+
 def test_any_number_of_entries_in_each_datapoint() -> None:
     """Of a hierarchy with an encoder for groups of any size: many more entries than in training are odd."""
 

@@ -30,10 +30,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_amortized import (
     AmortizedGuide,
+    Codebook,
+    DiscreteAmortizedGuide,
     IterativeAmortizedGuide,
     Normal,
     PerDatapointGuide,
     SemiAmortizedGuide,
+    VectorQuantizedGuide,
     psis,
     simulate,
 )
@@ -356,7 +359,31 @@ def test_global_guides(global_guide: Any) -> None:
     assert data["posterior"].attrs["global_latents"] == f"drawn from {global_guide.__name__}: mu, slope"
 
 
-# Discrete latents that the model sums out
+# Discrete latents, of which a guide has no draws that could be exported, or that the model sums out
+
+
+@pytest.mark.parametrize("kind", ["classes", "codes"])
+def test_discrete_latents_of_a_guide_are_refused(kind: str) -> None:
+    """The model would draw them from their prior: predictions and log-likelihoods would be those of the prior."""
+    book = Codebook(4, 1)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(torch.ones(4) / 4))
+            pyro.sample("x", dist.Normal(book(k).squeeze(-1), 0.1), obs=x)
+
+    class Encoder(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(-1, 1, 1)
+
+    x = torch.randn(6)
+    guide = DiscreteAmortizedGuide(model) if kind == "classes" else VectorQuantizedGuide(model, book, Encoder())
+    guide.setup(x)
+    for ask in (to_arviz, posterior_summary):
+        with pytest.raises(ValueError, match=r"because (its local latents \['k'\] are discrete|q has one possible)"):
+            ask(model, guide, (x,))
+    drawn = pyro.infer.Predictive(model, guide=guide, num_samples=3)(x)
+    assert drawn["k"].shape == (3, 6)
 
 
 def test_discrete_latents_are_summed_out_of_the_log_likelihood() -> None:

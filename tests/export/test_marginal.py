@@ -191,6 +191,21 @@ def test_what_is_refused(model: Callable[..., None], text: str) -> None:
         to_arviz(model, AmortizedGuide(model), (data(10),), log_likelihood="marginal", num_samples=20)
 
 
+def test_datapoints_that_come_twice_are_no_others() -> None:
+    """Three times the same ones would make a posterior that is too sure of itself."""
+    x = data(12)
+
+    def model(index: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x), subsample=index):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+    loader = torch.utils.data.DataLoader(torch.arange(4).repeat(3), batch_size=4)
+    with pytest.raises(ValueError, match="because 4 of the 12 datapoints are at hand, and 8 of them again"):
+        to_arviz(model, AmortizedGuide(model), loader, log_likelihood="marginal", num_samples=20)
+
+
 def test_other_kinds_are_refused() -> None:
     guide = AmortizedGuide(local_only)
     with pytest.raises(ValueError, match="'conditional'.*try log_likelihood=\"marginal\", or groups="):

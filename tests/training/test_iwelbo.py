@@ -254,6 +254,26 @@ def test_enumerated_latents_are_summed_out() -> None:
     assert losses[0] == pytest.approx(losses[1], abs=1e-10)
 
 
+def test_the_prior_may_depend_on_what_is_summed_out() -> None:
+    """As in a mixture of Gaussians: the sum is over k in the prior and the likelihood together."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(torch.tensor([0.3, 0.7])), infer={"enumerate": "parallel"})
+            z = pyro.sample("z", dist.Normal(3.0 * k, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide = AmortizedGuide(model)
+    guide.setup(X)
+    recorded = Recorded(guide)
+    loss = IWELBO(5).loss(model, recorded, X)
+    z, (mean, log_scale) = recorded.draws[-1]["z"], guide.variational_parameters(X).unbind(-1)
+    prior = torch.stack([math.log(p) + Normal(3.0 * k, 1.0).log_prob(z) for k, p in enumerate((0.3, 0.7))]).logsumexp(0)
+    log_w = prior + Normal(z, 1.0).log_prob(X) - Normal(mean, log_scale.exp()).log_prob(z)
+    assert loss == pytest.approx(-(log_w.logsumexp(0) - math.log(5)).sum().item(), abs=1e-10)
+    assert math.isfinite(IWELBO(5, vectorize_particles=False).loss(model, guide, X))
+
+
 def test_groups_in_long_format() -> None:
     county = torch.tensor([0, 0, 1, 2, 2])
     y = torch.arange(5.0)

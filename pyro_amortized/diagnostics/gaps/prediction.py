@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -202,9 +203,12 @@ class _Head:
 
 
 def _rank_correlation(first: Tensor, second: Tensor) -> float:
-    """Spearman's."""
-    ranks = torch.stack([part.argsort().argsort().double() for part in (first, second)])
-    return float(torch.corrcoef(ranks)[0, 1])
+    """Spearman's; 1 where all values are the same, so that any order is right."""
+    from scipy.stats import spearmanr
+
+    if len(second.unique()) == 1:
+        return 1.0
+    return float(np.nan_to_num(spearmanr(first.numpy(), second.numpy()).statistic))
 
 
 def _planned(dataset: xarray.Dataset, head: _Head, budget: float, num_reference: int) -> xarray.Dataset:
@@ -216,13 +220,13 @@ def _planned(dataset: xarray.Dataset, head: _Head, budget: float, num_reference:
     gaps = torch.from_numpy(dataset["amortization_gap"].values)
     share = float(gaps[refine].sum() / gaps.sum().clamp(min=1e-300))
     found = {"order": (plate, order.numpy()), "refine": (plate, refine.numpy())}
-    if head.rank_correlation < _GOOD:
+    if float(gaps.mean()) < 0.05:
+        advice = f"The gaps are small ({float(gaps.mean()):.2g} nats on average): refinement brings little."
+    elif head.rank_correlation < _GOOD:
         advice = (
             f"The order cannot be relied on: predicted and true gaps of reference data have a rank correlation of "
             f"{head.rank_correlation:.2f}; try more reference_args, or optimize_local on the data themselves."
         )
-    elif float(gaps.mean()) < 0.05:
-        advice = f"The gaps are small ({float(gaps.mean()):.2g} nats on average): refinement brings little."
     else:
         advice = (
             f"Refine the {count} datapoints marked by `refine`, by guide.refined(20): this is expected to close "

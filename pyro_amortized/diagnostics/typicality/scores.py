@@ -37,7 +37,8 @@ class Distance:
         """From known features ``(M, F)`` in float64."""
         mean, spread = features.mean(0), features.std(0)
         least = _LEAST_SHARE * spread.square().mean().sqrt()
-        scale = spread.clamp(min=max(float(least), torch.finfo(features.dtype).tiny))
+        rounding = 1e-9 * (1.0 + mean.abs())  # of features that are all the same
+        scale = torch.maximum(spread.clamp(min=float(least)), rounding)
         white = (features - mean) / scale
         covariance = white.T @ white / len(white)
         size = len(mean)
