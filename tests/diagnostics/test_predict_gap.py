@@ -38,6 +38,7 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([v.argsort().argsort().double() for v in (a, b)]))[0, 1])
 
 
+@pytest.mark.slow
 def test_gaps_that_are_known_are_predicted() -> None:
     model, guide = linear()
     reference, x = model.simulate(150, seed=1), model.simulate(200, seed=2)

@@ -103,6 +103,7 @@ def test_batch_normalisation_is_taken_as_meant_in_its_own_model_alone() -> None:
         other.refined(2).median(y)
 
 
+@pytest.mark.slow
 def test_svi_serves_them() -> None:
     """As the error says: the ELBO counts all."""
     guide, y = AmortizedGuide(twins), torch.randn(SIZE)

@@ -123,6 +123,7 @@ def test_gradients_are_those_of_data_and_draws(monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(twice[name], factor * change)
 
 
+@pytest.mark.slow
 def test_encoder_learns_data_that_it_never_sees() -> None:
     """The posterior of x is N(x / 2, 1 / 2); all data are zeros."""
     pyro.set_rng_seed(0)

@@ -609,6 +609,7 @@ def test_the_vectorised_bound_is_a_torch_module_too() -> None:
     assert isinstance(loss, Tensor)
 
 
+@pytest.mark.slow
 def test_gap_estimates_show_the_bound_of_some_draws() -> None:
     model = LinearGaussian.random_weights()
     x = model.simulate(6)
