@@ -151,7 +151,6 @@ SLOW = (
     "test_refining_guides.py::test_predictive_and_calls_without_gradients[iterative",
     "test_refining_guides.py::test_state_dict_restores_every_answer[iterative-False]",
     "test_refining_guides.py::test_training_lowers_the_loss[iterative]",
-    "test_refining_guides.py::test_whole_guide_is_saved_and_copied[iterative-saved]",
     "test_resume.py::test_resumed_losses_are_equal_to_the_last_digit[AmortizedGuide-options1]",
     "test_resume.py::test_resumed_losses_are_equal_to_the_last_digit[IterativeAmortizedGuide-options5]",
     "test_resume.py::test_resumed_losses_are_equal_to_the_last_digit[SemiAmortizedGuide",
