@@ -13,26 +13,16 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
-from torch.distributions import (
-    AffineTransform,
-    ComposeTransform,
-    IndependentTransform,
-    Transform,
-    biject_to,
-    constraints,
-    mixture_same_family,
-)
+from torch.distributions import IndependentTransform, Transform
 
 from pyro_amortized.structure.masking import NEUTRAL, SiteMask, site_mask
 from pyro_amortized.structure.periodic import check_periodic
 from pyro_amortized.structure.plates import PlateFrame
 from pyro_amortized.structure.running import Site
 from pyro_amortized.structure.sites import size_at
+from pyro_amortized.structure.transforms import bounds, is_identity, kind_of, to_support
 
-__all__ = ["LocalSite", "bounds", "check_continuous", "check_local_site", "inner_dimensions", "local_site"]
-
-_OF_MIXTURES: Any = getattr(mixture_same_family, "MixtureSameFamilyConstraint", ())
-"""The support of ``MixtureSameFamily``, from torch 2.5 on; before, it is that of its components."""
+__all__ = ["LocalSite", "check_continuous", "check_local_site", "inner_dimensions", "local_site"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +71,7 @@ class LocalSite:
     @cached_property
     def is_real(self) -> bool:
         """Whether the support is all of real space, so that nothing needs to be transformed."""
-        return _is_identity(self.transform)
+        return is_identity(self.transform)
 
     def unflatten(self, flat: Tensor) -> Tensor:
         """This site's unconstrained values, in the batch shape that Pyro expects.
@@ -193,59 +183,6 @@ class LocalSite:
 _LOG_2PI = math.log(2 * math.pi)
 
 
-def bounds(transform: Any) -> list[Tensor]:
-    """The tensors that a transform holds, such as the bounds of an interval."""
-    if isinstance(transform, Tensor):
-        return [transform]
-    if isinstance(transform, Transform):
-        if type(transform).__name__ == "_InverseTransform":
-            return bounds(transform.inv)
-        transform = [value for name, value in vars(transform).items() if not name.startswith("_")]
-    return [tensor for part in transform for tensor in bounds(part)] if isinstance(transform, list | tuple) else []
-
-
-def _without_mixtures(support: Any) -> Any:
-    """The support of the components in place of that of a ``MixtureSameFamily``, of which torch knows no bijection.
-
-    Raises:
-        NotImplementedError: If each component has bounds of its own.
-    """
-    if isinstance(support, _OF_MIXTURES):
-        base = _without_mixtures(support.base_constraint)
-        if any(bound.numel() > 1 for bound in bounds(biject_to(base))):
-            raise NotImplementedError
-        return base
-    if isinstance(support, constraints.independent):
-        return constraints.independent(_without_mixtures(support.base_constraint), support.reinterpreted_batch_ndims)
-    return support
-
-
-def _without_identities(transform: Transform) -> Transform:
-    """Drops shifts by 0 and scales by 1: torch's way to the positive numbers then is that of a ``LogNormal``."""
-    if isinstance(transform, IndependentTransform):
-        return IndependentTransform(_without_identities(transform.base_transform), transform.reinterpreted_batch_ndims)
-    if not isinstance(transform, ComposeTransform) or not transform.parts:
-        return transform
-    parts = [part for part in transform.parts if not _is_neutral(part)]
-    return parts[0] if len(parts) == 1 else ComposeTransform(parts)
-
-
-def _is_neutral(transform: Transform) -> bool:
-    numbers = getattr(transform, "loc", None), getattr(transform, "scale", None)
-    return type(transform) is AffineTransform and not any(isinstance(n, Tensor) for n in numbers) and numbers == (0, 1)
-
-
-def _is_identity(transform: Transform) -> bool:
-    base = getattr(transform, "base_transform", transform)
-    return getattr(base, "parts", None) == []
-
-
-def kind_of(transform: Any) -> Any:
-    """The class of a transform with those of its parts, to tell supports apart."""
-    parts = getattr(transform, "parts", None) or [getattr(transform, "base_transform", None)]
-    return type(transform), *(kind_of(part) for part in parts if part is not None)
-
-
 def inner_dimensions(site: Site, frames: Mapping[str, PlateFrame], plate: str) -> list[PlateFrame]:
     """The batch dimensions of a local site beside the datapoint plate's, leftmost first.
 
@@ -296,7 +233,7 @@ def local_site(name: str, site: dict[str, Any], inner: list[PlateFrame], start: 
     check_continuous(name, site)
     support = site["fn"].support
     try:
-        transform = _without_identities(biject_to(_without_mixtures(support)))
+        transform = to_support(support)
     except NotImplementedError as error:
         raise ValueError(
             f"Cannot guide local site {name!r} because no bijection from unconstrained space to its support {support} "
@@ -304,7 +241,7 @@ def local_site(name: str, site: dict[str, Any], inner: list[PlateFrame], start: 
         ) from error
     value = site["value"]
     event_dim = site["fn"].event_dim
-    unconstrained = value if _is_identity(transform) else transform.inv(value)
+    unconstrained = value if is_identity(transform) else transform.inv(value)
     shape = unconstrained.shape[value.dim() - event_dim :]
     size = torch.Size([frame.size for frame in inner]).numel() * shape.numel()
     dims = tuple((frame.dim, frame.size) for frame in inner)

@@ -6,11 +6,11 @@ import pyro
 import torch
 
 from pyro_amortized.structure.call import ModelCall
-from pyro_amortized.structure.local_site import bounds
 from pyro_amortized.structure.masking import NEUTRAL
 from pyro_amortized.structure.reader import StructureReader
 from pyro_amortized.structure.state import untouched
 from pyro_amortized.structure.structure import Structure
+from pyro_amortized.structure.transforms import bounds
 
 __all__ = ["check_steady"]
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from pyro_amortized.objective.evaluation import Evaluation
 from pyro_amortized.structure.call import ModelCall
-from pyro_amortized.structure.local_site import bounds
 from pyro_amortized.structure.running import Site, isolated
 from pyro_amortized.structure.sites import sample_sites
+from pyro_amortized.structure.transforms import bounds
 
 __all__ = ["Particles", "at_particle", "run_particles", "value_at"]
 

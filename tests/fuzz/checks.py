@@ -33,7 +33,9 @@ def check_refined(case: Case) -> None:
     """Refinement goes towards the optimum, and does not depend on whether graphs are traced."""
     s = case.structure
     args, kwargs = case.program.arguments(0)
-    guide = case.guide.refined(5, num_particles=8, fixed_noise=True)
+    layout = case.guide.layout
+    particles = 8 if layout is None else max(8, layout.latent_dim)  # Newton steps on fewer draws than latents are slow
+    guide = case.guide.refined(5, num_particles=particles, fixed_noise=True)
     phi = guide.variational_parameters(*args, **kwargs)
     drawn = case.draw()
     if s.has_closed_form and s.globals == "none" and s.guide.family in GAUSSIAN and s.guide.kind not in REFINING:

@@ -21,7 +21,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "SemiAmortizedGuide": {"num_steps": 2, "num_particles": 2},
     "IterativeAmortizedGuide": {"num_steps": 1, "num_particles": 1},
 }
-NUM_FEATURES = 1024
+NUM_FEATURES = 8192
 
 
 def _joined(inputs: tuple[Tensor, ...]) -> Tensor:

@@ -29,8 +29,25 @@ REFUSALS: list[tuple[Callable[[Structure, str], bool], str]] = [
     (lambda s, check: s.guide.sees == "names" and check == "renyi", "vectorize_particles=False"),
     (lambda s, check: s.guide.kind == "SemiAmortizedGuide", "refinement has diverged"),  # by steps of a fixed size
     (lambda s, check: s.guide.family == "structured", "Cannot find which local latents depend on which"),
+    (lambda s, check: s.guide.family == "structured" and _collide(s), "Cannot couple latents of level"),
+    (lambda s, check: s.mask != "none" and s.guide.sees in ("name", "names"), "no log-probability in it is seen to"),
 ]
 """A structure and a check that may be refused, and a part of the message; everything else is refused without need."""
+
+
+def _collide(s: Structure) -> bool:
+    """Whether entries of an inner plate may have a common child outside of it, which couples them in the posterior."""
+    sites = [*s.latents, *s.observed]
+    later = ((parent, child) for i, child in enumerate(sites) for parent in sites[:i])
+    return any(child.depends and not {*parent.plates} <= {*child.plates} for parent, child in later)
+
+
+def _collide(s: Structure) -> bool:
+    """Whether what entries of an inner plate share may couple them in the posterior: a child, or a discrete latent."""
+    children = [(i, site) for i, site in enumerate(s.latents) if site.depends]
+    children += [(len(s.latents), site) for site in s.observed]
+    shared = any(not {*parent.plates} <= {*child.plates} for i, child in children for parent in s.latents[:i])
+    return shared or s.discrete != "none"
 
 
 def is_needed(structure: Structure, check: str, message: str) -> bool:

@@ -120,6 +120,20 @@ def test_round_trips(support: str, plates: str) -> None:
     torch.testing.assert_close(layout.flatten(values), flat, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ordered_values_keep_their_order_where_steps_are_below_rounding_errors(dtype: torch.dtype) -> None:
+    layout, _ = layout_of(model_of(SUPPORTS["ordered"][0]), torch.randn(SIZE))
+    site, prior = site_of(layout), SUPPORTS["ordered"][0]()
+    u = torch.tensor([[1.0, -60.0, -60.0], [-1e4, -60.0, 2.0], [0.3, 0.2, -1.0], [0.0, -80.0, -80.0]], dtype=dtype)
+    value, log_det = site.constrain(u)
+    assert prior.support.check(value).all()
+    assert torch.equal(log_det, u[:, 1:].sum(-1))
+    pyros = dist.transforms.OrderedTransform()(u)
+    assert not prior.support.check(pyros)[:2].any()
+    torch.testing.assert_close(value, pyros, rtol=4 * torch.finfo(dtype).eps, atol=0.0)
+    assert torch.equal(value[2:], pyros[2:])  # what Pyro can tell apart is the same
+
+
 @pytest.mark.parametrize("plates", PLATES)
 @pytest.mark.parametrize("support", ["real", "real matrix", "simplex"])
 def test_datapoints_keep_their_own_values(support: str, plates: str) -> None:
