@@ -43,12 +43,25 @@ def discrete(x: Tensor, prior: Any = None) -> None:
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
 
+def derived(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        u = pyro.sample("u", dist.Normal(0.0, 1.0))
+        z = pyro.deterministic("z", 2 * u)
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
 ENUM = TraceEnum_ELBO(max_plate_nesting=1)
 case(
     "a discrete latent beside others",
     lambda: train(discrete),
     "summing it out in the model",
     lambda: train(enumerated, elbo=ENUM),
+)
+case(
+    "a latent that is a function of others",
+    lambda: train(of_latent(lambda: dist.Delta(torch.tensor(1.0)))),
+    "pyro.deterministic('z', value)",
+    lambda: train(derived),
 )
 case(
     "a Poisson latent",

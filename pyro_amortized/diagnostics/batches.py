@@ -212,8 +212,8 @@ def _check_taken(
     except TypeError as error:
         remedy = "lambda batch: (batch[0],)"
         if isinstance(batch, Mapping):
-            taken = [name for name in batch if name in signature.parameters] or list(batch)[:1]
-            remedy = "lambda batch: (" + "".join(f"batch[{name!r}], " for name in taken).rstrip(" ") + ")"
+            taken = [f"batch[{name!r}]" for name in batch if name in signature.parameters] or ["batch"]
+            remedy = "lambda batch: (" + "".join(f"{value}, " for value in taken).rstrip(" ") + ")"
         raise ValueError(
             f"Cannot call the model, which takes {signature}, with batches of {_structure(batch)}"
             f"{' as to_args turns them' if to_args is not None else ''} because of {error}; try to_args={remedy}."

@@ -191,7 +191,7 @@ class Batch:
         self._store(group, name, dims, value, part, number)
 
     def _store(self, group: str, name: str, dims: tuple[str, ...], value: Tensor, part: slice, number: int) -> None:
-        values = value.detach().cpu().numpy()
+        values = to_numpy(value)
         if name not in self.groups[group]:
             array = np.empty((1, number, *values.shape[1:]), values.dtype)
             self.groups[group][name] = (("chain", *dims), array)

@@ -24,7 +24,8 @@ Group = dict[str, Variable]
 
 
 def to_numpy(value: Tensor) -> np.ndarray[Any, Any]:
-    """A copy in NumPy, of the same dtype."""
+    """A copy in NumPy, of the same dtype where NumPy has it."""
+    value = value.float() if value.dtype == torch.bfloat16 else value
     return np.array(value.detach().cpu().numpy())
 
 

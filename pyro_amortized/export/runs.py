@@ -250,7 +250,13 @@ class _Sample(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["value"] is None and not msg["is_observed"] and msg["name"] not in self.given:
-            msg["value"] = msg["fn"].sample()
+            try:
+                msg["value"] = msg["fn"].sample()
+            except NotImplementedError as error:
+                raise ValueError(
+                    f"Cannot export draws of site {msg['name']!r} because its {type(msg['fn']).__name__} distribution "
+                    'cannot be sampled; try groups=["posterior", "log_likelihood"], or a distribution with a sampler.'
+                ) from error
 
 
 def _is_tensor(site: Site) -> bool:

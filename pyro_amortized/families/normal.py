@@ -23,7 +23,8 @@ class _Gaussian(VariationalFamily):
     def quantile(self, phi: Tensor, probs: Tensor, num_samples: int = 1000) -> Tensor:
         """Exact marginal quantiles; ``num_samples`` is not needed."""
         loc, scale = self.marginals(phi)
-        return loc + scale * torch.special.ndtri(probs.to(phi)).reshape(-1, *[1] * phi.dim())
+        z = torch.special.ndtri(probs.double()).to(phi)  # for which torch has no half precision
+        return loc + scale * z.reshape(-1, *[1] * phi.dim())
 
     def marginals(self, phi: Tensor) -> tuple[Tensor, Tensor]:
         """Locations and standard deviations of every dimension, each of shape ``(*, D)``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from pyro.optim import PyroOptim
 from torch import nn
 from torch.optim import Optimizer
 
-__all__ = ["check_built", "check_module_options", "check_optimizer"]
+__all__ = ["check_built", "check_loaded", "check_module_options", "check_optimizer", "warn_of_pending"]
 
 
 def check_module_options(model: Any, guide: Any, elbo: Any, optimizer: Any, scheduler: Any, to_args: Any) -> None:
@@ -62,4 +63,25 @@ def check_built(ready: bool, parameters: Sequence[nn.Parameter]) -> None:
         raise ValueError(
             "Cannot train because neither the model nor the guide has parameters; try a latent site in the model, for "
             "which AmortizedGuide makes some, or pyro.param."
+        )
+
+
+def check_loaded(missing: Sequence[str], unexpected: Sequence[str]) -> None:
+    """Raises a ValueError if a file lacks parameters that the module has, or holds those of another one."""
+    if missing or unexpected:
+        names = f"lacks {missing[:3]}" if missing else ""
+        names += (" and " if missing and unexpected else "") + (f"holds {unexpected[:3]}" if unexpected else "")
+        raise ValueError(
+            f"Cannot load this state because it {names}, as of another model or guide; try the model and the guide "
+            "that it was saved with."
+        )
+
+
+def warn_of_pending(names: Sequence[str]) -> None:
+    """Warns of parameters of functions, which cannot be put in their place before the model has run."""
+    if names:
+        warnings.warn(
+            f"the parameters {names} of pyro.param and pyro.module wait for the first batch of a trainer, and until "
+            "then the model makes new ones: call module.initialize(batch) before using model or guide without one.",
+            stacklevel=3,
         )

@@ -14,7 +14,13 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyro_amortized.diagnostics.batches import ToArgs, call_of
 from pyro_amortized.diagnostics.processes import num_processes, of_all_processes, share_of_rows, weighted_sum
-from pyro_amortized.lightning.checks import check_built, check_module_options, check_optimizer
+from pyro_amortized.lightning.checks import (
+    check_built,
+    check_loaded,
+    check_module_options,
+    check_optimizer,
+    warn_of_pending,
+)
 from pyro_amortized.lightning.history import History, Record
 from pyro_amortized.lightning.loaders import (
     all_loaders,
@@ -159,11 +165,19 @@ class SVIModule(LightningModule):
             self._plate.check_loader(loader)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads parameters and buffers; those that are not known yet, as soon as they are."""
-        if not self._ready:
-            self._pending, strict = dict(state_dict), False
-            state_dict = {name: value for name, value in state_dict.items() if not name.startswith("store.")}
-        return super().load_state_dict(state_dict, strict, assign)
+        """Loads parameters and buffers; those that are not known yet, as soon as they are.
+
+        Raises:
+            ValueError: If what is known already differs from what the file holds, as of another model.
+        """
+        if self._ready:
+            return super().load_state_dict(state_dict, strict, assign)
+        self._pending = dict(state_dict)
+        found = super().load_state_dict({n: v for n, v in state_dict.items() if n[:6] != "store."}, False, assign)
+        if strict:
+            check_loaded(found.missing_keys, [n for n in found.unexpected_keys if not n.startswith("guide.")])
+        warn_of_pending([n.removeprefix("store.").replace("/", ".") for n in state_dict if n.startswith("store.")])
+        return found
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Saves with what is known what waits to be."""

@@ -208,7 +208,15 @@ def check_local_site(name: str, site: Site, frame: PlateFrame) -> None:
 
 
 def check_continuous(name: str, site: Site, by: str = "this guide") -> None:
-    """Raises a ValueError if a latent is discrete, which a density in unconstrained space cannot be of."""
+    """Raises a ValueError if a latent is discrete, or of a single value, and so has no density."""
+    fn = site["fn"]
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    if isinstance(fn, dist.Delta):
+        raise ValueError(
+            f"Cannot guide latent {name!r} by {by} because its prior is a Delta, all at one point, and has no density; "
+            f"try pyro.deterministic({name!r}, value)."
+        )
     if not site["fn"].support.is_discrete:
         return
     remedy = 'summing it out in the model, infer={"enumerate": "parallel"} under TraceEnum_ELBO'

@@ -159,7 +159,7 @@ class StructureReader:
             return replace(known.structure, groups=self._groups(model, args, kwargs, known.structure.frames))
         if model is None:
             raise ValueError(
-                "Cannot run a guide that was loaded without its model, but for one with an encoder_input=... on "
+                "Cannot run a guide that was loaded without its model, but for one with a function as encoder_input on "
                 "arguments of shapes that it has seen, because the model shows what a call looks like; try "
                 "`guide.model = model`."
             )

@@ -152,6 +152,23 @@ def test_an_exact_full_rank_posterior_passes() -> None:
     assert calibrate(oracle.full, full_rank(oracle), (oracle.simulate(30),), num_simulations=500).calibrated
 
 
+def test_masked_latents_count_for_nothing() -> None:
+    """Their prior is another one than the standard normal that guides have in its place."""
+    present = torch.arange(12) % 2 == 0
+
+    def model(x: Tensor, present: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            u = pyro.sample("u", dist.Normal(0.0, 1.0))
+            v = pyro.sample("v", dist.Normal(5.0, 0.1).mask(present))
+            pyro.sample("x", dist.Normal(torch.where(present, u + v - 5.0, u), 0.5), obs=x)
+
+    guide = AmortizedGuide(model, family="multivariate_normal", encoder_input=["x", "present"])
+    call = torch.randn(12), present
+    guide.setup(*call)
+    assert calibrate(model, guide.refined(20), call, num_simulations=480).calibrated
+    assert not calibrate(model, guide, call, num_simulations=480).calibrated
+
+
 @pytest.mark.slow
 def test_refined_guides_are_calibrated_as_they_answer() -> None:
     oracle = orthogonal()

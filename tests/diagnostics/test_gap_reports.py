@@ -224,3 +224,15 @@ def test_arguments_that_the_encoder_lacks_are_named() -> None:
     least_squares = ((x * y).sum() / x.square().sum()).item()
     assert slopes[0] < 0.7 * least_squares
     assert slopes[1] > 0.9 * least_squares
+
+
+def test_one_datapoint_that_is_far_off_is_no_small_gap() -> None:
+    """The spread between datapoints is no error of the mean over these."""
+    oracle = Oracle(hard=False, points=20)
+    shift = torch.zeros(20, 1)
+    shift[3] = 30.0
+    gaps = estimate_gaps(oracle.model, AmortizedGuide(oracle.model, oracle.encoder(shift)), (oracle.x,))
+    value, error = gaps.mean("amortization_gap")
+    assert value < 2 * error
+    assert "The amortization gap dominates" in gaps.verdict
+    assert "One datapoint holds 100% of the inference gap (3)" in gaps.verdict

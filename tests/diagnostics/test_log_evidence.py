@@ -215,3 +215,24 @@ def test_datapoints_of_which_no_draw_has_weight_are_flagged() -> None:
     assert found["log_evidence"][0].isfinite()
     assert found["log_evidence"][1].isneginf()
     assert found["khat"][1].isposinf()
+
+
+@pytest.mark.parametrize("used", ["not at all", "by a step", "detached"])
+def test_likelihoods_without_a_derivative_in_the_latents(used: str) -> None:
+    uses: dict[str, Any] = {
+        "not at all": torch.zeros_like,
+        "by a step": lambda z: (z > 0).to(z.dtype),
+        "detached": lambda z: (z.detach() > 0).to(z.dtype),
+    }
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(uses[used](z), 0.5), obs=x)
+
+    x = torch.randn(6)
+    either = torch.stack([dist.Normal(loc, 0.5).log_prob(x) for loc in (0.0, 1.0)])
+    exact = either[0] if used == "not at all" else either.logsumexp(0) - math.log(2)
+    found = log_evidence(model, AmortizedGuide(model), (x,))
+    error = np.maximum(found["log_evidence_se"].values, 1e-6)
+    assert (np.abs(found["log_evidence"].values - exact.numpy()) < 5 * error).all()

@@ -960,3 +960,20 @@ def test_sparse_arguments(layout: str) -> None:
 
     counts = getattr(torch.poisson(torch.ones(POINTS, 6)), layout)()
     assert group_names(to_arviz(model, AmortizedGuide(model), (counts,), num_samples=3)) == DEFAULT
+
+
+def test_predictions_of_a_distribution_without_a_sampler_are_refused_with_the_groups_that_can_be_had() -> None:
+    class Unsampled(dist.Normal):
+        def sample(self, sample_shape: Any = ()) -> Tensor:
+            raise NotImplementedError
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", Unsampled(z, 1.0), obs=x)
+
+    x, guide = torch.randn(4), AmortizedGuide(model)
+    guide(x)
+    with pytest.raises(ValueError, match=r"site 'x' because its Unsampled .*; try groups=\[\"posterior\", \"log_lik"):
+        to_arviz(model, guide, (x,))
+    assert group_names(to_arviz(model, guide, (x,), groups=["posterior", "log_likelihood"])) >= {"log_likelihood"}

@@ -290,3 +290,16 @@ def test_whatever_takes_a_loader_takes_to_args() -> None:
     }
     assert takes == dict.fromkeys(takes, True)
     assert set(FUNCTIONS) <= set(takes)
+
+
+def test_models_of_whole_batches_are_given_them() -> None:
+    """The error's remedy, for a model that takes the dictionary itself."""
+
+    def of_batch(batch: dict[str, Tensor]) -> None:
+        model(batch["x"])
+
+    guide = AmortizedGuide(of_batch)
+    guide({"x": X})
+    with pytest.raises(ValueError, match=r"try to_args=lambda batch: \(batch,\)\.$"):
+        posterior_summary(of_batch, guide, NAMED)
+    assert len(posterior_summary(of_batch, guide, NAMED, to_args=lambda batch: (batch,))["data"]) == 12

@@ -31,6 +31,7 @@ from pyro_amortized import (
     VectorQuantizedGuide,
     over_datasets,
 )
+from pyro_amortized.export import to_arviz
 
 PROBS = (0.05, 0.5, 0.95)
 X = torch.linspace(-2.0, 2.0, 18).reshape(6, 3)
@@ -461,14 +462,25 @@ def test_in_a_process_without_pyro(outputs: dict[str, tuple[str, ...]], tmp_path
         torch.testing.assert_close(actual, value, atol=1e-6, rtol=1e-6)
 
 
-def test_exports_are_of_whole_precision_under_autocast() -> None:
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+def rows(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    x, guide = torch.randn(8), AmortizedGuide(model)
+
+def test_exports_are_of_whole_precision_under_autocast() -> None:
+    x, guide = torch.randn(8), AmortizedGuide(rows)
     guide.setup(x)
     with torch.autocast("cpu", torch.bfloat16):
         program = guide.exported(x[:3], output="median")
+        halved = to_arviz(rows, guide, (x,), num_samples=3)
     torch.testing.assert_close(program.module()(x)["z"], guide.eval().median(x)["z"], rtol=0, atol=1e-6)
+    assert halved.posterior["z"].shape == (1, 3, 8)
+
+
+def test_medians_in_half_precision() -> None:
+    x = torch.randn(8)
+    guide = AmortizedGuide(rows)
+    guide.setup(x)
+    exact = guide.median(x)["z"]
+    torch.testing.assert_close(guide.to(torch.bfloat16).median(x.bfloat16())["z"].float(), exact, rtol=0.05, atol=0.05)

@@ -56,7 +56,7 @@ def ranks(
     served, draws = torch.ones(len(phi), dtype=torch.bool), None
     if posterior is not None:
         served, draws = _ask(posterior, original, simulation, num_samples, rng)
-    truth = quantities(simulation.latents.to(phi).unsqueeze(0))
+    truth = quantities(_with_reference(simulation.latents.to(phi), structure, rng).unsqueeze(0))
     below, equal = torch.zeros(truth.shape[1:]), torch.zeros(truth.shape[1:])
     for piece in chunks(num_samples, len(phi)):
         number = piece.stop - piece.start
@@ -65,6 +65,18 @@ def ranks(
         equal += (values == truth).sum(0).cpu()
     ties = torch.rand(equal.shape, generator=rng, dtype=torch.float64) * (equal + 1)
     return below.long() + ties.floor().long(), served
+
+
+def _with_reference(latents: Tensor, structure: Structure, rng: torch.Generator) -> Tensor:
+    """True latents with draws of a standard normal in the place of masked ones: what guides and log-joints have there.
+
+    A model draws from a prior that counts for nothing.
+    """
+    present = structure.layout.present  # type: ignore[union-attr]
+    if present is None:
+        return latents
+    drawn = torch.randn(latents.shape, generator=rng, dtype=torch.float64).to(latents)
+    return torch.where(present.to(latents.device), latents, drawn)
 
 
 def _ask(

@@ -123,9 +123,8 @@ class GapEstimate(Report):
         The error holds what differs between datapoints and, where that is less, the Monte Carlo error.
         """
         values, errors = self.dataset[name].values, self.dataset[f"{name}_se"].values
-        count = len(values)
-        spread = _spread(values) / count**0.5 if count > 1 else 0.0
-        return float(values.mean()), max(spread, float(np.sqrt(np.square(errors).sum()) / count))
+        spread = _spread(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+        return float(values.mean()), max(spread, _monte_carlo_error(errors))
 
     @property
     def verdict(self) -> str:
@@ -324,6 +323,11 @@ def _reliable(variables: Mapping[str, Tensor], tolerance: float) -> Tensor:
     return reliable
 
 
+def _monte_carlo_error(errors: Any) -> float:
+    """Standard error of a mean over these datapoints, from theirs."""
+    return float(np.sqrt(np.square(errors).sum()) / len(errors))
+
+
 def _spread(values: np.ndarray[Any, Any]) -> float:
     """Standard deviation; NaN where values are infinite."""
     return float(values.std(ddof=1)) if np.isfinite(values).all() else float("nan")
@@ -364,9 +368,8 @@ def _trust(gaps: GapEstimate) -> str:
 
 
 def _dominance(gaps: GapEstimate) -> str:
-    approximation, approximation_error = gaps.mean("approximation_gap")
-    amortization, amortization_error = gaps.mean("amortization_gap")
-    total = gaps.mean("inference_gap")[0]
+    names = ("approximation_gap", "amortization_gap", "inference_gap")
+    approximation, amortization, total = (gaps.mean(name)[0] for name in names)
     if not np.isfinite(total + amortization):
         bad = int((~np.isfinite(gaps.dataset["elbo"] + gaps.dataset["elbo_optimal"])).sum())
         others = "`dataset.where(dataset.reliable)` for the others, and " if gaps.dataset["reliable"].any() else ""
@@ -374,10 +377,8 @@ def _dominance(gaps: GapEstimate) -> str:
             f"The ELBO of {bad} datapoints is not finite: the guide has draws at which the model has no density; try "
             f"{others}constraints on the latents."
         )
-    small = [
-        gap <= max(_SMALL, 2 * error)
-        for gap, error in ((approximation, approximation_error), (amortization, amortization_error))
-    ]
+    errors = (_monte_carlo_error(gaps.dataset[f"{name}_se"].values) for name in names[:2])
+    small = [gap <= max(_SMALL, 2 * error) for gap, error in zip((approximation, amortization), errors, strict=True)]
     remedies = {
         "amortization": advice_on_inputs(gaps.dataset)
         + "the encoder misses what its family can represent: try guide.refined(20), an encoder that is larger or sees "
