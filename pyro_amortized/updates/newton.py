@@ -30,13 +30,16 @@ class Newton(SteppedRule[Tensor | Curvature]):
 
     Args:
         step_size: :math:`\rho`, at most 1.
-        max_shift: Most that a location moves in one step, in standard deviations of q.
+        max_shift: Most that a location moves in the first step, in standard deviations of q. Later steps go up to twice
+            as far where the slope along the step before is more than half of what it was, and half as far where it has
+            changed its sign: far from the optimum steps grow, and what is no quadratic they do not leap over.
         max_log_ratio: Most that the logarithm of a scale changes in one step.
         learned: Whether the step size is trained with the encoder.
 
     References:
         Fixed-Form Variational Posterior Approximation through Stochastic Linear Regression, Tim Salimans, David A.
         Knowles (2013), https://arxiv.org/abs/1206.6679
+        Convergence Conditions for Ascent Methods, Philip Wolfe (1969).
         The Variational Gaussian Approximation Revisited, Manfred Opper, Cédric Archambeau (2009).
     """
 
@@ -44,7 +47,7 @@ class Newton(SteppedRule[Tensor | Curvature]):
     takes = Curvature
 
     def __init__(
-        self, step_size: float = 0.7, *, max_shift: float = 3.0, max_log_ratio: float = 0.7, learned: bool = False
+        self, step_size: float = 0.7, *, max_shift: float = 2.0, max_log_ratio: float = 0.7, learned: bool = False
     ) -> None:
         super().__init__(step_size, learned, None)
         if step_size > 1:
@@ -65,7 +68,7 @@ class Newton(SteppedRule[Tensor | Curvature]):
             )
 
     def init(self, phi: Tensor, features: Tensor | None = None) -> State:
-        """Nothing is remembered."""
+        """Nothing yet; then how far the last step could go ``(N, 1)``, itself ``(N, D)``, and the slope along it."""
         return ()
 
     def update(self, phi: Tensor, grad: Tensor | Curvature, state: State) -> tuple[Tensor, State]:
@@ -81,7 +84,8 @@ class Newton(SteppedRule[Tensor | Curvature]):
         damped = precision + damping(precision.detach())[:, None, None] * eye
         factor = torch.linalg.cholesky_ex(damped)[0]
         shift = step_size * torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)
-        kept = self.max_shift / shift.abs().amax(-1, keepdim=True).clamp(min=self.max_shift)
+        reach = self._reach(grad, state).to(shift)
+        kept = reach / torch.maximum(shift.abs().amax(-1, keepdim=True), reach)
         limit = (2.0 * self.max_log_ratio * kept).exp()  # q keeps its width as long as it has far to go
         if family.is_mean_field:
             size = precision.diagonal(dim1=-2, dim2=-1).clamp(min=_LEAST_CURVATURE)
@@ -91,7 +95,23 @@ class Newton(SteppedRule[Tensor | Curvature]):
             change = damped - eye
             most = (limit - 1.0) / torch.linalg.matrix_norm(change).clamp(min=1e-6).unsqueeze(-1)
             precision = eye + (step_size * torch.ones_like(most)).clamp(max=most).unsqueeze(-1) * change
-        return family.moved(phi.to(slope), kept * shift, precision).to(phi), ()  # type: ignore[operator]
+        moved = family.moved(phi.to(slope), kept * shift, precision).to(phi)  # type: ignore[operator]
+        step = (moved - phi)[..., : family.latent_dim].detach()
+        return moved, (reach, step, _along(grad, step))
+
+    def _reach(self, grad: Curvature, state: State) -> Tensor:
+        """The most that this step may move a location, by what the slope along the last one has become."""
+        if not state:
+            return torch.full_like(grad.slope[:, :1], self.max_shift)
+        reach, step, before = state
+        after = _along(grad, step)
+        grown = torch.where((before > 0) & (after > 0.5 * before), 2.0 * reach, reach)
+        return torch.where((before > 0) & (after < 0), 0.5 * reach, grown)
+
+
+def _along(grad: Curvature, step: Tensor) -> Tensor:
+    """The slope of the ELBO along a step of the locations, ``(N, 1)``."""
+    return (grad.grad[..., : step.shape[-1]].detach() * step).sum(-1, keepdim=True)
 
 
 _LEAST_CURVATURE = 0.05

@@ -53,10 +53,22 @@ class Case:
             self.move()
 
     def move(self) -> None:
-        """Moves the parameters away from where they start."""
+        """Moves the parameters away from where they start, to where couplings do not multiply beyond all digits."""
         with torch.no_grad():
             for parameter in self.guide.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
+            while self.structure.guide.family == "structured" and any(self._is_extreme(part) for part in (0, 1)):
+                for parameter in self.guide.parameters():
+                    parameter.mul_(0.5)
+
+    def _is_extreme(self, part: int) -> bool:
+        args, kwargs = self.program.arguments(part)
+        try:
+            phi = self.guide.variational_parameters(*args, **kwargs)
+        except ValueError:  # refused; the checks will see
+            return False
+        draws = self.guide.family(phi).sample((20,))
+        return bool((draws.abs() > 30.0).any())
 
     def draw(self, part: int = 0, seed: int = 2, particles: int = 1) -> Draw:
         args, kwargs = self.program.arguments(part)

@@ -26,7 +26,7 @@ REFUSALS: list[tuple[Callable[[Structure, str], bool], str]] = [
     (lambda s, check: s.numpy and s.guide.sees in ("name", "names"), "Cannot encode ['ndarray'"),
     (lambda s, check: s.guide.encoder == "steps" and s.mask == "obs_mask", "are not numbered alike"),
     (lambda s, check: s.has_anonymous and s.guide.family == "flow", "dimension -1 outside of all plates"),
-    (lambda s, check: s.guide.sees == "names" and check == "renyi", "vectorize_particles=False"),
+    (lambda s, check: s.guide.sees == "names" and check in ("elbo", "renyi"), "vectorize_particles=False"),
     (lambda s, check: s.guide.kind == "SemiAmortizedGuide", "refinement has diverged"),  # by steps of a fixed size
     (lambda s, check: s.guide.family == "structured", "Cannot find which local latents depend on which"),
     (lambda s, check: s.guide.family == "structured" and _collide(s), "Cannot couple latents of level"),

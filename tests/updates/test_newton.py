@@ -246,6 +246,28 @@ def test_steps_are_limited_and_far_from_the_optimum_keep_their_width(Family: Any
 
 
 @pytest.mark.parametrize("Family", FAMILIES)
+def test_steps_go_further_where_the_slope_stays_and_less_far_where_it_turns(Family: Any) -> None:
+    """On a quadratic with its optimum 100 standard deviations away, and on a ridge that is met after one step."""
+    family, ones = Family(2), torch.ones(1, 2)
+    precision, optimum = torch.eye(2).unsqueeze(0), 100.0 * ones
+
+    def climb(gradient: Any, num_steps: int) -> Tensor:
+        phi, state, rule = torch.zeros(1, family.num_params), (), Newton(1.0)
+        places = [phi[0, 0]]
+        for _ in range(num_steps):
+            slope = gradient(phi[:, :2])
+            grad = torch.cat([slope, torch.zeros(1, family.num_params - 2)], -1)
+            phi, state = rule.update(phi, Curvature(grad, slope, precision, family), state)
+            places.append(phi[0, 0])
+        return torch.stack(places).diff()
+
+    expected = torch.tensor([2.0, 4.0, 8.0, 16.0, 32.0, 38.0, 0.0])
+    torch.testing.assert_close(climb(lambda loc: optimum - loc, 7), expected)
+    steps = climb(lambda loc: 50.0 * (1.2 - loc).sign(), 4)  # every step leaps over it
+    torch.testing.assert_close(steps.abs(), torch.tensor([2.0, 1.0, 0.5, 0.25]))
+
+
+@pytest.mark.parametrize("Family", FAMILIES)
 @pytest.mark.parametrize("seed", range(5))
 def test_indefinite_curvatures_of_any_size_give_limited_steps(Family: Any, seed: int) -> None:
     """In single precision, where the eigenvalues of such matrices are known to within one or so."""
