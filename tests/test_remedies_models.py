@@ -60,7 +60,7 @@ case(
 case(
     "a latent that is a function of others",
     lambda: train(of_latent(lambda: dist.Delta(torch.tensor(1.0)))),
-    "pyro.deterministic('z', value)",
+    "pyro.deterministic",
     lambda: train(derived),
 )
 case(

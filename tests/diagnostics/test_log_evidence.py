@@ -217,13 +217,9 @@ def test_datapoints_of_which_no_draw_has_weight_are_flagged() -> None:
     assert found["khat"][1].isposinf()
 
 
-@pytest.mark.parametrize("used", ["not at all", "by a step", "detached"])
+@pytest.mark.parametrize("used", ["not at all", pytest.param("by a step", marks=pytest.mark.slow)])
 def test_likelihoods_without_a_derivative_in_the_latents(used: str) -> None:
-    uses: dict[str, Any] = {
-        "not at all": torch.zeros_like,
-        "by a step": lambda z: (z > 0).to(z.dtype),
-        "detached": lambda z: (z.detach() > 0).to(z.dtype),
-    }
+    uses: dict[str, Any] = {"not at all": torch.zeros_like, "by a step": lambda z: (z > 0).to(z.dtype)}
 
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
