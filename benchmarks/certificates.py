@@ -18,6 +18,7 @@ import numpy as np
 import pyro
 import torch
 from certified_cases import CASES, Case, Moments
+from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from torch import Tensor
 
@@ -82,6 +83,7 @@ def by_long_chains(case: Case, guide: AmortizedGuide, x: Tensor) -> Moments:
 def run_nuts(case: Case, x: Tensor) -> tuple[float, Moments]:
     """Gradients that Pyro's NUTS takes for one datapoint, the mean over those given, and their posteriors' moments."""
     count, means, scales = 0, [], []
+    names = [name for name, _ in poutine.trace(case.model).get_trace(x[:1]).iter_stochastic_nodes()]
 
     def counted(value: Tensor) -> None:
         nonlocal count
@@ -91,7 +93,8 @@ def run_nuts(case: Case, x: Tensor) -> tuple[float, Moments]:
     for value in x:
         mcmc = MCMC(NUTS(counted, ignore_jit_warnings=True), num_samples=1000, warmup_steps=1000, disable_progbar=True)
         mcmc.run(value.unsqueeze(0))
-        draws = torch.cat([part.reshape(1000, -1) for part in mcmc.get_samples().values()], -1)
+        samples = mcmc.get_samples()
+        draws = torch.cat([samples[name].reshape(1000, -1) for name in names if name in samples], -1)
         means.append(draws.mean(0))
         scales.append(draws.std(0))
     return 4 * count / len(x), (torch.stack(means), torch.stack(scales))
