@@ -453,7 +453,11 @@ def parsed_configuration() -> Way:
 
 @way
 def data_base() -> Way:
-    base = sqlite3.connect(":memory:")
+    class Connection(sqlite3.Connection):
+        def __del__(self) -> None:
+            self.close()  # of which Python 3.13 warns else
+
+    base = sqlite3.connect(":memory:", factory=Connection)
     base.execute("create table model (beta real)")
     base.execute("insert into model values (1.0)")
     read = "select beta from model"
