@@ -30,9 +30,9 @@ class Newton(SteppedRule[Tensor | Curvature]):
 
     Args:
         step_size: :math:`\rho`, at most 1.
-        max_shift: Most that a location moves in the first step, in standard deviations of q. Later steps go up to twice
-            as far where the slope along the step before is more than half of what it was, and half as far where it has
-            changed its sign: far from the optimum steps grow, and what is no quadratic they do not leap over.
+        max_shift: Most that a location moves in the first step, in standard deviations of q. After a step that this has
+            limited the next may go twice as far where the slope along it is still more than half of what it was, and
+            half as far where the slope has turned: far from the optimum steps grow, and they leap over less.
         max_log_ratio: Most that the logarithm of a scale changes in one step.
         learned: Whether the step size is trained with the encoder.
 
@@ -97,7 +97,7 @@ class Newton(SteppedRule[Tensor | Curvature]):
             precision = eye + (step_size * torch.ones_like(most)).clamp(max=most).unsqueeze(-1) * change
         moved = family.moved(phi.to(slope), kept * shift, precision).to(phi)  # type: ignore[operator]
         step = (moved - phi)[..., : family.latent_dim].detach()
-        return moved, (reach, step, _along(grad, step))
+        return moved, (reach, step, torch.where(kept < 1.0, _along(grad, step), 0.0))  # a free step says nothing of it
 
     def _reach(self, grad: Curvature, state: State) -> Tensor:
         """The most that this step may move a location, by what the slope along the last one has become."""
