@@ -106,8 +106,9 @@ def test_wrong_calls() -> None:
         Trace_ELBO().loss(model, guide, torch.cat([x[:3], torch.full((1, PIXELS), math.nan)]))
     with (
         pytest.raises(ValueError, match="compiled ELBO because its moving averages are kept by Python"),
-        warnings.catch_warnings(action="ignore"),  # torch announces the end of torch.jit
+        warnings.catch_warnings(),
     ):
+        warnings.simplefilter("ignore")  # torch announces the end of torch.jit
         SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), JitTrace_ELBO()).step(x)
     with pytest.raises(ValueError, match="because there is only one datapoint"):
         collapse_report(model, guide, (x[:1],))
