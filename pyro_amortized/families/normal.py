@@ -23,7 +23,8 @@ class _Gaussian(VariationalFamily):
     def quantile(self, phi: Tensor, probs: Tensor, num_samples: int = 1000) -> Tensor:
         """Exact marginal quantiles; ``num_samples`` is not needed."""
         loc, scale = self.marginals(phi)
-        z = torch.special.ndtri(probs.double()).to(phi)  # for which torch has no half precision
+        whole = torch.promote_types(phi.dtype, torch.float32)  # torch has no quantiles of half precision
+        z = torch.special.ndtri(probs.to(phi.device, whole)).to(phi)
         return loc + scale * z.reshape(-1, *[1] * phi.dim())
 
     def marginals(self, phi: Tensor) -> tuple[Tensor, Tensor]:
