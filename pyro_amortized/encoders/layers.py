@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_amortized.checks import is_traced
-from pyro_amortized.encoders.devices import has_to_wait
-from pyro_amortized.encoders.standardize import FAR, log_shrinkage
+from pyro_amortized.encoders.standardize import log_shrinkage
 
 __all__ = ["LEAST_NORMALIZED", "Head", "hidden_layers"]
 
@@ -62,7 +60,5 @@ class Head(nn.Linear):
         """Outputs ``(..., P)`` of features ``(..., H)``."""
         size = self.size if self.room == 1.0 else self.room * self.size
         norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
-        if is_traced() or has_to_wait(features) or (norm.detach() > FAR * size).any():
-            features = features * log_shrinkage(norm / size)
-        output = F.linear(features, self.weight / self.size, self.bias)
+        output = F.linear(features * (log_shrinkage(norm / size) / self.size), self.weight, self.bias)
         return output.to(self.weight.dtype)  # under autocast, where it has fewer digits than scales need

@@ -336,9 +336,14 @@ class LocalGuide(PosteriorGuide):
     def _stored_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """A parameter of the strategy and one of the global guide, with their names in the parameter store."""
         if self._first_parameter:
-            strategy: Any = self._modules["inference"]
-            name = param_with_module_name(self._pyro_get_fullname("inference"), self._first_parameter)
-            yield name, strategy.get_parameter(self._first_parameter)
+            *path, leaf = self._first_parameter.split(".")
+            module: Any = self._modules["inference"]
+            for part in path:
+                module = module._modules[part]
+            yield (
+                param_with_module_name(f"{self._pyro_name}.inference", self._first_parameter),
+                module._parameters[leaf],
+            )
         if self.global_sites:
             for name, parameter in self._modules["global_guide"].named_parameters():  # type: ignore[union-attr]
                 yield f"{self._pyro_name}.global_guide.{name.removesuffix('_unconstrained')}", parameter

@@ -60,21 +60,21 @@ class Encoded(InferenceStrategy):
 
     def forward(self, inputs: tuple[Tensor, ...], index: Tensor | None, objective: Objective | None = None) -> Tensor:
         """phi of shape ``(N, P)``; ``index`` and ``objective`` are not needed."""
-        features = self.encoder(*inputs)
-        check_output(features, pair=self.head is None, by_level=isinstance(self.head, SharedHeads))
-        if self.head is not None:
-            self._check_width(features)
-            return self.head(features)
+        features, head = self.encoder(*inputs), self.head
+        check_output(features, pair=head is None, by_level=isinstance(head, SharedHeads))
+        if head is not None:
+            _check_width(features, getattr(head, "in_features", None))
+            return head(features)
         loc, scale = features
         return torch.cat([loc, scale.log()], -1)
 
-    def _check_width(self, features: Tensor) -> None:
-        width = getattr(self.head, "in_features", None)
-        if width is not None and features.shape[-1:] != (width,):
-            raise ValueError(
-                f"Cannot use the encoder's features of shape {tuple(features.shape)} because there were {width} for "
-                f"each datapoint when the guide was set up; try an encoder that returns (N, {width}) in every call."
-            )
+
+def _check_width(features: Tensor, width: int | None) -> None:
+    if width is not None and features.shape[-1:] != (width,):
+        raise ValueError(
+            f"Cannot use the encoder's features of shape {tuple(features.shape)} because there were {width} for "
+            f"each datapoint when the guide was set up; try an encoder that returns (N, {width}) in every call."
+        )
 
 
 class PerDatapoint(InferenceStrategy):

@@ -26,8 +26,8 @@ def call_key(value: Any) -> Any:
     if isinstance(value, dict):
         value = [*value.items()]
     if isinstance(value, list | tuple):
-        keys = tuple(map(call_key, value))
-        return None if any(key is None for key in keys) else (type(value), keys)
+        keys = tuple([call_key(part) for part in value])
+        return None if None in keys else (type(value), keys)
     return None
 
 

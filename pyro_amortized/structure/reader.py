@@ -243,8 +243,9 @@ class StructureReader:
             )
         plain = not (data or self.groups or self.discrete)
         key = run_key(trace, frames) if plain else None
-        if key is not None and key in self._read_before:
-            return _with_values(self._read_before[key], trace)
+        before_now = None if key is None else self._read_before.get(key)
+        if before_now is not None:
+            return _with_values(before_now, trace)
         missing = tuple(name for name in latent_sites(trace) if name in data) if data else ()
         for name in missing:
             trace.nodes[name]["is_observed"] = True

@@ -40,7 +40,8 @@ def run_key(trace: Trace, frames: Mapping[str, PlateFrame]) -> Any:
             kind = _kind(site)
             if kind is None:
                 return None
-        found += name, is_data(site), is_enumerated(site), site["cond_indep_stack"], fn.batch_shape, value.shape, kind
+        plates = tuple([frame.name for frame in site["cond_indep_stack"]])
+        found += name, is_data(site), is_enumerated(site), plates, fn.batch_shape, value.shape, kind
     return tuple(found)
 
 
