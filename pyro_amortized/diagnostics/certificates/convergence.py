@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["bulk_ess", "mean_ess", "rank_rhat", "tail_ess"]
+__all__ = ["bulk_ess", "mean_ess", "rank_rhat", "scale_ess", "tail_ess"]
 
 
 def rank_rhat(draws: Tensor) -> Tensor:
@@ -49,6 +49,17 @@ def bulk_ess(draws: Tensor) -> Tensor:
 def mean_ess(draws: Tensor) -> Tensor:
     """Effective sample size for the mean, ``(*)``, without ranks; draws ``(C, T, *)``."""
     return _ess(_split(draws))
+
+
+def scale_ess(draws: Tensor) -> Tensor:
+    r"""Effective sample size for the standard deviation, ``(*)``; draws ``(C, T, *)`` as for :func:`rank_rhat`.
+
+    It is the number M of independent normal draws whose standard deviation has the same relative error,
+    :math:`1 / (2 M)` squared: of independent draws of heavier tails it is less than their number.
+    """
+    squares = (draws.double() - draws.double().mean((0, 1))).square()
+    relative = squares.flatten(0, 1).var(0, correction=0) / squares.mean((0, 1)).square()
+    return 2 * _ess(_split(squares)) / relative
 
 
 def tail_ess(draws: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_amortized.diagnostics.certificates.convergence import bulk_ess, mean_ess, rank_rhat, tail_ess
+from pyro_amortized.diagnostics.certificates.convergence import bulk_ess, mean_ess, rank_rhat, scale_ess, tail_ess
 from pyro_amortized.diagnostics.certificates.support import in_support
 from pyro_amortized.diagnostics.certificates.target import Target
 from pyro_amortized.diagnostics.problem import LocalProblem, value_and_gradient
@@ -45,7 +45,7 @@ class Chains:
         rhat: The largest R-hat of any dimension, ``(n,)``.
         ess: The smallest effective sample size of any dimension for the centre, and for the mean of values in their
             support, ``(n,)``.
-        tail_ess: The same for the tails.
+        tail_ess: The same for the tails and for standard deviations.
         divergences: Number of divergent trajectories after the warm-up, ``(n,)``.
     """
 
@@ -105,7 +105,8 @@ def _summarise(kept: Tensor, layout: SiteLayout, target: Target, divergences: Te
     for part in kept.split(_PIECE, 2):
         ess, values = bulk_ess(part).amin(-1), in_support(layout, part)
         ess = ess if values is None else torch.minimum(ess, mean_ess(values).amin(-1))
-        columns.append(torch.stack([rank_rhat(part).amax(-1), ess, tail_ess(part).amin(-1)]))
+        tail = torch.minimum(tail_ess(part), scale_ess(part)).amin(-1)
+        columns.append(torch.stack([rank_rhat(part).amax(-1), ess, tail]))
     rhat, ess, tail = torch.cat(columns, -1).nan_to_num(nan=0.0)
     rhat = torch.where(rhat > 0, rhat, math.inf)  # of chains that have not moved
     pooled = kept.transpose(0, 1).flatten(0, 1)
