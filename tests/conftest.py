@@ -40,7 +40,7 @@ SLOW = (
     "test_discrete.py::test_in_inner_plates_beside_global_latents",
     "test_experiments.py::test_runs[codes]",
     "test_experiments.py::test_runs[margossian_blei]",
-    "test_export.py::test_draws_are_vectorised[topics-modes0]",
+    "test_export_models.py::test_draws_are_vectorised[topics-modes0]",
     "test_export.py::test_guides[linear-iterative]",
     "test_export.py::test_guides[linear-semi_amortized]",
     "test_export.py::test_guides[topics-iterative]",
