@@ -279,6 +279,36 @@ def test_in_many_dimensions_a_mode_that_was_not_met_is_enough_to_disagree() -> N
     assert explored.compare(rows, both)[0].tolist() == [True, True]
 
 
+@pytest.mark.parametrize(("shift", "factor"), [(0.0, 1.0), (0.2, 1.0), (0.0, 0.8), (0.0, 1.25)])
+def test_draws_that_are_off_by_twice_what_a_certificate_allows_do_not_agree(shift: float, factor: float) -> None:
+    model = LinearGaussian(torch.ones(1, 1))
+    problem = bound(model.full, guided(model.full), torch.zeros(20, 1))
+    explored = Exploration.of(problem, problem.phi, (0,))
+    noise = torch.randn(4000, 20, 1, dtype=torch.float64, generator=generator(1))
+    draws = 0.5**0.5 * (shift + factor * noise)
+    agrees, words = explored.compare(torch.arange(20), draws)
+    assert bool((agrees == (shift == 0.0 and factor == 1.0)).all()), words
+
+
+def test_mixtures_whose_draws_are_worth_little_are_doubted() -> None:
+    """A thousandth of the posterior, far away, makes a quarter of the standard deviation."""
+    prior = dist.MixtureSameFamily(
+        dist.Categorical(torch.tensor([0.999, 0.001])),
+        dist.Normal(torch.tensor([0.0, 12.0]), torch.tensor([0.4, 1.0])),
+    )
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", prior), 1000.0), obs=x)
+
+    problem = bound(model, guided(model), torch.zeros(8))
+    explored, rows = Exploration.of(problem, problem.phi, (0,)), torch.arange(8)
+    explored.doubt(rows)
+    narrow = 0.4 * torch.randn(4000, 8, 1, dtype=torch.float64, generator=generator(1))
+    assert not bool(explored.compare(rows, narrow)[0].any())
+    torch.testing.assert_close(explored.scale, prior.stddev.expand(8, 1).double(), rtol=0.1, atol=0.0)
+
+
 # The whole
 
 
@@ -469,6 +499,29 @@ def test_a_loader_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ):
         certified_posterior(model.full, guide, other, **options)
     certified_posterior(model.full, guide, other, num_samples=400, path=tmp_path / "another")
+
+
+@pytest.mark.parametrize("change", ["of the model", "of the arguments"])
+def test_batches_of_another_model_are_not_taken(change: str, tmp_path: Path) -> None:
+    """One that is the same at the origin, and in all that the encoder sees."""
+    slope = 1.0
+
+    def model(x: Tensor, factor: float) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(slope * factor * z, 1.0), obs=x)
+
+    x, options = torch.tensor([0.3, -1.0]), {"num_samples": 400, "path": tmp_path}
+    guide = guided(model)
+    first = certified_posterior(model, guide, (x, 1.0), **options)
+    assert certified_posterior(model, guide, (x, 1.0), **options).dataset.equals(first.dataset)
+    factor = 1.0
+    if change == "of the model":
+        slope = 3.0
+    else:
+        factor = 3.0
+    with pytest.raises(ValueError, match=r"Cannot go on .*because batch_00000.nc belongs to other data"):
+        certified_posterior(model, guide, (x, factor), **options)
 
 
 def test_batches_with_other_latents_are_refused_before_any_work() -> None:

@@ -153,3 +153,15 @@ def test_digits() -> None:
     best = float(exact.sort(descending=True).values[:39].sum() / exact.sum())
     assert share >= 0.9 * best  # no order can do more
     assert share >= 0.6
+
+
+def test_predictions_do_not_leave_what_reference_data_show() -> None:
+    """An exponential of what a linear kernel extrapolates would make one datapoint's gap that of all others."""
+    inputs = torch.randn(300, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gaps = (inputs[:, 1] - 1.0).exp()
+    head = _Head.fit(inputs, gaps, 0.9, 0.02, 0)
+    far = torch.cat([inputs, torch.tensor([[0.0, 12.0, 0.0, 0.0], [0.0, 14.0, 0.0, 0.0]])])
+    found = head(far)
+    assert float(found["amortization_gap"].max()) < 2 * float(gaps.max())
+    assert float(found["amortization_gap_high"].max()) < 4 * float(gaps.max())
+    assert found["score"].argsort()[-2:].tolist() == [300, 301]  # the order goes on

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_amortized.diagnostics.certificates.smc import MAX_SMC_DIM, particles
+from pyro_amortized.diagnostics.certificates.weighing import weighted_moments
 from pyro_amortized.diagnostics.evidence.evidence import adapt, log_weights_at
 from pyro_amortized.diagnostics.evidence.importance import psis
 from pyro_amortized.diagnostics.evidence.proposal import Proposal, proposals_at
@@ -30,8 +31,13 @@ _NUM_DRAWS = 1000
 _KHAT, _LEAST_ESS = 0.7, 200.0
 """Of importance samples that tell means to a fifteenth of a standard deviation."""
 _NUM_ADAPTATIONS = 2
-_CLOSE = 0.25
-"""Differences of means, in standard deviations, and of logarithms of standard deviations, up to which two agree."""
+_CLOSE, _MARGIN = 0.25, 0.08
+"""Differences of means, in standard deviations, and of logarithms of standard deviations, up to which two agree: the
+margin and three standard errors of what was found, and at most the first."""
+_PRECISE, _MORE_DRAWS = 0.04, 16_000
+"""Standard errors of these from which on more draws are taken before anything is compared, and how many."""
+_PIECE = 2**22
+"""Numbers in the draws that are held at a time."""
 _MATTERS = 1e-3
 """Share of the posterior from which on a mode must have been met: one far away that holds a thousandth of the posterior
 already shows in standard deviations."""
@@ -50,8 +56,11 @@ class Exploration:
         proposals: Which datapoints, and mixtures at their modes.
         loc: Means, ``(N, D)``, float64.
         scale: Standard deviations, ``(N, D)``.
+        error: Standard errors of the means, in standard deviations, and of the logarithms of the standard deviations,
+            ``(2, N, D)``; infinite where they are not known.
         ess: Effective sample size of the importance samples, as a share of their number, ``(N,)``.
         kind: Index in :data:`KINDS` of what the moments are from, ``(N,)``.
+        sharpened: Whether they are from more draws than at first, ``(N,)``.
         rng: Source of further draws.
     """
 
@@ -61,8 +70,10 @@ class Exploration:
     proposals: list[tuple[Tensor, Proposal]]
     loc: Tensor
     scale: Tensor
+    error: Tensor
     ess: Tensor
     kind: Tensor
+    sharpened: Tensor
     rng: torch.Generator
 
     @classmethod
@@ -74,7 +85,8 @@ class Exploration:
         nothing = torch.zeros(size, dtype=torch.float64)
         loc, scale = search.mean.clone(), torch.ones(size, dim, dtype=torch.float64)
         kind = torch.zeros(size, dtype=torch.long)
-        found = cls(problem, modes, search.draws, [], loc, scale, nothing, kind, generator(*seed, 41))
+        error = torch.full((2, size, dim), math.inf, dtype=torch.float64)
+        found = cls(problem, modes, search.draws, [], loc, scale, error, nothing, kind, kind > 0, generator(*seed, 41))
         for rows, proposal, settled in proposals_at(problem, search, modes):
             found._sample(rows, proposal)
             found.kind[rows] *= settled
@@ -105,7 +117,7 @@ class Exploration:
         smoothed, khat = psis(torch.where(none, 0.0, log_weights.nan_to_num(nan=-math.inf)))
         weights = smoothed.softmax(0)
         ess = torch.where(none, 0.0, 1 / weights.square().sum(0))
-        self.loc[rows], self.scale[rows] = _moments(z, weights)
+        self.loc[rows], self.scale[rows], self.error[:, rows] = weighted_moments(z, weights)
         self.ess[rows] = ess / len(z)
         poor = none | (khat >= _KHAT) | (ess < _LEAST_ESS)
         self.kind[rows] = KINDS.index("importance") * (~poor)
@@ -121,13 +133,15 @@ class Exploration:
         Returns:
             ``(n,)``, and as many words.
         """
+        self._sharpen(rows)
         if draws.shape[-1] <= MAX_SMC_DIM:
             self._add_particles(rows[self.kind[rows] == 0])
         loc, scale = draws.mean(0), draws.std(0)
         wide = torch.maximum(scale, self.scale[rows]).clamp(min=1e-300)
         shift = (loc - self.loc[rows]).abs() / wide
         ratio = (scale.clamp(min=1e-300) / self.scale[rows].clamp(min=1e-300)).log()
-        close = ((shift <= _CLOSE) & (ratio.abs() <= _CLOSE)).all(-1)
+        bounds = (_MARGIN + 3 * self.error[:, rows]).clamp(max=_CLOSE)
+        close = ((shift <= bounds[0]) & (ratio.abs() <= bounds[1])).all(-1)
         alone, several = self.kind[rows] == 0, (self.modes.share[:, rows] >= _MATTERS).sum(0) > 1
         asked, met = (alone | several).nonzero().squeeze(-1), torch.ones_like(alone)
         if len(asked):
@@ -144,16 +158,32 @@ class Exploration:
 
     def _differs(self, shift: Tensor, ratio: Tensor, row: int) -> str:
         names, source = self.problem.objective.log_joint.layout.names, KINDS[self.kind[row]]
-        d = int(shift.argmax())
-        if shift[d] > _CLOSE:
+        bounds = (_MARGIN + 3 * self.error[:, row]).clamp(max=_CLOSE)
+        d = int((shift - bounds[0]).argmax())
+        if shift[d] > bounds[0, d]:
             return f"{source} puts {names[d]} {shift[d]:.2f} sd away"
-        d = int(ratio.abs().argmax())
+        d = int((ratio.abs() - bounds[1]).argmax())
         return f"{source} has a sd of {names[d]} {(-ratio[d]).exp():.2f} times this"
+
+    def doubt(self, rows: Tensor) -> None:
+        """Trusts the moments of some datapoints no longer: more draws from the same mixtures were worth little."""
+        self.error[:, rows] = math.inf
+
+    def _sharpen(self, rows: Tensor) -> None:
+        """Takes more draws for those of some datapoints whose moments are known too badly for a comparison."""
+        known = self.kind == KINDS.index("importance")
+        vague = known & ~self.sharpened & (self.error.amax((0, 2)) > _PRECISE)
+        vague &= torch.isin(torch.arange(len(known)), rows)
+        for own, proposal in self.proposals:
+            few = vague[own].nonzero().squeeze(-1)
+            for part in few.split(max(1, _PIECE // (_MORE_DRAWS * self.loc.shape[-1]))) if len(few) else ():
+                self._weigh(own[part], proposal[part], _MORE_DRAWS)
+                self.sharpened[own[part]] = True
 
     def _add_particles(self, rows: Tensor) -> None:
         if len(rows):
             z = particles(self.problem, rows, self.prior, self.rng)
-            self.loc[rows], self.scale[rows] = z.mean(0), z.std(0)
+            self.loc[rows], self.scale[rows], self.error[:, rows] = z.mean(0), z.std(0), math.inf
             self.kind[rows] = KINDS.index("smc")
 
     def _has_met(self, rows: Tensor, draws: Tensor) -> Tensor:
@@ -166,9 +196,3 @@ class Exploration:
             seen = (distance <= near).double().mean(0)
             met &= (share[rows] < _MATTERS) | (seen >= _LEAST_SEEN * share[rows])
         return met
-
-
-def _moments(z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted means and standard deviations ``(n, D)`` of draws ``(K, n, D)``."""
-    loc = torch.einsum("kn,knd->nd", weights, z)
-    return loc, torch.einsum("kn,knd->nd", weights, (z - loc).square()).sqrt()

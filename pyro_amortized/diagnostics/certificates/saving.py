@@ -13,8 +13,12 @@ from torch.utils._pytree import tree_flatten
 from pyro_amortized.diagnostics.certificates.posterior import CertifiedPosterior
 from pyro_amortized.diagnostics.certificates.target import Target
 from pyro_amortized.diagnostics.problem import LocalProblem
+from pyro_amortized.objective.noise import generator
 
 __all__ = ["SavedBatches"]
+
+_NUM_PLACES = 4
+"""Latents of each datapoint at which a model is told from others."""
 
 
 class SavedBatches:
@@ -66,17 +70,22 @@ class SavedBatches:
 
 
 def _fingerprint(problem: LocalProblem, target: Target, seed: int) -> str:
-    """A hash of what a result depends on: settings, variational parameters, data, global values, and the log-joint."""
-    call = problem.objective.log_joint.call
+    """A hash of what a result depends on: settings, variational parameters, data, global values, and the log-joint.
+
+    The log-joint, of whose constants nothing else tells, is that at a few latents around the origin.
+    """
+    log_joint = problem.objective.log_joint
+    call = log_joint.call
     leaves = tree_flatten((call.args, dict(call.kwargs), dict(call.global_values), problem.phi, problem.index))[0]
+    z = torch.randn(_NUM_PLACES, len(problem.phi), problem.objective.family.latent_dim, generator=generator(0))
     with torch.no_grad():
-        at_zero = problem.objective.log_joint.plain(
-            torch.zeros_like(problem.phi[:, : problem.objective.family.latent_dim])[None]
-        )
+        values = log_joint.plain(z.to(problem.phi))
     digest = hashlib.sha256(repr((target, seed)).encode())
-    for leaf in (*leaves, at_zero):
-        dense = leaf.to_dense() if isinstance(leaf, Tensor) and leaf.layout != torch.strided else leaf
-        digest.update(
-            dense.detach().cpu().numpy().tobytes() if isinstance(dense, Tensor) else repr(type(dense)).encode()
-        )
+    for leaf in (*leaves, values):
+        if isinstance(leaf, Tensor):
+            dense = leaf.to_dense() if leaf.layout != torch.strided else leaf
+            digest.update(dense.detach().cpu().numpy().tobytes())
+        else:
+            plain = isinstance(leaf, bool | int | float | str | None)
+            digest.update(repr(leaf if plain else type(leaf)).encode())
     return digest.hexdigest()

@@ -130,6 +130,7 @@ class _Pipeline:
             chosen = left[rows].nonzero().squeeze(-1)
             if len(chosen):
                 self._weigh("full_rank", rows[chosen], proposal[chosen])
+                self.explored.doubt(rows[chosen][torch.isin(rows[chosen], self.left)])
 
     def _full_rank(self) -> None:
         """Full-rank normals, and chains that start at them."""

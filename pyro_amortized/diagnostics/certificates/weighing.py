@@ -18,7 +18,7 @@ from pyro_amortized.objective.draws import chunks
 from pyro_amortized.objective.noise import draw
 from pyro_amortized.structure.layout import SiteLayout
 
-__all__ = ["Member", "Weighed", "weigh"]
+__all__ = ["Member", "Weighed", "weigh", "weighted_moments"]
 
 _SCREENED, _LEAST_SHARE = 8, 0.5
 """One in so many draws shows first whether the rest is worth its cost: at half of the share wanted, it is."""
@@ -107,28 +107,43 @@ def _summarise(z: Tensor, log_weights: Tensor, layout: SiteLayout, target: Targe
     khat = torch.where(weights.amax(0) * count <= BOUNDED, khat.double().clamp(max=0.0), khat.double())
     chosen = systematic(weights, rng)[torch.arange(wanted) * count // wanted]
     draws = z.gather(0, chosen.unsqueeze(-1).expand(-1, -1, z.shape[-1]))
-    of_means, of_scales = _effective_sizes(z, weights)
+    of_means, of_scales = _effective_sizes(weighted_moments(z, weights)[2])
+    of_means = torch.minimum(of_means, 1 / weights.square().sum(0))
     supported = in_support(layout, z)
     if supported is not None:
-        of_means = torch.minimum(of_means, _effective_sizes(supported, weights)[0])
+        of_means = torch.minimum(of_means, _effective_sizes(weighted_moments(supported, weights)[2])[0])
     sizes = (torch.where(none, 0.0, size * wanted / count) for size in (of_means, of_scales))
     return Weighed(draws, torch.where(none, torch.inf, khat), *sizes)
 
 
-def _effective_sizes(z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    r"""How many independent draws are worth as much as weighted ones ``(K, n, D)``, the smallest number, each ``(n,)``.
+def weighted_moments(z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Means and standard deviations of weighted draws, and their errors.
 
     A mean :math:`\sum_k w_k u_k` of standardised draws has variance :math:`\sum_k w_k^2 u_k^2`, and a standard
-    deviation a relative one of :math:`\sum_k w_k^2 (u_k^2 - 1)^2 / 4`, where that of M independent normal draws has
-    :math:`1 / (2 M)`. Where large weights lie far out, as in heavy tails, both are worth less than the weights tell.
+    deviation a relative one of :math:`\sum_k w_k^2 (u_k^2 - 1)^2 / 4`. Where large weights lie far out, as in heavy
+    tails, both are larger than the weights alone tell.
+
+    Args:
+        z: Draws ``(K, n, D)``.
+        weights: Their weights ``(K, n)``, which sum to 1.
+
+    Returns:
+        Means and standard deviations, ``(n, D)`` each, and standard errors of the means, in standard deviations, and
+        of the logarithms of the standard deviations, ``(2, n, D)``.
 
     References:
         Monte Carlo Theory, Methods and Examples, Art B. Owen (2013), chapter 9, https://artowen.su.domains/mc/
     """
     squares = weights.square()
-    centred = z - torch.einsum("kn,knd->nd", weights, z)
-    variance = torch.einsum("kn,knd->nd", weights, centred.square()).clamp(min=1e-300)
-    relative = centred.square() / variance
-    of_means = 1 / torch.einsum("kn,knd->nd", squares, relative)
-    of_scales = 2 / torch.einsum("kn,knd->nd", squares, (relative - 1).square())
-    return torch.minimum(1 / squares.sum(0), of_means.amin(-1)), of_scales.amin(-1)
+    loc = torch.einsum("kn,knd->nd", weights, z)
+    centred = (z - loc).square()
+    variance = torch.einsum("kn,knd->nd", weights, centred).clamp(min=1e-300)
+    relative = centred / variance
+    of_loc = torch.einsum("kn,knd->nd", squares, relative)
+    of_scale = torch.einsum("kn,knd->nd", squares, (relative - 1).square()) / 4
+    return loc, variance.sqrt(), torch.stack([of_loc, of_scale]).sqrt()
+
+
+def _effective_sizes(error: Tensor) -> tuple[Tensor, Tensor]:
+    """How many independent normal draws have means, and standard deviations, of such errors, the smallest, ``(n,)``."""
+    return (1 / error[0].square()).amin(-1), (0.5 / error[1].square()).amin(-1)

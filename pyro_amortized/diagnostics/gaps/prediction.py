@@ -155,6 +155,8 @@ class _Head:
 
     Attributes:
         process: Predicts ``log(gap + offset)``.
+        largest: The largest value of that in the data that it has learned from: beyond, an exponential would make gaps
+            of any size of a small extrapolation.
         offset: Nats.
         margin: Half of the interval of that.
         mean_ratio: Mean of a gap with the offset, relative to what is predicted.
@@ -162,6 +164,7 @@ class _Head:
     """
 
     process: GaussianProcess
+    largest: float
     offset: float
     margin: float
     mean_ratio: float
@@ -179,10 +182,11 @@ class _Head:
         targets = (gaps.clamp(min=0.0) + offset).log()
         first, rest = split(len(gaps), generator(seed, 61), 2 / 3)
         process = GaussianProcess.fit(inputs[first], targets[first], [slice(0, 3), slice(0, None)])
-        found = process(inputs[rest])
-        residual = targets[rest] - found
+        found, largest = process(inputs[rest]), float(targets[first].max())
+        residual = targets[rest] - found.clamp(max=largest)
         return cls(
             process,
+            largest,
             offset,
             conformal_quantile(residual.abs(), level),
             float(residual.exp().mean()),
@@ -190,7 +194,8 @@ class _Head:
         )
 
     def __call__(self, inputs: Tensor) -> dict[str, Tensor]:
-        found = self.process(inputs)
+        score = self.process(inputs)
+        found = score.clamp(max=self.largest)
         ends = ((found + sign * self.margin).exp() - self.offset for sign in (-1, 1))
         low, high = (end.clamp(min=0.0) for end in ends)
         mean = (found.exp() * self.mean_ratio - self.offset).clamp(min=0.0)
@@ -198,7 +203,7 @@ class _Head:
             "amortization_gap": mean,
             "amortization_gap_low": low,
             "amortization_gap_high": high,
-            "score": found,
+            "score": score,
         }
 
 
