@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data.distributed import DistributedSampler
 
+from pyro_amortized.diagnostics.processes import num_processes
 from pyro_amortized.structure.signature import named_function
 
-__all__ = ["ModelArgs", "ToArgs", "call_of", "calls", "num_calls"]
+__all__ = ["ModelArgs", "ToArgs", "call_of", "calls", "dealing_sampler", "loaded", "num_calls"]
 
 ModelArgs = Sequence[Any] | Iterable[Any]
 """The positional arguments of one call, as a tuple or list; or a ``DataLoader`` (any iterable but these) of batches."""
@@ -27,10 +29,21 @@ def is_single(model_args: ModelArgs) -> bool:
     return isinstance(model_args, tuple | list)
 
 
-def _is_shuffled(loader: DataLoader[Any]) -> bool:
+def _samplers(loader: DataLoader[Any]) -> list[Any]:
     samplers: list[Any] = [loader.sampler, loader.batch_sampler]  # a sampler of batches may lie in either place
-    samplers += [getattr(sampler, "sampler", None) for sampler in samplers]
-    return any(isinstance(x, RandomSampler | SubsetRandomSampler | WeightedRandomSampler) for x in samplers)
+    return samplers + [getattr(sampler, "sampler", None) for sampler in samplers]
+
+
+def _is_shuffled(loader: DataLoader[Any]) -> bool:
+    shuffling = RandomSampler | SubsetRandomSampler | WeightedRandomSampler
+    return any(isinstance(sampler, shuffling) for sampler in _samplers(loader))
+
+
+def dealing_sampler(model_args: Any) -> DistributedSampler[Any] | None:
+    """What deals the data of a loader out to several processes; None if nothing does."""
+    if num_processes() == 1 or not isinstance(model_args, DataLoader):
+        return None
+    return next((sampler for sampler in _samplers(model_args) if isinstance(sampler, DistributedSampler)), None)
 
 
 def _check_ends(batches: Any) -> None:
@@ -64,7 +77,7 @@ _LOADING = {
 """What data cannot be loaded because of, by a part of torch's or SciPy's errors, and what to try."""
 
 
-def _loaded(batches: Iterable[Any]) -> Iterator[Any]:
+def loaded(batches: Iterable[Any]) -> Iterator[Any]:
     """The batches, as many as they say they are.
 
     Raises:
@@ -110,6 +123,8 @@ def calls(
     model_kwargs: Mapping[str, Any] | None = None,
     to_args: ToArgs | None = None,
     model: Callable[..., Any] | None = None,
+    *,
+    shared: bool = False,
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     """The arguments of every call: of the only one, or of one per batch.
 
@@ -121,13 +136,15 @@ def calls(
         model_kwargs: Keyword arguments of every call.
         to_args: From a batch to the positional arguments, or a pair of these and keyword arguments.
         model: The model, to tell whether it takes what the batches hold.
+        shared: Whether processes that are dealt parts of the data put their results together.
 
     Yields:
         Positional and keyword arguments.
 
     Raises:
-        ValueError: If the argument is a bare tensor, a loader shuffles, there is no batch, they may never end,
-            datapoints cannot be put into one, or the model does not take what they hold.
+        ValueError: If the argument is a bare tensor, a loader shuffles or deals data out to processes that do not put
+            their results together, there is no batch, they may never end, datapoints cannot be put into one, or the
+            model does not take what they hold.
     """
     if not isinstance(model_kwargs, Mapping | None):
         raise ValueError(
@@ -153,9 +170,14 @@ def calls(
         raise ValueError(
             "Cannot tell which datapoint a result belongs to because the DataLoader shuffles; try shuffle=False."
         )
+    if not shared and dealing_sampler(model_args) is not None:
+        raise ValueError(
+            "Cannot go through the data because a DistributedSampler gives every process another part of them, and "
+            "these results are not put together; try a DataLoader without it, which gives every process all data."
+        )
     _check_ends(model_args)
     empty = True
-    for batch in _loaded(model_args):
+    for batch in loaded(model_args):
         empty = False
         yield call_of(batch, kwargs, to_args, model)
     if empty:

@@ -7,10 +7,9 @@ from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from torch.utils.data import DataLoader
-from torch.utils.data.distributed import DistributedSampler
 
-from pyro_amortized.diagnostics.processes import num_processes, of_all_processes
+from pyro_amortized.diagnostics.batches import dealing_sampler
+from pyro_amortized.diagnostics.processes import of_all_processes
 
 if TYPE_CHECKING:
     import xarray
@@ -31,11 +30,11 @@ class Shards:
     """
 
     def __init__(self, model_args: Any) -> None:
-        sampler: Any = model_args.sampler if isinstance(model_args, DataLoader) else None
-        self.shared = isinstance(sampler, DistributedSampler) and num_processes() > 1
+        sampler = dealing_sampler(model_args)
+        self.shared = sampler is not None
         self._loader: Any = model_args
-        self._rank: int = sampler.rank if self.shared else 0
-        self._size: int = sampler.num_replicas if self.shared else 1
+        self._rank: int = 0 if sampler is None else sampler.rank
+        self._size: int = 1 if sampler is None else sampler.num_replicas
 
     def number(self, batch: int) -> int:
         """The number among the batches of all processes of a batch of this one."""
@@ -53,8 +52,10 @@ class Shards:
         """What was collected and joined, in the order of the data set; what samplers repeat to come out even, once."""
         if not self.shared or plate not in dataset.dims:
             return dataset
-        positions = np.concatenate(list(self.collect(np.asarray(batch) for batch in self._loader.batch_sampler)))
-        rows = np.unique(positions, return_index=True)[1]
+        batches = self._loader.batch_sampler
+        own = self._loader.sampler if batches is None else batches
+        found = np.concatenate(list(self.collect(np.atleast_1d(batch) for batch in own)))
+        positions, rows = np.unique(found, return_index=True)
         numbered = np.array_equal(dataset[plate].values, np.arange(dataset.sizes[plate]))
         dataset = dataset.isel({plate: rows})
-        return dataset.assign_coords({plate: np.arange(len(rows))}) if numbered else dataset
+        return dataset.assign_coords({plate: positions}) if numbered else dataset

@@ -46,14 +46,17 @@ class _Collected:
     Attributes:
         sums: Number and sum of the features of every code in all batches, ``(K, 1 + D)``, of all processes.
         num_batches: Number of batches.
-        rows: The features of the last batch, ``(M, D)``, those of this process.
+        rows: The features of the last batch, ``(M, D)``; of several processes K of the first one's, drawn already, so
+            that all processes revive dead codes alike.
         num_rows: Number of features of the last batch in all processes.
+        is_drawn: Whether the features are those of several processes.
     """
 
     sums: Tensor
     num_batches: int
     rows: Tensor
     num_rows: int
+    is_drawn: bool
 
 
 class Codebook(nn.Module):
@@ -268,14 +271,17 @@ class Codebook(nn.Module):
         self._check(features)
         rows = features.detach().reshape(-1, self.dim)
         sums, num_batches, num_rows = torch.cat(self._count(rows, codes.flatten()), -1), 1, len(rows)
-        if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
+        several = self.training and torch.distributed.is_available() and torch.distributed.is_initialized()
+        if several:
             torch.distributed.all_reduce(sums)
             num_rows = int(sums[:, 0].sum())
+            rows = self._draw(rows) if len(rows) else self.embeddings.to(rows)
+            torch.distributed.broadcast(rows, 0)
         if not num_rows:
             return
         if self._collected is not None:
             sums, num_batches = sums + self._collected.sums.to(sums), 1 + self._collected.num_batches
-        self._collected = _Collected(sums, num_batches, rows, num_rows)
+        self._collected = _Collected(sums, num_batches, rows, num_rows, several)
 
     @property
     def is_settled(self) -> bool:
@@ -295,7 +301,8 @@ class Codebook(nn.Module):
         self.embeddings.copy_(torch.where(counted[:, None], self.sums / self.counts[:, None], self.embeddings))
         dead = self.counts < self.revive_below * collected.num_rows / self.num_codes
         if dead.any():
-            self.embeddings[dead] = self._draw(rows)[dead]
+            drawn = rows if collected.is_drawn else self._draw(rows)
+            self.embeddings[dead] = drawn[dead]
             self._weigh(dead, collected.num_rows)
 
     def train(self, mode: bool = True) -> Codebook:

@@ -145,7 +145,7 @@ def to_arviz(
         progress_bar(None if total is None else total * num_samples, "Drawing", progress) as bar,
         _InMemory() if store is None else Store(store) as written,
     ):
-        batches = calls(model_args, model_kwargs, to_args, model)
+        batches = calls(model_args, model_kwargs, to_args, model, shared=True)
         for made, plate in shards.collect((exporter.export(*call, bar.update), exporter.plate) for call in batches):
             if groups is None and guide.has_local_latents and not is_marginal:
                 made.pop("log_likelihood", None)

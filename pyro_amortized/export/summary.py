@@ -81,7 +81,7 @@ def posterior_summary(
     exporter = Exporter(model, guide, Options(num_samples, 0, False, frozenset(names), seed, probs), shards)
     joined = {name: Joined(name) for name in names}
     with progress_bar(num_calls(model_args), "Summarising", progress) as bar:
-        batches = calls(model_args, model_kwargs, to_args, model)
+        batches = calls(model_args, model_kwargs, to_args, model, shared=True)
         for made, plate in shards.collect((exporter.export(*call), exporter.plate) for call in batches):
             for name, dataset in made.items():
                 joined[name].add(dataset, plate)

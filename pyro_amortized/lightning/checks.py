@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pyro.optim import PyroOptim
 from torch import nn
 from torch.optim import Optimizer
 
-__all__ = ["check_built", "check_loaded", "check_module_options", "check_optimizer", "warn_of_pending"]
+__all__ = [
+    "check_built",
+    "check_clippable",
+    "check_evaluated",
+    "check_loaded",
+    "check_module_options",
+    "check_optimizer",
+    "warn_of_pending",
+]
 
 
 def check_module_options(model: Any, guide: Any, elbo: Any, optimizer: Any, scheduler: Any, to_args: Any) -> None:
@@ -63,6 +71,24 @@ def check_built(ready: bool, parameters: Sequence[nn.Parameter]) -> None:
         raise ValueError(
             "Cannot train because neither the model nor the guide has parameters; try a latent site in the model, for "
             "which AmortizedGuide makes some, or pyro.param."
+        )
+
+
+def check_clippable(parameters: Iterable[nn.Parameter], gradient_clip_val: float | None) -> None:
+    """Raises a ValueError if gradients are to be clipped of which some are sparse."""
+    if gradient_clip_val and any(p.grad is not None and p.grad.is_sparse for p in parameters):
+        raise ValueError(
+            f"Cannot clip gradients by gradient_clip_val={gradient_clip_val} because those of a sparse table have no "
+            "norm in torch; try a guide with sparse=False, or a Trainer without gradient_clip_val."
+        )
+
+
+def check_evaluated(weight: float) -> None:
+    """Raises a ValueError if no batch has been evaluated, whose loss would count as 0."""
+    if not weight:
+        raise ValueError(
+            "Cannot evaluate the loss because the loader has no batches; try one that has some, drop_last=False, or a "
+            "Trainer with limit_val_batches=0."
         )
 
 

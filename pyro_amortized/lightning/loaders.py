@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
+from pyro_amortized.diagnostics.batches import loaded
+
 __all__ = [
     "all_loaders",
     "first_batch",
@@ -43,9 +45,9 @@ def first_batch(loader: Any) -> Any:
     """The first batch of a loader.
 
     Raises:
-        ValueError: If it has none.
+        ValueError: If it has none, or datapoints cannot be put into one.
     """
-    for batch in loader:
+    for batch in loaded(loader):
         return batch
     raise ValueError("Cannot train because the loader has no batches; try one that has some, drop_last=False.")
 

@@ -16,11 +16,14 @@ from pyro_amortized.diagnostics.batches import ToArgs, call_of
 from pyro_amortized.diagnostics.processes import num_processes, of_all_processes, share_of_rows, weighted_sum
 from pyro_amortized.lightning.checks import (
     check_built,
+    check_clippable,
+    check_evaluated,
     check_loaded,
     check_module_options,
     check_optimizer,
     warn_of_pending,
 )
+from pyro_amortized.lightning.files import write_whole_files
 from pyro_amortized.lightning.history import History, Record
 from pyro_amortized.lightning.loaders import (
     all_loaders,
@@ -35,7 +38,7 @@ from pyro_amortized.training.generators import generator_state, restore_generato
 from pyro_amortized.training.gradients import differentiable_loss
 from pyro_amortized.training.kl_annealing import KLAnnealing
 from pyro_amortized.training.parameters import StoreParameters, find_parameters, owners
-from pyro_amortized.training.plates import DataPlate, RowsOfPlate, find_plate
+from pyro_amortized.training.plates import DataPlate, RowsOfPlate, find_plate, is_of_batch
 
 __all__ = ["SVIModule"]
 
@@ -131,11 +134,7 @@ class SVIModule(LightningModule):
     @property
     def history(self) -> History:
         """The course of training so far."""
-        return self._record.history(self._is_of_batch)
-
-    @property
-    def _is_of_batch(self) -> bool:
-        return self._plate is None or self._plate.size is None
+        return self._record.history(is_of_batch(self._plate))
 
     # Parameters
 
@@ -158,6 +157,7 @@ class SVIModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Finds the parameters, and checks the size of the data against the model's."""
+        write_whole_files(self.trainer)
         loader = next(all_loaders(loaders_of(self.trainer, stage)))
         if not self._ready:
             self.initialize(self.trainer.strategy.broadcast(first_batch(loader)))
@@ -202,6 +202,13 @@ class SVIModule(LightningModule):
         if self.annealing is not None:
             self.annealing.step()
 
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clips gradients as the trainer is asked to."""
+        check_clippable(self.parameters(), gradient_clip_val)
+        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     # Steps
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -221,7 +228,8 @@ class SVIModule(LightningModule):
                 "share; try putting the data into a pyro.plate."
             )
         of_batch = self._plate.size is None
-        with RowsOfPlate(self._plate.name, num_processes() if of_batch else 1) as plate:
+        groups = getattr(self.guide, "groups", None) or ()
+        with RowsOfPlate(self._plate.name, num_processes() if of_batch else 1, groups) as plate:
             loss = evaluate()
         return loss if of_batch else loss * share_of_rows(plate.rows, self.device)
 
@@ -265,8 +273,9 @@ class SVIModule(LightningModule):
 
     def _log_evaluated(self, stage: str) -> float:
         evaluated, self._evaluated = self._evaluated, []
-        of_batch = self._is_of_batch
+        of_batch = is_of_batch(self._plate)
         loss, rows = weighted_sum([(x, 1.0 if of_batch else n) for x, n in evaluated], self.device)
+        check_evaluated(rows)
         loss = loss if of_batch else loss / rows
         logged = {f"{stage}_loss": loss, f"{stage}_elbo": -loss}
         self.log_dict(logged, prog_bar=True, sync_dist=num_processes() > 1)  # which leaves them as they are

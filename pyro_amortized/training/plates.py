@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Collection, Sized
 from dataclasses import dataclass
 from typing import Any
 
 from pyro.poutine.messenger import Messenger
-from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, SubsetRandomSampler
 
 from pyro_amortized.structure.layout import datapoint_plate
 from pyro_amortized.structure.plates import probe
+from pyro_amortized.structure.sites import is_data
 
-__all__ = ["DataPlate", "RowsOfPlate", "find_plate"]
+__all__ = ["DataPlate", "RowsOfPlate", "find_plate", "is_of_batch"]
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,31 @@ class DataPlate:
 
     def check_loader(self, loader: Any) -> None:
         """Raises a ValueError if a loader goes over another number of datapoints than the model has."""
-        dataset = getattr(loader, "dataset", None)
-        if self.size is None or not isinstance(loader, DataLoader) or isinstance(dataset, IterableDataset):
-            return
-        rows = loader.sampler if isinstance(loader.sampler, SubsetRandomSampler) else dataset
-        if isinstance(rows, Sized) and len(rows) != self.size:
+        rows = _rows_of(loader) if isinstance(loader, DataLoader) else None
+        if self.size is not None and rows is not None and rows != self.size:
             raise ValueError(
-                f"Cannot train on a loader over {len(rows)} datapoints because plate {self.name!r} of the model has "
-                f"{self.size}, by which every batch's loss is scaled; try pyro.plate({self.name!r}, {len(rows)}, "
+                f"Cannot train on a loader over {rows} datapoints because plate {self.name!r} of the model has "
+                f"{self.size}, by which every batch's loss is scaled; try pyro.plate({self.name!r}, {rows}, "
                 "subsample=...) in the model, or a loader over all of the model's datapoints."
             )
+
+
+def is_of_batch(plate: DataPlate | None) -> bool:
+    """Whether a loss stands for the datapoints of a batch alone, and not for all that the model says there are."""
+    return plate is None or plate.size is None
+
+
+def _rows_of(loader: DataLoader[Any]) -> int | None:
+    """How many datapoints a loader goes over; None where it does not tell."""
+    batches = loader.sampler if isinstance(loader.sampler, BatchSampler) else loader.batch_sampler
+    rows = getattr(batches, "sampler", None)
+    if isinstance(loader.dataset, IterableDataset) or not isinstance(
+        rows, SubsetRandomSampler | SequentialSampler | range | list
+    ):
+        rows = loader.dataset  # other samplers may draw of it what they like
+    if batches is None and not isinstance(loader.dataset, IterableDataset):
+        return None  # of which each item may be a batch
+    return len(rows) if isinstance(rows, Sized) else None
 
 
 def find_plate(
@@ -57,18 +73,36 @@ def find_plate(
 
 
 class RowsOfPlate(Messenger):
-    """Counts the rows of a plate in a run, and scales all that lies in it.
+    """Counts the rows of a plate in a run, and scales all that lies in it, or in plates of its rows in long format.
+
+    Args:
+        plate: The datapoint plate.
+        scale: What to scale by.
+        groups: Names of plates in long format, whose entries belong to the datapoints.
 
     Attributes:
         rows: Number of datapoints in the run.
+
+    Raises:
+        ValueError: While a model runs, if it is to be scaled and observes data in another plate than these: whether
+            they belong to the rows of this process cannot be seen.
     """
 
-    def __init__(self, plate: str, scale: int = 1) -> None:
+    def __init__(self, plate: str, scale: int = 1, groups: Collection[str] = ()) -> None:
         super().__init__()
-        self.plate, self.scale, self.rows = plate, scale, 0
+        self.plate, self.scale, self.groups, self.rows = plate, scale, groups, 0
 
     def _pyro_sample(self, msg: Any) -> None:
+        names = [frame.name for frame in msg["cond_indep_stack"]]
         for frame in msg["cond_indep_stack"]:
             if frame.name == self.plate:
                 self.rows = int(frame.size)
-                msg["scale"] = msg["scale"] * self.scale
+        if self.plate in names or any(name in self.groups for name in names):
+            msg["scale"] = msg["scale"] * self.scale
+        elif self.scale != 1 and names and is_data(msg):
+            raise ValueError(
+                f"Cannot train in several processes because site {msg['name']!r} observes data in plate {names[0]!r}, "
+                f"outside of plate {self.plate!r}, whose rows the processes share: whether they belong to these rows "
+                f"cannot be seen; try a guide with groups={{{names[0]!r}: ...}}, or sizes of all data for the plates, "
+                "pyro.plate(name, size, subsample=index)."
+            )

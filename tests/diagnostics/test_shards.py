@@ -8,13 +8,14 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from pyro_amortized import (
     AmortizedGuide,
     CertifiedPosterior,
     certified_posterior,
+    collapse_report,
     estimate_gaps,
     log_evidence,
     posterior_summary,
@@ -65,12 +66,38 @@ def certify(loader: DataLoader, path: str | None = None) -> CertifiedPosterior:
     return certified_posterior(model, new_guide(), loader, num_samples=400, path=path)
 
 
+def check_labels() -> None:
+    """Rows are where their coordinates say, wherever the sampler lies and whatever it leaves out."""
+    guide, rows = new_guide(), data()
+
+    class Whole(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return SIZE
+
+        def __getitem__(self, index: list[int]) -> tuple[Tensor]:
+            return (rows.tensors[0][index],)
+
+    sampler = DistributedSampler(rows, shuffle=False)
+    some = DistributedSampler(rows, drop_last=True, shuffle=True, seed=1)
+    for name, loader in (
+        ("batches", DataLoader(rows, batch_sampler=BatchSampler(sampler, 2, False))),
+        ("batches at once", DataLoader(Whole(), sampler=BatchSampler(sampler, 2, False), batch_size=None)),
+        ("some", DataLoader(rows, batch_size=2, sampler=some)),
+    ):
+        found = to_arviz(model, guide, loader, num_samples=2, groups=["observed_data"])["observed_data"]["x"]
+        assert found.sizes["data"] == (8 if name == "some" else SIZE)
+        torch.testing.assert_close(torch.as_tensor(found.values), rows.tensors[0][found["data"].values])
+
+
 def run_in_process(rank: int, size: int, path: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=size)
     found = results(shared_loader())
     for name, dataset in found.items():
         dataset.to_netcdf(f"{path}/{name}-{rank}.nc")
+    check_labels()
+    with pytest.raises(ValueError, match=r"because a DistributedSampler gives .*; try a DataLoader without"):
+        collapse_report(model, new_guide(), shared_loader())
     loader = shared_loader()
     guide = AmortizedGuide(model, name="other")
     for options, cause in (

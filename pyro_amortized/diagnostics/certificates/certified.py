@@ -123,7 +123,7 @@ def certified_posterior(
     parts: list[CertifiedPosterior] = []
     saved, single, shards = None if path is None else SavedBatches(path), is_single(model_args), Shards(model_args)
     with progress_bar(num_calls(model_args), "certified batches", progress and not single) as bar:
-        for turn, (args, kwargs) in enumerate(calls(model_args, model_kwargs, to_args, model)):
+        for turn, (args, kwargs) in enumerate(calls(model_args, model_kwargs, to_args, model, shared=True)):
             number = shards.number(turn)
             own_seed = batch_seed(seed, number)
             problem = bind(model, guide, args, kwargs, own_seed, graphs=graphs, plate=plate)

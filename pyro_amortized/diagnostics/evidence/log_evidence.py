@@ -96,7 +96,7 @@ def log_evidence(
     graphs, parts, shards, draws = GraphCache(compile), [], Shards(model_args), None
     if num_global_samples is not None:
         num_global_samples = check_count("num_global_samples", num_global_samples, 2, 200)
-    for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs, to_args, model)):
+    for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs, to_args, model, shared=True)):
         own_seed = batch_seed(seed, shards.number(number))
         problem = bind(model, guide, args, kwargs, own_seed, graphs=graphs, plate=plate)
         if optimum is None:

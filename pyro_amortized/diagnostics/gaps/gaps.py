@@ -262,7 +262,7 @@ def estimate_gaps(
     estimates: list[GapEstimate] = []
     single, shards = is_single(model_args), Shards(model_args)
     with progress_bar(num_calls(model_args), "batches", progress and not single) as bar:
-        for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs, to_args, model)):
+        for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs, to_args, model, shared=True)):
             own_seed = batch_seed(seed, shards.number(number))
             problem = bind(model, guide, args, kwargs, own_seed, graphs=graphs, plate=plate)
             effort = Effort(tolerance, max_samples, num_particles)
