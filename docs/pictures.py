@@ -120,6 +120,7 @@ def draw_gaps() -> None:
 
 def draw_refinement() -> None:
     """The amortization gap of the README's example by number of refinement steps."""
+    pyro.clear_param_store()
     model, guide, x, _ = readme_example()
     refined, steps, means, errors = guide.refined(20), (0, 1, 2, 3, 5, 10, 20), [], []
     for refined.num_steps in steps:
@@ -128,7 +129,7 @@ def draw_refinement() -> None:
         errors.append(float(left.std() / len(left) ** 0.5))
     figure, ax = plt.subplots(figsize=(6, 3))
     ax.errorbar(range(len(steps)), means, errors, fmt="o-", capsize=3)
-    ax.set(xticks=range(len(steps)), xticklabels=steps, yscale="log", ylim=(5e-4, 1), xlabel="refinement steps")
+    ax.set(xticks=range(len(steps)), xticklabels=steps, yscale="log", ylim=(5e-5, 1), xlabel="refinement steps")
     ax.set(ylabel="nats per datapoint", title="amortization gap, mean and standard error over 100 datapoints")
     figure.savefig(OUT / "refinement.png", dpi=150)
     plt.close(figure)

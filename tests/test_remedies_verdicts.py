@@ -37,6 +37,11 @@ NOISE = 0.7
 MANY = {"vectorize_particles": True, "max_plate_nesting": 1}
 
 
+def words(report: Any) -> str:
+    """What a report prints, in one line."""
+    return " ".join(str(report).split())
+
+
 def draws(size: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(size, 2, generator=generator) + NOISE * torch.randn(size, 2, generator=generator)
@@ -317,7 +322,7 @@ def test_collapse_is_mended(remedy: str) -> None:
 def test_more_datapoints_raise_the_bound_of_the_information() -> None:
     guide = made(independent, Pair(lambda x: (x, torch.full_like(x, 0.01))))
     few = collapse_report(independent, guide, (X,), num_samples=50)
-    assert "close to its bound, so that it may be larger; try more datapoints" in str(few)
+    assert "close to its bound, so that it may be larger; try more datapoints" in words(few)
     many = collapse_report(independent, guide, (draws(64),), num_samples=50)
     assert many.mutual_information > few.mutual_information + 0.5
 
@@ -367,7 +372,7 @@ NARROW, WIDE, BIASED = ({"spread": 0.6}, {"spread": 1.6}, {"shift": 0.6})
 )
 def test_refinement_calibrates(wrong: dict[str, float], advice: str) -> None:
     guide = made(independent, Pair(lambda x: exact(x, **wrong)))
-    assert re.search(rf"- {advice}: try .*guide.refined\(20\)", str(findings(independent, guide)))
+    assert re.search(rf"- {advice}: try .*guide.refined\(20\)", words(findings(independent, guide)))
     assert findings(independent, guide.refined(20, num_particles=32)).calibrated
 
 
@@ -381,7 +386,7 @@ def test_refinement_calibrates(wrong: dict[str, float], advice: str) -> None:
     ids=["narrow", "together"],
 )
 def test_a_richer_family_calibrates(encoder: Any, advice: str) -> None:
-    assert advice in str(findings(correlated, made(correlated, Pair(encoder))))
+    assert advice in words(findings(correlated, made(correlated, Pair(encoder))))
     guide = made(correlated, family="multivariate_normal").refined(30, num_particles=16)
     assert findings(correlated, guide).calibrated
 
@@ -395,7 +400,7 @@ def weighted(beta: float, steps: int = 200) -> str:
     svi = SVI(annealing.model, annealing.guide, pyro.optim.Adam({"lr": 0.02}), elbo)
     for _ in range(steps):
         svi.step(data)
-    return str(calibrate(independent, guide.eval(), (data,), num_simulations=400, num_samples=39))
+    return words(calibrate(independent, guide.eval(), (data,), num_simulations=400, num_samples=39))
 
 
 @pytest.mark.slow
@@ -428,7 +433,7 @@ def test_an_encoder_that_sees_covariates_calibrates() -> None:
         guide = AmortizedGuide(covariate, Centred(), encoder_input=names)
         return calibrate(covariate, guide, args, num_simulations=400, num_samples=39)
 
-    assert "- biased: try a larger encoder, an encoder_input with all data and covariates" in str(report("x"))
+    assert "- biased: try a larger encoder, an encoder_input with all data and covariates" in words(report("x"))
     assert report("x", "offset").calibrated
 
 
@@ -444,7 +449,7 @@ def test_a_more_flexible_family_calibrates() -> None:
     mean, deviation = -0.577, math.pi / math.sqrt(6)  # of the logarithm of an exponential variable
     encoder = Pair(lambda x: (torch.full((len(x), 1), mean), torch.full((len(x), 1), deviation)))
     found = findings(waiting, made(waiting, encoder), 1000)
-    assert '- another shape: try a more flexible family, "mixture" or "flow"; plot("ecdf") shows' in str(found)
+    assert '- another shape: try a more flexible family, "mixture" or "flow"; plot("ecdf") shows' in words(found)
     assert found.plot("ecdf").lines
     after = findings(waiting, made(waiting, family="mixture").refined(100, Adam(0.1), num_particles=32), 1000)
     assert after.dataset["finding"].sel(quantity="z").item() == "ok"

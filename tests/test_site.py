@@ -42,6 +42,10 @@ async () => {
         faults.push(`clipped ${part.tagName}: ${part.textContent.slice(0, 60)}`);
     const text = article.cloneNode(true);
     for (const code of text.querySelectorAll("code, pre, script, style, mjx-container")) code.remove();
+    if (window.innerWidth > 1000)  // on a telephone they scroll
+      for (const box of article.querySelectorAll(".cell_output pre, .cell_output .text_html, .table-wrapper"))
+        if (box.scrollWidth > box.clientWidth + 2)
+          faults.push(`cut ${box.tagName}, ${box.scrollWidth} pixels: ${box.textContent.trim().slice(0, 60)}`);
     const raw = text.textContent.match(/\\\(|\\\[|\$\$|\\(frac|mathbb|mathcal|sum|log|begin|phi)\b/);
     if (raw) faults.push(`raw TeX: ${text.textContent.slice(Math.max(0, raw.index - 30), raw.index + 50)}`);
     for (const error of article.querySelectorAll("mjx-merror, [data-mjx-error]"))

@@ -20,7 +20,17 @@ if TYPE_CHECKING:
     import xarray
     from matplotlib.axes import Axes
 
-__all__ = ["Report", "fill", "in_style", "inference_data", "join", "new_axes", "put_title", "widening"]
+__all__ = [
+    "Report",
+    "style_colour",
+    "fill",
+    "in_style",
+    "inference_data",
+    "join",
+    "new_axes",
+    "put_title",
+    "widening",
+]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -44,8 +54,10 @@ class Report:
     def _repr_html_(self) -> str:
         """The verdict, the table and, folded away, the dataset."""
         lines, words = str(self).splitlines(), self.verdict.split()
-        ends = [i for i in range(len(lines)) if " ".join(lines[i:]).split() == words]
-        table = "\n".join(lines[: ends[0]] if ends else lines)
+        spans = [(i, j) for j in range(len(lines), 0, -1) for i in range(j) if " ".join(lines[i:j]).split() == words]
+        for i, j in spans[:1]:
+            del lines[i:j]
+        table = "\n".join(lines)
         verdict = f"<p>{escape(' '.join(words))}</p>" if words else ""
         box = '<pre style="overflow-x: auto">{}</pre>'
         numbers = f"<details><summary>dataset</summary>{box.format(escape(repr(self.dataset)))}</details>"
@@ -135,9 +147,10 @@ def inference_data(groups: Mapping[str, xarray.Dataset]) -> Any:
     return arviz.InferenceData(**dict[str, Any](groups))
 
 
-def fill(text: str, width: int = 92) -> list[str]:
-    """The lines of a text."""
-    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+def fill(text: str, width: int = 92, begin: str = "") -> list[str]:
+    """The lines of a text, the first of them after a beginning, under which the others are indented."""
+    options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.wrap(text, width, initial_indent=begin, subsequent_indent=" " * len(begin), **options)
 
 
 def new_axes(ax: Axes | None, figsize: tuple[float, float] = (7, 4)) -> Axes:
@@ -152,6 +165,14 @@ def new_axes(ax: Axes | None, figsize: tuple[float, float] = (7, 4)) -> Axes:
     import matplotlib.pyplot as plt
 
     return plt.subplots(figsize=figsize)[1]
+
+
+def style_colour(number: int) -> str:
+    """A colour of the style at hand, for good: "C0" is looked up when a figure is shown, in the style of then."""
+    import matplotlib as mpl
+
+    colours = mpl.rcParams["axes.prop_cycle"].by_key()["color"]
+    return str(colours[number % len(colours)])
 
 
 def in_style(draw: Callable[P, T]) -> Callable[P, T]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pyro_amortized.diagnostics.report import Report, in_style, new_axes
+from pyro_amortized.diagnostics.report import Report, in_style, new_axes, style_colour
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,13 +57,13 @@ class History(Report):
         window = max(1, len(train) // 50)
         lines: list[Any] = []
         if len(train):
-            ax.plot(train["step"], train, color="C0", alpha=0.3, lw=0.8)
+            ax.plot(train["step"], train, color=style_colour(0), alpha=0.3, lw=0.8)
             smooth = train.rolling(step=window, min_periods=1).mean()
-            lines += ax.plot(train["step"], smooth, color="C0", label="training")
+            lines += ax.plot(train["step"], smooth, color=style_colour(0), label="training")
         ax.set(xlabel="steps", ylabel="loss (negative ELBO, nats)", title=str(self))
         if self.dataset.sizes["validation"]:
             own = ax.twinx() if self.dataset.attrs["of_batches"] else ax
-            lines += own.plot(self.dataset["val_step"], self.dataset["val_loss"], "o-", color="C1", ms=3)
+            lines += own.plot(self.dataset["val_step"], self.dataset["val_loss"], "o-", color=style_colour(1), ms=3)
             lines[-1].set_label("validation data, axis on the right" if own is not ax else "validation")
         if lines:
             ax.legend(lines, [line.get_label() for line in lines])

@@ -307,12 +307,24 @@ def test_plots_return_axes() -> None:
         axes = found.plot(kind)
         assert label in axes.get_ylabel()
         assert "95% band" in axes.get_legend().get_texts()[0].get_text()
+        axes.figure.draw_without_rendering()  # labels leave the axes most of the figure
+        assert axes.get_window_extent().width > 0.8 * axes.figure.bbox.width
+        assert axes.title.get_window_extent().width < axes.figure.bbox.width
+        colours = {line.get_color() for line in axes.lines} - {"0.5"}
+        assert all(colour.startswith("#") for colour in colours), colours  # of the style, outside of it too
         plt.close(axes.figure)
     ax = plt.figure().add_subplot()
     assert found.plot("ecdf", ax, quantity="z[1]") is ax
     assert len(ax.lines) == 1
-    assert found.plot("ranks", ax, quantity="log_q").get_title().startswith("log_q")
+    assert (
+        found.plot("ranks", ax, quantity="log_q")
+        .get_title()
+        .endswith(found.dataset["finding"].sel(quantity="log_q").item())
+    )
     plt.close("all")
+    html = found._repr_html_()
+    assert html.count("CALIBRATED") == 1
+    assert max(map(len, str(found).splitlines())) <= 92
     with pytest.raises(ValueError, match=r"Cannot draw kind='pie'.*try 'ecdf'"):
         found.plot("pie")
     with pytest.raises(ValueError, match=r"Cannot draw quantity 'y'.*try one of \['z\[0\]'"):

@@ -21,7 +21,7 @@ from pyro_amortized.diagnostics.calibration.plots import draw_coverage, draw_ecd
 from pyro_amortized.diagnostics.calibration.ranks import Posterior, prior_location, ranks
 from pyro_amortized.diagnostics.calibration.uniformity import holm, simultaneous_band, uniformity_test
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar
-from pyro_amortized.diagnostics.report import Report, in_style, new_axes, put_title
+from pyro_amortized.diagnostics.report import Report, fill, in_style, new_axes, put_title
 from pyro_amortized.diagnostics.simulation import Simulator
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.objective.noise import generator
@@ -96,28 +96,32 @@ class CalibrationReport(Report):
         words = dict(zip(data["quantity"].values.tolist(), data["finding"].values.tolist(), strict=True))
         count = data.sizes["quantity"]
         shown = data.isel(quantity=np.argsort(data["p_value"].values, kind="stable")[:_SHOWN])
-        lines = [
+        title = (
             f"Simulation-based calibration: {data.sizes['simulation']} simulations of plate {attrs['plate']!r}, "
-            f"{attrs['num_samples']} draws each ({attrs['guide']}, {attrs['family']} family)",
-            self.verdict,
+            f"{attrs['num_samples']} draws each ({attrs['guide']}, {attrs['family']} family)"
+        )
+        lines = [
+            *fill(title),
+            *fill(self.verdict),
             f"{'quantity':16s}{'shift':>8s}{'spread':>8s}{'p':>10s}{'adjusted':>10s}  finding",
         ]
         for name in shown["quantity"].values:
             row = shown.sel(quantity=name)
             scores = "".join(f"{float(row[key]):8.2f}" for key in ("shift", "spread"))
             p_values = "".join(f"{_shown_p(float(row[key])):>10s}" for key in ("p_value", "p_adjusted"))
-            lines.append(f"{name:16s}{scores}{p_values}  {row['finding'].item()}")
+            numbers = f"{name:16s}{scores}{p_values}  "
+            lines += fill(row["finding"].item(), begin=numbers)
         if count > _SHOWN:
             lines.append(f"... and {count - _SHOWN} with larger p")
         if DENSITY in data["quantity"]:
             shares = [self.coverage(level) for level in (0.5, 0.8, 0.95)]
             cells = ", ".join(f"{s:.1%} (+- {e:.1%})" for s, e in shares)
-            lines.append(f"expected coverage of 50%, 80% and 95% regions: {cells}")
+            lines += fill(f"expected coverage of 50%, 80% and 95% regions: {cells}")
         if attrs.get("num_left_out"):
             lines.append(f"{attrs['num_left_out']} more simulations have no certificate and are left out")
         if attrs["global_latents"] != "none":
             lines.append(f"global latents {attrs['global_latents']}")
-        return "\n".join([*lines, *(f"- {line}" for line in advice(words))])
+        return "\n".join([*lines, *(line for part in advice(words) for line in fill(part, begin="- "))])
 
     @in_style
     def plot(self, kind: str = "ecdf", ax: Axes | None = None, *, quantity: str | None = None) -> Axes:
@@ -147,12 +151,14 @@ class CalibrationReport(Report):
         if quantity is not None and quantity not in names:
             raise ValueError(f"Cannot draw quantity {quantity!r} because there is none; try one of {names[:20]}.")
         ax = new_axes(ax)
-        put_title(ax, f"{self.dataset.attrs['guide']}, {self.dataset.attrs['family']} family", self.verdict)
+        shown = {"coverage": DENSITY, "tarp": TARP}.get(kind, quantity)
+        if kind == "ranks" and shown is None:
+            shown = names[int(np.argmin(self.dataset["p_value"].values))]
+        told = self.verdict if shown is None else f"{shown}: {self.dataset['finding'].sel(quantity=shown).item()}"
+        put_title(ax, f"{self.dataset.attrs['guide']}, {self.dataset.attrs['family']} family", told)
         if kind == "ecdf":
-            return draw_ecdf(self.dataset, ax, names if quantity is None else [quantity], self.failing)
-        if kind == "ranks":
-            return draw_ranks(self.dataset, ax, quantity or names[int(np.argmin(self.dataset["p_value"].values))])
-        return draw_coverage(self.dataset, ax, DENSITY if kind == "coverage" else TARP)
+            return draw_ecdf(self.dataset, ax, names if shown is None else [shown], self.failing)
+        return (draw_ranks if kind == "ranks" else draw_coverage)(self.dataset, ax, str(shown))
 
 
 def calibrate(

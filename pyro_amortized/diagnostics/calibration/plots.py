@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyro_amortized.diagnostics.calibration.findings import DENSITY, LEVEL
+from pyro_amortized.diagnostics.report import style_colour
 
 if TYPE_CHECKING:
     import xarray
@@ -25,19 +26,18 @@ def draw_ecdf(data: xarray.Dataset, ax: Axes, names: Sequence[str], failing: Seq
     _band(ax, points, data["ecdf_lower"].values - points, data["ecdf_upper"].values - points)
     coloured = [name for name in failing if name in names][:_LABELLED] or (list(names) if len(names) == 1 else [])
     for name in sorted(names, key=lambda name: name in coloured):
-        finding = data["finding"].sel(quantity=name).item()
         style: dict[str, Any] = {"color": "0.5", "alpha": 0.6}
         if name in coloured:
-            style = {"color": f"C{coloured.index(name)}", "label": f"{name}: {finding}"}
+            style = {"color": style_colour(coloured.index(name)), "label": name}
         ax.plot(points, _distribution(data, name) - points, drawstyle="steps-mid", lw=1.2, **style)
     left_out = len(failing) - len(coloured) if len(names) > 1 else 0
     if left_out > 0:
         ax.plot([], [], color="0.5", label=f"{left_out} more that fail")
     low, high = ax.get_ylim()
-    room = 0.08 * (2 + len(coloured))  # for the legend
+    room = 0.05 * (2 + len(coloured))  # for the legend
     ax.set(xlabel="rank of the truth / number of draws", ylabel="difference from uniform", xlim=(0, 1))
     ax.set_ylim(low, high + room * (high - low))
-    ax.legend(loc="upper left")
+    ax.legend(loc="upper left", ncols=2)
     return ax
 
 
@@ -50,11 +50,9 @@ def draw_ranks(data: xarray.Dataset, ax: Axes, name: str) -> Axes:
     low, high = stats.binom.ppf([alpha / 2, 1 - alpha / 2], len(values), 1 / _NUM_BINS)
     ax.axhspan(low, high, color="0.5", alpha=0.2, lw=0, label="95% band, all bins at once")
     ax.axhline(len(values) / _NUM_BINS, color="0.5", lw=1)
-    ax.hist(values, bins=[i / _NUM_BINS for i in range(_NUM_BINS + 1)], color="C0", alpha=0.8)
+    ax.hist(values, bins=[i / _NUM_BINS for i in range(_NUM_BINS + 1)], color=style_colour(0), alpha=0.8)
     ax.set_ylim(0, 1.2 * max(high, ax.get_ylim()[1]))
-    finding = data["finding"].sel(quantity=name).item()
     ax.set(xlabel="rank of the truth / number of draws", ylabel="simulations", xlim=(0, 1))
-    ax.set_title(f"{name}: {finding}", fontsize="medium")
     ax.legend()
     return ax
 
@@ -68,8 +66,7 @@ def draw_coverage(data: xarray.Dataset, ax: Axes, name: str) -> Axes:
     _band(ax, points, lower, upper)
     ax.plot([0, 1], [0, 1], color="0.5", lw=1)
     label = "regions of highest density" if name == DENSITY else "balls around random points (TARP)"
-    label = f"{label}: {data['finding'].sel(quantity=name).item()}"
-    ax.plot(points, found, color="C0", label=label)
+    ax.plot(points, found, color=style_colour(0), label=label)
     ax.set(xlabel="content", ylabel="expected coverage", xlim=(0, 1), ylim=(0, 1))
     ax.legend(loc="upper left")
     return ax

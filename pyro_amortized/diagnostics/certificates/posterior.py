@@ -137,7 +137,7 @@ class CertifiedPosterior(Report):
         lines.append(f"{'all':12s}" + self._row(data))
         if data.attrs.get("global_latents", "none") != "none":
             lines.append(f"global latents {data.attrs['global_latents']}")
-        return "\n".join([*lines, *fill(self.verdict, 100)])
+        return "\n".join([*lines, *fill(self.verdict)])
 
     def _row(self, data: xarray.Dataset) -> str:
         certified, local = (int(data[name].sum()) for name in ("certified", "local"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyro_amortized.diagnostics.report import Report, in_style, new_axes, put_title
+from pyro_amortized.diagnostics.report import Report, fill, in_style, new_axes, put_title
 
 if TYPE_CHECKING:
     import xarray
@@ -116,8 +116,8 @@ class CollapseReport(Report):
             else "The variance is that of the indicator of the code.",
             f"KL of the whole latent: {attrs['total_kl']:.3f} nats per datapoint; active units: {self.active_units} of "
             f"{data.sizes['latent']}",
-            _surgery(attrs),
-            self.verdict,
+            *fill(_surgery(attrs)),
+            *(line for sentence in self.verdict.splitlines() for line in fill(sentence)),
         ]
         return "\n".join(lines)
 

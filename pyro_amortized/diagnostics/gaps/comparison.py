@@ -15,7 +15,7 @@ from pyro_amortized.diagnostics.checks import Effort, check_effort
 from pyro_amortized.diagnostics.gaps.gaps import GapEstimate, decompose, warn_of_violations
 from pyro_amortized.diagnostics.gaps.plots import AMORTIZATION, APPROXIMATION
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar
-from pyro_amortized.diagnostics.report import Report, fill, in_style, new_axes, put_title
+from pyro_amortized.diagnostics.report import Report, fill, in_style, new_axes, put_title, style_colour
 from pyro_amortized.graphs.cache import GraphCache
 from pyro_amortized.guides import LocalGuide
 from pyro_amortized.objective.noise import batch_seed
@@ -92,22 +92,23 @@ class GapComparison(Report):
         width, shown = max(map(len, names)) + 2, [name for name in _SHOWN if name in data]
         lines = [
             "Gap decompositions, nats per datapoint (+- standard error over datapoints)",
-            f"{'':{width}s}{'log p(x)':>10s}{''.join(f'{_SHOWN[x]:>19s}' for x in shown)}{'unreliable':>14s}",
+            f"{'':{width}s}{'log p(x)':>10s}{''.join(f'{_SHOWN[x]:>18s}' for x in shown)}{'unreliable':>12s}",
         ]
         for case, name in enumerate(names):
             row = data.isel(case=case)
-            cells = "".join(f"{row[x].item():11.3f} +-{row[f'{x}_se'].item():5.3f}" for x in shown)
+            cells = "".join(f"{row[x].item():10.3f} +-{row[f'{x}_se'].item():5.3f}" for x in shown)
             flags = f"{row['num_unreliable'].item()} of {row['num_datapoints'].item()}"
-            lines.append(f"{name:{width}s}{row['log_evidence'].item():10.3f}{cells}{flags:>14s}")
+            lines.append(f"{name:{width}s}{row['log_evidence'].item():10.3f}{cells}{flags:>12s}")
+        same = len({self._reference(case) for case in range(1, len(names))}) == 1
         if len(names) > 1:
-            lines.append("Differences")
+            lines.append(f"Differences from {self._reference(1)}" if same else "Differences")
         for case, name in list(enumerate(names))[1:]:
             row = data.isel(case=case)
             cells = "".join(
-                f"{row[f'{x}_difference'].item():+11.3f} +-{row[f'{x}_difference_se'].item():5.3f}" for x in shown
+                f"{row[f'{x}_difference'].item():+10.3f} +-{row[f'{x}_difference_se'].item():5.3f}" for x in shown
             )
-            lines.append(f"{name:{width}s}{'':10s}{cells}  from {self._reference(case)}")
-        return "\n".join([*lines, *fill(self.verdict, 100)])
+            lines.append(f"{name:{width}s}{'':10s}{cells}" + ("" if same else f"  from {self._reference(case)}"))
+        return "\n".join([*lines, *fill(self.verdict)])
 
     def _name(self, case: int) -> str:
         row = self.dataset.isel(case=case)
@@ -156,7 +157,7 @@ class GapComparison(Report):
         for gap, colour in (("approximation_gap", APPROXIMATION), ("amortization_gap", AMORTIZATION)):
             ax.barh(position, data[gap].values, left=left, color=colour, label=gap.replace("_", " "))
             left = left + data[gap].values
-        ax.errorbar(left, position, xerr=data["inference_gap_se"].values, fmt="none", color="C3", capsize=3)
+        ax.errorbar(left, position, xerr=data["inference_gap_se"].values, fmt="none", color=style_colour(3), capsize=3)
         ax.set(yticks=position, yticklabels=names, xlabel="nats per datapoint")
         ax.legend()
         put_title(ax, "Mean gaps, with the standard error of their sum", self.verdict)

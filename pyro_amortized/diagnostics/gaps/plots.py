@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pyro_amortized.diagnostics.report import style_colour
+
 if TYPE_CHECKING:
     import xarray
     from matplotlib.axes import Axes
@@ -40,7 +42,7 @@ def draw_stacks(data: xarray.Dataset, ax: Axes) -> Axes:
     doubtful = position[~data["reliable"].values]
     if len(doubtful):
         marks = np.full(len(doubtful), -0.05 * top)
-        ax.plot(doubtful, marks, "x", color="C3", ms=5, label=f"unreliable ({len(doubtful)})")
+        ax.plot(doubtful, marks, "x", color=style_colour(3), ms=5, label=f"unreliable ({len(doubtful)})")
     above = total[~(total <= top)]
     if len(above):
         text = ", ".join(f"{value:.3g}" for value in above[::-1][:_WRITTEN]) + (

@@ -56,8 +56,8 @@ class TypicalityReport(Report):
             among those found at a false discovery rate of 1 %, with p-values that an exponential tail extends beyond
             the reference data; ``distance``, of the features, and ``elbo``, nats.
             ``reference_distance`` and ``reference_elbo`` are those of the datapoints that p-values count. Attribute
-            ``batch_p_value`` is that of the batch as a whole: four times the smallest of those
-            of scores, distances and ELBOs by ranks and of the number of atypical datapoints.
+            ``batch_p_value`` is that of the batch as a whole: five times the smallest of those of scores, distances and
+            ELBOs by ranks, of the number of atypical datapoints, and of the shift of the features' mean.
     """
 
     @property
