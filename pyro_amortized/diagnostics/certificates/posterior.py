@@ -124,9 +124,12 @@ class CertifiedPosterior(Report):
         """A table of the stages, and a verdict."""
         data = self.dataset
         total = data.sizes[self.plate]
-        lines = [
+        title = (
             f"Certified posteriors of {total} datapoints of plate {self.plate!r}: {data.attrs['num_samples']} draws "
-            f"each ({data.attrs['family']} family, {data.attrs['latent_dim']} dimensions)",
+            f"each ({data.attrs['family']} family, {data.attrs['latent_dim']} dimensions)"
+        )
+        lines = [
+            *fill(title),
             f"{'stage':12s}{'datapoints':>12s}{'certified':>11s}{'local':>8s}{'neither':>9s}{'median ess':>12s}"
             f"{'gradients':>11s}{'evaluations':>13s}",
         ]

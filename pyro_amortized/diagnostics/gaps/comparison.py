@@ -89,16 +89,20 @@ class GapComparison(Report):
         """A table: means over datapoints, the differences from the reference below them, and a verdict."""
         data = self.dataset
         names = [self._name(case) for case in range(data.sizes["case"])]
-        width, shown = max(map(len, names)) + 2, [name for name in _SHOWN if name in data]
+        width, shown = max(map(len, names)) + 1, [name for name in _SHOWN if name in data]
+        doubtful = bool(data["num_unreliable"].any())
         lines = [
             "Gap decompositions, nats per datapoint (+- standard error over datapoints)",
-            f"{'':{width}s}{'log p(x)':>10s}{''.join(f'{_SHOWN[x]:>18s}' for x in shown)}{'unreliable':>12s}",
+            f"{'':{width}s}{'log p(x)':>10s}{''.join(f'{_SHOWN[x]:>18s}' for x in shown)}"
+            + (f"{'unreliable':>12s}" if doubtful else ""),
         ]
         for case, name in enumerate(names):
             row = data.isel(case=case)
             cells = "".join(f"{row[x].item():10.3f} +-{row[f'{x}_se'].item():5.3f}" for x in shown)
             flags = f"{row['num_unreliable'].item()} of {row['num_datapoints'].item()}"
-            lines.append(f"{name:{width}s}{row['log_evidence'].item():10.3f}{cells}{flags:>12s}")
+            lines.append(
+                f"{name:{width}s}{row['log_evidence'].item():10.3f}{cells}" + (f"{flags:>12s}" if doubtful else "")
+            )
         same = len({self._reference(case) for case in range(1, len(names))}) == 1
         if len(names) > 1:
             lines.append(f"Differences from {self._reference(1)}" if same else "Differences")
