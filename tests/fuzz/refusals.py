@@ -36,17 +36,14 @@ REFUSALS: list[tuple[Callable[[Structure, str], bool], str]] = [
 
 
 def _collide(s: Structure) -> bool:
-    """Whether entries of an inner plate may have a common child outside of it, which couples them in the posterior."""
-    sites = [*s.latents, *s.observed]
-    later = ((parent, child) for i, child in enumerate(sites) for parent in sites[:i])
-    return any(child.depends and not {*parent.plates} <= {*child.plates} for parent, child in later)
-
-
-def _collide(s: Structure) -> bool:
     """Whether what entries of an inner plate share may couple them in the posterior: a child, or a discrete latent."""
     children = [(i, site) for i, site in enumerate(s.latents) if site.depends]
     children += [(len(s.latents), site) for site in s.observed]
-    shared = any(not {*parent.plates} <= {*child.plates} for i, child in children for parent in s.latents[:i])
+    shared = any(
+        not {*parent.plates} <= {*child.plates} or parent.anonymous > child.anonymous
+        for i, child in children
+        for parent in s.latents[:i]
+    )
     return shared or s.discrete != "none"
 
 
