@@ -637,8 +637,8 @@ def test_means_of_values_in_their_support_count() -> None:
 
     def model(x: Tensor) -> None:
         with pyro.plate("d", len(x)):
-            z = pyro.sample("z", dist.Gamma(0.1, 0.1))
-            pyro.sample("x", dist.NegativeBinomial(0.1, logits=z.log()), obs=x)
+            z = pyro.sample("z", dist.Gamma(0.2, 0.2))
+            pyro.sample("x", dist.NegativeBinomial(0.2, logits=z.log()), obs=x)
 
     x = torch.zeros(2, dtype=torch.float64)
     guide = AmortizedGuide(model)
@@ -648,7 +648,7 @@ def test_means_of_values_in_their_support_count() -> None:
         found = certified_posterior(model, guide, (x,))
         values = found.to_arviz().posterior["z"].values.reshape(-1, 2)
     grid = torch.linspace(-60.0, 6.0, 20001, dtype=torch.float64).exp()
-    density = (dist.Gamma(0.1, 0.1).log_prob(grid) + dist.NegativeBinomial(0.1, logits=grid.log()).log_prob(x[0])).exp()
+    density = (dist.Gamma(0.2, 0.2).log_prob(grid) + dist.NegativeBinomial(0.2, logits=grid.log()).log_prob(x[0])).exp()
     mean, square = ((density * grid * grid**power).sum() / (density * grid).sum() for power in (1, 2))
     certified = found.dataset["certified"].values
     assert certified.any()
