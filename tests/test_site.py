@@ -18,6 +18,8 @@ WIDTHS = (1300, 400)
 CHROMIUM = os.environ.get("CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
 )
+SCROLLING = {"robustness.html", "encoder_quality.html"}
+"""Pages with a table wider than a page, which has to be scrolled."""
 FAULTS = r"""
 async () => {
   if (window.MathJax && MathJax.startup) await MathJax.startup.promise;
@@ -92,7 +94,10 @@ def test_the_site_is_built() -> None:
 @pytest.mark.parametrize("name", PAGES)
 def test_page(browser: Any, name: str) -> None:
     url = (HTML / name).as_uri()
-    assert {width: found for width in WIDTHS if (found := faults(browser, width, url))} == {}
+    found = {width: faults(browser, width, url) for width in WIDTHS}
+    if name in SCROLLING:
+        found = {width: [fault for fault in own if not fault.startswith("cut ")] for width, own in found.items()}
+    assert {width: own for width, own in found.items() if own} == {}
 
 
 def test_faults_are_found(browser: Any, tmp_path: Path) -> None:
