@@ -18,7 +18,7 @@ WIDTHS = (1300, 400)
 CHROMIUM = os.environ.get("CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
 )
-SCROLLING = {"robustness.html", "encoder_quality.html"}
+SCROLLING = {"compatibility.html", "encoder_quality.html", "robustness.html"}
 """Pages with a table wider than a page, which has to be scrolled."""
 FAULTS = r"""
 async () => {
