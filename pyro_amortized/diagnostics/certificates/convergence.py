@@ -55,7 +55,7 @@ def scale_ess(draws: Tensor) -> Tensor:
     r"""Effective sample size for the standard deviation, ``(*)``; draws ``(C, T, *)`` as for :func:`rank_rhat`.
 
     It is the number M of independent normal draws whose standard deviation has the same relative error,
-    :math:`1 / (2 M)` squared: of independent draws of heavier tails it is less than their number.
+    :math:`1 / \sqrt{2 M}`: of independent draws of heavier tails it is less than their number.
     """
     squares = (draws.double() - draws.double().mean((0, 1))).square()
     relative = squares.flatten(0, 1).var(0, correction=0) / squares.mean((0, 1)).square()

@@ -140,7 +140,7 @@ class Exploration:
         wide = torch.maximum(scale, self.scale[rows]).clamp(min=1e-300)
         shift = (loc - self.loc[rows]).abs() / wide
         ratio = (scale.clamp(min=1e-300) / self.scale[rows].clamp(min=1e-300)).log()
-        bounds = (_MARGIN + 3 * self.error[:, rows]).clamp(max=_CLOSE)
+        bounds = self._bounds(rows)
         close = ((shift <= bounds[0]) & (ratio.abs() <= bounds[1])).all(-1)
         alone, several = self.kind[rows] == 0, (self.modes.share[:, rows] >= _MATTERS).sum(0) > 1
         asked, met = (alone | several).nonzero().squeeze(-1), torch.ones_like(alone)
@@ -152,13 +152,17 @@ class Exploration:
         ]
         return met & (close | alone), words
 
+    def _bounds(self, rows: Tensor | int) -> Tensor:
+        """Up to which differences of means and of logarithms of standard deviations draws agree, ``(2, *rows, D)``."""
+        return (_MARGIN + 3 * self.error[:, rows]).clamp(max=_CLOSE)
+
     def _unmet(self, row: int) -> str:
         settled = bool(self.modes.settled[row])
         return f"has not met {'a mode' if settled else 'all modes, of which there may be more,'} of the search"
 
     def _differs(self, shift: Tensor, ratio: Tensor, row: int) -> str:
         names, source = self.problem.objective.log_joint.layout.names, KINDS[self.kind[row]]
-        bounds = (_MARGIN + 3 * self.error[:, row]).clamp(max=_CLOSE)
+        bounds = self._bounds(row)
         d = int((shift - bounds[0]).argmax())
         if shift[d] > bounds[0, d]:
             return f"{source} puts {names[d]} {shift[d]:.2f} sd away"
