@@ -21,15 +21,19 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer import SVI, TraceMeanField_ELBO
-from torch import Tensor
+from pyro.infer import SVI, TraceEnum_ELBO, TraceMeanField_ELBO
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
 from pyro_amortized import (
     AmortizedGuide,
+    Codebook,
+    DiscreteAmortizedGuide,
     IterativeAmortizedGuide,
+    MLPEncoder,
     PerDatapointGuide,
     SemiAmortizedGuide,
+    VectorQuantizedGuide,
     posterior_summary,
     to_arviz,
 )
@@ -64,6 +68,35 @@ def model(size: int, index: Tensor, x: Tensor) -> None:
         pyro.sample("x", dist.Poisson((z @ loading).exp()).to_event(1), obs=x)
 
 
+def mixture(size: int, index: Tensor, x: Tensor) -> None:
+    """The same in four clusters, each with rates of its own."""
+    loading = pyro.param("loading", lambda: 0.3 * torch.randn(2, FEATURES))
+    base = pyro.param("base", lambda: 0.3 * torch.randn(4, FEATURES))
+    with pyro.plate("data", size, subsample=index):
+        y = pyro.sample("y", dist.Categorical(x.new_ones(4)))
+        z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Poisson((base[y] + z @ loading).exp()).to_event(1), obs=x)
+
+
+class Coded(nn.Module):
+    """Counts whose rates are decoded from one of 16 codes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codebook, self.decoder = Codebook(16, 2), nn.Linear(2, FEATURES)
+
+    def forward(self, size: int, index: Tensor, x: Tensor) -> None:
+        pyro.module("coded", self)
+        with pyro.plate("data", size, subsample=index):
+            code = pyro.sample("code", dist.Categorical(x.new_ones(self.codebook.num_codes)))
+            pyro.sample("x", dist.Poisson(self.decoder(self.codebook(code)).exp()).to_event(1), obs=x)
+
+
+def coded(path: Path) -> Callable[[], object]:
+    model = Coded()
+    return train(VectorQuantizedGuide(model, model.codebook, MLPEncoder(FEATURES, (64,))), path, model)
+
+
 def write_data(path: Path, size: int) -> None:
     """Draws data from the model into a file, piece by piece."""
     rng, loading = np.random.default_rng(0), np.random.default_rng(1).normal(size=(2, FEATURES)) * 0.3
@@ -76,11 +109,11 @@ def write_data(path: Path, size: int) -> None:
 # Parts: each prepares, and returns what is timed
 
 
-def train(guide: Any, path: Path) -> Callable[[], object]:
+def train(guide: Any, path: Path, model: Any = model, elbo: Any = TraceMeanField_ELBO) -> Callable[[], object]:
     """One epoch."""
     loader = batches(path)
     optimizer = pyro.optim.Adagrad({"lr": 0.01})  # which takes sparse gradients
-    svi = SVI(model, guide, optimizer, TraceMeanField_ELBO())
+    svi = SVI(model, guide, optimizer, elbo())
     first = next(iter(loader))
     for _ in range(3):
         svi.step(*first)
@@ -116,6 +149,8 @@ PARTS: dict[str, Callable[[Path], Callable[[], object]]] = {
     "semi-amortized, 2 steps": lambda path: train(SemiAmortizedGuide(model, num_steps=2, num_particles=2), path),
     "iterative, 2 steps": lambda path: train(IterativeAmortizedGuide(model, num_steps=2, num_particles=2), path),
     "per datapoint, sparse": lambda path: train(PerDatapointGuide(model, sparse=True), path),
+    "discrete": lambda path: train(DiscreteAmortizedGuide(mixture), path, mixture, TraceEnum_ELBO),
+    "vector-quantized": coded,
     "posterior_summary": summarise,
     "to_arviz to netCDF": lambda path: export(".nc", path),
     "to_arviz to Zarr": lambda path: export(".zarr", path),

@@ -409,7 +409,7 @@ def test_longer_training_at_the_full_weight_of_the_kl_term_calibrates() -> None:
     assert re.search(f"- too narrow: {longer.format('less')}", weighted(0.3))
     assert re.search(f"- too wide: {longer.format('more')}", weighted(3.0))
     assert re.search("- biased: ", weighted(1.0, steps=5))
-    assert "\nCALIBRATED" in weighted(1.0)
+    assert "family) CALIBRATED" in weighted(1.0)
 
 
 def covariate(x: Tensor, offset: Tensor) -> None:

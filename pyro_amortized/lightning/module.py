@@ -34,6 +34,7 @@ from pyro_amortized.lightning.loaders import (
     plain_tensors,
     restart_loaders,
 )
+from pyro_amortized.lightning.schedulers import steps_due, take_steps
 from pyro_amortized.training.generators import generator_state, restore_generators
 from pyro_amortized.training.gradients import differentiable_loss
 from pyro_amortized.training.kl_annealing import KLAnnealing
@@ -290,6 +291,7 @@ class SVIModule(LightningModule):
             "generators": of_all_processes(self._before_validation or generator_state()),
             "of_loaders": of_all_processes([generator.get_state() for generator in generators]),
             "in_epoch": not self.trainer.is_last_batch,
+            "schedulers": steps_due(self.trainer),
             "history": self._record.state(),
             "annealing_steps": 0 if self.annealing is None else self.annealing.num_steps,
         }
@@ -311,6 +313,8 @@ class SVIModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Puts loaders where they were; those for validation get generators of their own, not to disturb them."""
+        if self._resumed is not None:
+            take_steps(self.trainer, self, self._resumed["schedulers"])
         if self._resumed is not None and len(self._resumed["of_loaders"]) == num_processes():
             states = self._resumed["of_loaders"][self.global_rank]
             for generator, state in zip(generators_of(self.trainer.train_dataloader), states, strict=False):

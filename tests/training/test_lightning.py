@@ -1,5 +1,6 @@
 """Training by Lightning's Trainer, in one process and in several."""
 
+import csv
 import os
 import socket
 import time
@@ -409,6 +410,24 @@ def test_mixed_precision_and_clipping(kind: str, tmp_path: Path) -> None:
     assert losses[-5:].mean() < losses[:5].mean()
 
 
+def test_loggers_and_early_stopping(tmp_path: Path) -> None:
+    """A logger is told what the history holds; training stops where nothing is good enough."""
+    from lightning.pytorch.callbacks import EarlyStopping
+    from lightning.pytorch.loggers import CSVLogger
+
+    model = Factors()
+    module = SVIModule(model, AmortizedGuide(model))
+    stopping = EarlyStopping("val_elbo", mode="max", patience=2, min_delta=1e9)
+    trainer = quiet(tmp_path, logger=CSVLogger(tmp_path), callbacks=[stopping], max_epochs=20, log_every_n_steps=1)
+    trainer.fit(module, loader(5), loader(5))
+    history = module.history.dataset
+    assert history.sizes == {"step": 6, "validation": 3}
+    written = list(csv.DictReader(Path(trainer.logger.log_dir, "metrics.csv").open()))
+    for name in ("train_loss", "val_loss", "val_elbo"):
+        logged = [float(row[name]) for row in written if row[name]]
+        assert logged == pytest.approx(history[name].values.tolist(), rel=1e-5)
+
+
 def plateau(optimizer: Any) -> Any:
     return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
 
@@ -427,7 +446,15 @@ class Varied(torch.utils.data.Sampler[list[int]]):
         return 3
 
 
-def train(path: Path, epochs: int, kind: str = "amortized", ckpt: Path | None = None, mid: bool = False) -> list[float]:
+def train(
+    path: Path,
+    epochs: int,
+    kind: str = "amortized",
+    ckpt: Path | None = None,
+    mid: bool = False,
+    scheduler: Any = None,
+    **watched: str,
+) -> list[float]:
     """The losses of a run that saves a checkpoint after every epoch, or after every step."""
     from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -435,9 +462,9 @@ def train(path: Path, epochs: int, kind: str = "amortized", ckpt: Path | None = 
     lightning.seed_everything(0 if ckpt is None else 1)
     model = Factors()
     Guide, options = GUIDES[kind]
-    module = SVIModule(model, Guide(model, **options))
+    module = SVIModule(model, Guide(model, **options), scheduler=scheduler)
     every = {"every_n_train_steps": 1} if mid else {}
-    saving = ModelCheckpoint(path, save_top_k=-1, filename="{step}", save_last=True, **every)
+    saving = ModelCheckpoint(path, save_top_k=-1, filename="{step}", save_last=True, **every, **watched)
     if mid:
         stateful = pytest.importorskip("torchdata.stateful_dataloader")
         batches = stateful.StatefulDataLoader(TensorDataset(*data()), batch_size=4, shuffle=True)
@@ -454,6 +481,20 @@ def test_a_resumed_run_has_the_losses_of_an_unbroken_one(kind: str, tmp_path: Pa
     assert train(tmp_path / "broken", 2, kind) == expected[:6]
     assert train(tmp_path / "broken", 4, kind, tmp_path / "broken" / "last.ckpt") == expected
     assert train(tmp_path / "other", 4, kind, tmp_path / "broken" / "step=3.ckpt") == expected
+
+
+@pytest.mark.parametrize("watched", [{"monitor": "val_elbo", "mode": "max"}, {}], ids=["validation", "epoch"])
+def test_a_scheduler_that_waits_for_validations_resumes(watched: dict[str, str], tmp_path: Path) -> None:
+    """Lightning saves before such a scheduler steps, here to a tenth of the learning rate each time but the first."""
+
+    def never_better(optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=1e9, threshold_mode="abs")
+
+    expected = train(tmp_path / "whole", 4, scheduler=never_better, **watched)
+    train(tmp_path / "broken", 2, scheduler=never_better, **watched)
+    last = tmp_path / "broken" / "last.ckpt"
+    assert train(tmp_path / "steady", 4, ckpt=last, **watched) != expected  # with the learning rate in the file
+    assert train(tmp_path / "resumed", 4, ckpt=last, scheduler=never_better, **watched) == expected
 
 
 @pytest.mark.slow
