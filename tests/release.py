@@ -37,11 +37,12 @@ def versions(tag: str | None) -> str:
     """The version, if all places agree on it and the changelog dates it."""
     version = re.search(r'__version__ = "(.+)"', (ROOT / "pyro_amortized/__init__.py").read_text())[1]
     cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1]
-    dated = re.search(
-        rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
-    )
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    dated = re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$", changes, re.MULTILINE)
+    unreleased = re.search(r"^## \[Unreleased\]\s+(?!## )\S", changes, re.MULTILINE)
     assert cited == version, f"CITATION.cff says {cited}, the package {version}"
     assert dated, f"CHANGELOG.md has no line '## [{version}] - YYYY-MM-DD'"
+    assert not unreleased, f"CHANGELOG.md has unreleased changes; move them under '## [{version}]'"
     assert tag in (None, f"v{version}"), f"the tag is {tag}, the version {version}"
     return version
 

@@ -422,7 +422,7 @@ def test_loggers_and_early_stopping(tmp_path: Path) -> None:
     trainer.fit(module, loader(5), loader(5))
     history = module.history.dataset
     assert history.sizes == {"step": 6, "validation": 3}
-    written = list(csv.DictReader(Path(trainer.logger.log_dir, "metrics.csv").open()))
+    written = list(csv.DictReader(Path(trainer.logger.log_dir, "metrics.csv").read_text().splitlines()))
     for name in ("train_loss", "val_loss", "val_elbo"):
         logged = [float(row[name]) for row in written if row[name]]
         assert logged == pytest.approx(history[name].values.tolist(), rel=1e-5)
