@@ -12,7 +12,8 @@ __all__ = ["steps_due", "take_steps"]
 
 def steps_due(trainer: Trainer) -> list[float | None]:
     """What the trainer will tell each scheduler once the end of an epoch has been saved; None for all others."""
-    progress, metrics = trainer.fit_loop.epoch_progress.current, trainer.callback_metrics
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    metrics = trainer.callback_metrics
     validated = trainer.validating or progress.processed == progress.ready
     at_end = validated and trainer.is_last_batch and progress.completed < progress.ready
     return [
