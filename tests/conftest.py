@@ -22,7 +22,7 @@ SLOW = (
     "test_bounds.py::test_a_poor_proposal",
     "test_certificates.py::test_a_bad_guide_changes_the_cost_and_nothing_else[0.0-0.2-full_rank]",
     "test_certificates.py::test_a_procedure_whose_draws_are_too_narrow",
-    "test_certificates.py::test_particles_find_both_modes_of_a_mixture[4]",
+    "test_certificate_stages.py::test_particles_find_both_modes_of_a_mixture[4]",
     "test_certificates.py::test_what_does_not_converge_is_marked",
     "test_certificates.py::test_where_weights_do_not_do_chains_are_certified",
     "test_certificates.py::test_without_certificates",
@@ -220,7 +220,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         test, case = name.partition("[")[0], name.partition("::")[2]
         thinned = item.get_closest_marker("thinned") and crc32(case.encode()) % 3 and test in begun
         begun.add(test)
-        if thinned or name.startswith(SLOW):
+        elsewhere = any(item.get_closest_marker(name) for name in ("gpu", "fake_device"))
+        if (thinned or name.startswith(SLOW)) and not elsewhere:
             item.add_marker(pytest.mark.slow)
     part, parts = map(int, config.getoption("--part").split("/"))
     if parts > 1:

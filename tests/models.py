@@ -1,9 +1,12 @@
 """Models that the tests share. The linear-Gaussian one knows its posterior and evidence exactly."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class LinearGaussian:
@@ -74,6 +77,17 @@ class LinearGaussian:
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
         with data, pyro.plate("features", len(self.weights), dim=-2):
             pyro.sample("x", dist.Normal(self.weights @ z, 1.0), obs=x)
+
+
+class Function(nn.Module):
+    """An encoder that is a function of its inputs, to features or to location and scale."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(*inputs)
 
 
 def _dtype() -> torch.dtype:

@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from models import Function
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
@@ -104,20 +105,9 @@ def shared(guide_class: Any = AmortizedGuide) -> Any:
     return made(guide_class)
 
 
-class Returns(nn.Module):
-    """An encoder that returns what a function makes of its input."""
-
-    def __init__(self, function: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(x)
-
-
 def goes_wrong(function: Callable[[Tensor], Any]) -> None:
     """A guide whose encoder returns something else than it did when the guide was set up."""
-    encoder = Returns(lambda x: x)
+    encoder = Function(lambda x: x)
     guide = made(AmortizedGuide, encoder)
     encoder.function = function
     guide.median(X)
@@ -268,7 +258,7 @@ WRONG: dict[str, Callable[[Tensor], Any]] = {
     "distribution": lambda x: dist.Normal(x, 1.0),
 }
 LEVELS = {"dict": lambda x: {"data": x.long()}, "list of levels": lambda x: {"data": [x]}}
-each("encoder returns", {**WRONG, **LEVELS}, lambda v: made(AmortizedGuide, Returns(v)), "floating tensors are wanted")
+each("encoder returns", {**WRONG, **LEVELS}, lambda v: made(AmortizedGuide, Function(v)), "floating tensors are wanted")
 each("encoder turns to", {**WRONG, "pair": lambda x: (x, x)}, goes_wrong, "floating tensors are wanted")
 for _class in (SemiAmortizedGuide, IterativeAmortizedGuide, DiscreteAmortizedGuide):
     no_levels = () if _class is SemiAmortizedGuide else ("dict",)
@@ -276,13 +266,13 @@ for _class in (SemiAmortizedGuide, IterativeAmortizedGuide, DiscreteAmortizedGui
     each(
         f"encoder of {_class.__name__} returns",
         some,
-        lambda v, c=_class: made(c, Returns(v)),
+        lambda v, c=_class: made(c, Function(v)),
         "floating tensors are wanted",
     )  # type: ignore[misc]
 each(
     "encoder returns pair of",
     {"ints": lambda x: (1, 2), "none": lambda x: (x, None)},
-    lambda v: made(AmortizedGuide, Returns(v)),
+    lambda v: made(AmortizedGuide, Function(v)),
     "floating tensors are wanted",
 )
 each(
@@ -294,24 +284,24 @@ each(
         "rows": lambda x: x[:3],
         "no features": lambda x: x[:, :0],
     },
-    lambda v: made(AmortizedGuide, Returns(v)),
+    lambda v: made(AmortizedGuide, Function(v)),
     "a row per datapoint",
 )
 each(
     "encoder returns tuple of",
     {"three": lambda x: (x, x, x), "none": lambda x: ()},
-    lambda v: made(AmortizedGuide, Returns(v)),
+    lambda v: made(AmortizedGuide, Function(v)),
     "pair",
 )
 case(
     "encoder returns nan",
-    lambda: made(AmortizedGuide, Returns(lambda x: x * nan)),
+    lambda: made(AmortizedGuide, Function(lambda x: x * nan)),
     "what it returned at first holds NaN",
 )
 each(
     "encoder returns scale",
     {"negative": -1.0, "zero": 0.0},
-    lambda v: made(AmortizedGuide, Returns(lambda x: (x, v + 0 * x))),
+    lambda v: made(AmortizedGuide, Function(lambda x: (x, v + 0 * x))),
     "some scales are not positive",
 )
 case("encoder turns to nan", lambda: goes_wrong(lambda x: x * nan), "are not finite")

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from models import Function
 from remedies import X2, Cases, X, made, model, step, train
 from torch import Tensor, nn
 
@@ -83,19 +84,10 @@ case(
 )
 
 
-class Returns(nn.Module):
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.function(*inputs)
-
-
 def with_output(
     function: Callable[[Tensor], Any], guide_class: Any = AmortizedGuide, **options: Any
 ) -> Callable[[], None]:
-    return lambda: train(model, guide_class, Returns(function), **options)
+    return lambda: train(model, guide_class, Function(function), **options)
 
 
 def column(x: Tensor) -> Tensor:

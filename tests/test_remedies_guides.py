@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from models import Function
 from pyro import poutine
 from pyro.distributions.transforms import conditional_spline
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
@@ -196,21 +197,12 @@ case(
 # Encoders that return something else
 
 
-class Returns(nn.Module):
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.function(*inputs)
-
-
 def column(x: Tensor) -> Tensor:
     return x.unsqueeze(-1)
 
 
 def changed(then: Callable[[Tensor], Any], guide_class: Any = AmortizedGuide, **options: Any) -> None:
-    encoder = Returns(column)
+    encoder = Function(column)
     guide = made(model, guide_class, encoder, **options)
     encoder.function = then
     guide(X)
@@ -242,7 +234,7 @@ def sequence(numbered: bool = True) -> Callable[[Tensor], None]:
 
 
 def by_step(numbered: bool = True, function: Any = None, **options: Any) -> None:
-    encoder = Returns(function or (lambda x: x.unsqueeze(-1)))
+    encoder = Function(function or (lambda x: x.unsqueeze(-1)))
     train(sequence(numbered), AmortizedGuide, encoder, data=X2, encoder_input="x", **options)
 
 
@@ -418,7 +410,7 @@ def more_steps(with_model: bool) -> None:
     """A guide from a file, the last call of which, with more steps than before, has failed."""
     x = torch.randn(6, 4)
     options = {"encoder_input": "x", "family": "structured"}
-    guide = made(strict_later, AmortizedGuide, Returns(column), data=x[:, :2], **options)
+    guide = made(strict_later, AmortizedGuide, Function(column), data=x[:, :2], **options)
     LATER[0] = True
     with pytest.raises(ValueError, match="Cannot find which"):
         guide(x)
@@ -542,15 +534,15 @@ case(
 )
 case(
     "a pair for codes",
-    lambda: trained(Coded(), Returns(lambda x: (column(x), torch.ones(6, 1)))),
+    lambda: trained(Coded(), Function(lambda x: (column(x), torch.ones(6, 1)))),
     r"\(N, ...\) to \(N, H\), or to \(N, P, D\)",
-    lambda: [trained(Coded(), Returns(f)) for f in (column, lambda x: column(column(x)).expand(-1, 2, 2))],
+    lambda: [trained(Coded(), Function(f)) for f in (column, lambda x: column(column(x)).expand(-1, 2, 2))],
 )
 case(
     "features of other positions",
-    lambda: trained(Coded(), Returns(lambda x: column(column(x)).expand(-1, 3, 2))),
+    lambda: trained(Coded(), Function(lambda x: column(column(x)).expand(-1, 3, 2))),
     r"an encoder to \(N, 2, 2\)",
-    lambda: trained(Coded(), Returns(lambda x: column(column(x)).expand(-1, 2, 2))),
+    lambda: trained(Coded(), Function(lambda x: column(column(x)).expand(-1, 2, 2))),
 )
 
 
@@ -596,7 +588,7 @@ case(
 
 
 def changed_codes(then: Callable[[Tensor], Tensor]) -> None:
-    encoder = Returns(column)
+    encoder = Function(column)
     guide = coded(Coded(), encoder)
     encoder.function = then
     guide(X)

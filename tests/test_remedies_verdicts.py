@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from models import Function
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
@@ -65,17 +66,6 @@ def correlated(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(loc, NOISE).to_event(1), obs=x)
 
 
-class Pair(nn.Module):
-    """Location and scale as functions of the data."""
-
-    def __init__(self, function: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.function(x)
-
-
 def exact(x: Tensor, shift: float = 0.0, spread: float = 1.0) -> tuple[Tensor, Tensor]:
     """The posterior of the independent model, shifted by so many of its standard deviations, and wider or narrower."""
     scale = (1 + NOISE**-2) ** -0.5
@@ -118,7 +108,7 @@ def gap(estimate: GapEstimate, name: str) -> float:
 
 
 def test_a_richer_family_closes_the_approximation_gap() -> None:
-    before = gaps(correlated, made(correlated, Pair(mean_field)))
+    before = gaps(correlated, made(correlated, Function(mean_field)))
     assert 'try a richer one, such as family="multivariate_normal" or "flow"' in before.verdict
     assert gap(before, "approximation") > 0.4
     assert gap(gaps(correlated, made(correlated, family="multivariate_normal")), "approximation") < 0.02
@@ -135,12 +125,12 @@ def first_column(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def test_an_encoder_that_sees_more_and_refinement_close_the_amortization_gap() -> None:
-    guide = made(independent, Pair(first_column))
+    guide = made(independent, Function(first_column))
     before = gaps(independent, guide)
     assert "try guide.refined(20), an encoder that is larger or sees more, longer training or more" in before.verdict
     assert gap(before, "amortization") > 0.3
     assert gap(gaps(independent, guide.refined(20)), "amortization") < 0.02
-    assert gap(gaps(independent, made(independent, Pair(exact))), "amortization") < 0.01
+    assert gap(gaps(independent, made(independent, Function(exact))), "amortization") < 0.01
 
 
 def bent(x: Tensor) -> None:
@@ -220,7 +210,7 @@ def test_datapoints_without_density_are_left_out_or_their_latents_constrained(st
 
 def test_worst_shows_the_datapoints_that_hold_most_of_the_gap() -> None:
     data = torch.cat([draws(11), torch.full((1, 2), 9.0)])
-    guide = made(independent, Pair(lambda x: exact(x.clamp(-4.0, 4.0))))
+    guide = made(independent, Function(lambda x: exact(x.clamp(-4.0, 4.0))))
     found = estimate_gaps(independent, guide, (data,))
     assert re.search(r"One datapoint holds \d+% of the inference gap \(11\): see worst\(\)", found.verdict)
     assert found.worst(1)["data"].values.tolist() == [11]
@@ -320,7 +310,7 @@ def test_collapse_is_mended(remedy: str) -> None:
 
 
 def test_more_datapoints_raise_the_bound_of_the_information() -> None:
-    guide = made(independent, Pair(lambda x: (x, torch.full_like(x, 0.01))))
+    guide = made(independent, Function(lambda x: (x, torch.full_like(x, 0.01))))
     few = collapse_report(independent, guide, (X,), num_samples=50)
     assert "close to its bound, so that it may be larger; try more datapoints" in words(few)
     many = collapse_report(independent, guide, (draws(64),), num_samples=50)
@@ -340,7 +330,7 @@ def shifted(learned: bool) -> Callable[[Tensor], None]:
 def test_a_learned_prior_meets_a_q_that_differs_from_it_everywhere() -> None:
     def report(learned: bool) -> Any:
         model = shifted(learned)
-        encoder = Pair(lambda x: (torch.full((len(x), 1), 2.0), torch.ones(len(x), 1)))
+        encoder = Function(lambda x: (torch.full((len(x), 1), 2.0), torch.ones(len(x), 1)))
         guide = made(model, encoder)
         if learned:
             trained(model, guide, 60, lr=0.1)
@@ -371,7 +361,7 @@ NARROW, WIDE, BIASED = ({"spread": 0.6}, {"spread": 1.6}, {"shift": 0.6})
     ],
 )
 def test_refinement_calibrates(wrong: dict[str, float], advice: str) -> None:
-    guide = made(independent, Pair(lambda x: exact(x, **wrong)))
+    guide = made(independent, Function(lambda x: exact(x, **wrong)))
     assert re.search(rf"- {advice}: try .*guide.refined\(20\)", words(findings(independent, guide)))
     assert findings(independent, guide.refined(20, num_particles=32)).calibrated
 
@@ -386,7 +376,7 @@ def test_refinement_calibrates(wrong: dict[str, float], advice: str) -> None:
     ids=["narrow", "together"],
 )
 def test_a_richer_family_calibrates(encoder: Any, advice: str) -> None:
-    assert advice in words(findings(correlated, made(correlated, Pair(encoder))))
+    assert advice in words(findings(correlated, made(correlated, Function(encoder))))
     guide = made(correlated, family="multivariate_normal").refined(30, num_particles=16)
     assert findings(correlated, guide).calibrated
 
@@ -447,7 +437,7 @@ def waiting(x: Tensor) -> None:
 @pytest.mark.slow
 def test_a_more_flexible_family_calibrates() -> None:
     mean, deviation = -0.577, math.pi / math.sqrt(6)  # of the logarithm of an exponential variable
-    encoder = Pair(lambda x: (torch.full((len(x), 1), mean), torch.full((len(x), 1), deviation)))
+    encoder = Function(lambda x: (torch.full((len(x), 1), mean), torch.full((len(x), 1), deviation)))
     found = findings(waiting, made(waiting, encoder), 1000)
     assert '- another shape: try a more flexible family, "mixture" or "flow"; plot("ecdf") shows' in words(found)
     assert found.plot("ecdf").lines

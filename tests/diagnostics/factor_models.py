@@ -1,13 +1,13 @@
 """Factor models whose evidence and gaps are known: in closed form, or by a fine grid."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from models import Function
 from torch import Tensor, nn
 
 LATENTS, FEATURES, POINTS = 20, 100, 64
@@ -44,16 +44,7 @@ class Oracle:
 
     def encoder(self, shift: Tensor | float = 0.0) -> nn.Module:
         """The best mean-field posterior, its mean off by ``shift``."""
-        return _Function(lambda x: (self.mean(x) + shift, self.precision.diagonal().rsqrt().expand(len(x), LATENTS)))
-
-
-class _Function(nn.Module):
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.function(*inputs)
+        return Function(lambda x: (self.mean(x) + shift, self.precision.diagonal().rsqrt().expand(len(x), LATENTS)))
 
 
 class Factors:

@@ -1,7 +1,6 @@
 """Calibration reports: an exact posterior passes at the nominal rate, and every wrong one fails in its direction."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import LinearGaussian, counts, topics
+from models import Function, LinearGaussian, counts, topics
 from pyro.infer.autoguide import AutoDelta, init_to_value
 from scipy import stats
 from torch import Tensor, nn
@@ -31,15 +30,6 @@ matplotlib.use("Agg")
 pytestmark = pytest.mark.usefixtures("_float64")
 
 
-class _Function(nn.Module):
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.function(*inputs)
-
-
 def orthogonal() -> LinearGaussian:
     return LinearGaussian.random_weights(orthogonal=True)
 
@@ -55,7 +45,7 @@ def scaled(oracle: LinearGaussian, scale: float = 1.0, shift: float = 0.0, dims:
         sd[:, dims] *= scale
         return loc, sd
 
-    return AmortizedGuide(oracle.full, _Function(encode))
+    return AmortizedGuide(oracle.full, Function(encode))
 
 
 def report(num_simulations: int = 300, seed: int = 0, **options: Any) -> CalibrationReport:
@@ -127,7 +117,7 @@ def test_missing_correlations_are_seen_by_the_log_joint() -> None:
     def marginals(x: Tensor) -> tuple[Tensor, Tensor]:
         return oracle.posterior(x).mean, oracle.posterior(x).stddev
 
-    guide = AmortizedGuide(oracle.full, _Function(marginals))
+    guide = AmortizedGuide(oracle.full, Function(marginals))
     found = calibrate(oracle.full, guide, (oracle.simulate(50),), num_simulations=500)
     assert found.failing[0] == "log_joint"
     assert not {"z[0]", "z[1]", "z[2]"} & set(found.failing)
@@ -197,7 +187,7 @@ def growth_guide(assumed: float) -> AmortizedGuide:
 
     return AmortizedGuide(
         growth,
-        _Function(encode),
+        Function(encode),
         encoder_input=["x", "dose"],
         global_guide=AutoDelta,
         init_loc_fn=init_to_value(values={"slope": torch.tensor(2.0)}),
@@ -223,7 +213,7 @@ def test_models_that_run_only_on_all_their_rows_are_simulated_again_and_again() 
             z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([7, 3]).to_event(1))
             pyro.sample("x", dist.Normal(z.reshape(7, 3) @ oracle.weights.T, 1.0).to_event(1), obs=x)
 
-    guide = AmortizedGuide(stubborn, _Function(lambda x: (oracle.posterior(x).mean, oracle.posterior(x).stddev)))
+    guide = AmortizedGuide(stubborn, Function(lambda x: (oracle.posterior(x).mean, oracle.posterior(x).stddev)))
     found = calibrate(stubborn, guide, (oracle.simulate(7),), num_simulations=60, num_samples=19)
     assert found.calibrated
     assert found.dataset.sizes["simulation"] == 60
@@ -252,7 +242,7 @@ def test_enumerated_and_simplex_latents() -> None:
     def encode(x: Tensor) -> tuple[Tensor, Tensor]:
         return (x - 20 * (x > 10)).unsqueeze(-1) / 2, torch.full((len(x), 1), math.sqrt(0.5))
 
-    guide = AmortizedGuide(mixture, _Function(encode), name="mixture")
+    guide = AmortizedGuide(mixture, Function(encode), name="mixture")
     assert calibrate(mixture, guide, (torch.linspace(-1.0, 21.0, 30),), num_simulations=400).calibrated
 
 
@@ -264,7 +254,7 @@ def test_ties_are_broken_at_random() -> None:
             z = pyro.sample("z", dist.Normal(1e20, 1.0))
             pyro.sample("x", dist.Normal(0 * z, 1.0), obs=x)
 
-    guide = AmortizedGuide(model, _Function(lambda x: (torch.full((len(x), 1), 1e20), torch.ones(len(x), 1))))
+    guide = AmortizedGuide(model, Function(lambda x: (torch.full((len(x), 1), 1e20), torch.ones(len(x), 1))))
     assert calibrate(model, guide, (torch.zeros(10),), num_simulations=200).calibrated
 
 
@@ -294,7 +284,7 @@ def test_many_latents_are_abbreviated() -> None:
             z = pyro.sample("z", dist.Normal(torch.zeros(30), 1.0).to_event(1))
             pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
 
-    guide = AmortizedGuide(model, _Function(lambda x: (x / 2, torch.full_like(x, math.sqrt(0.5)))))
+    guide = AmortizedGuide(model, Function(lambda x: (x / 2, torch.full_like(x, math.sqrt(0.5)))))
     found = str(calibrate(model, guide, (torch.zeros(20, 30),), num_simulations=100))
     assert "... and 21 with larger p" in found
 

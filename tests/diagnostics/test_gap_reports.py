@@ -7,7 +7,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from factor_models import Factors, Oracle, _Function
+from factor_models import Factors, Oracle
+from models import Function
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 
@@ -179,7 +180,7 @@ def test_guides_with_draws_of_no_density_have_no_finite_elbo() -> None:
             pyro.sample("x", dist.Normal(0.0, z.sqrt(), validate_args=False), obs=x)
 
     x = torch.randn(6)
-    encoder = _Function(lambda x: (x.new_ones(len(x), 1), x.new_full((len(x), 1), 0.4)))
+    encoder = Function(lambda x: (x.new_ones(len(x), 1), x.new_full((len(x), 1), 0.4)))
     with pyro.validation_enabled(False):
         gaps = estimate_gaps(model, AmortizedGuide(model, encoder), (x,))
     assert np.isneginf(gaps.dataset["elbo"]).all()

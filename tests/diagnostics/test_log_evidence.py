@@ -8,7 +8,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from factor_models import LATENTS, POINTS, Oracle, _Function
+from factor_models import LATENTS, POINTS, Oracle
+from models import Function
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -198,7 +199,7 @@ def test_annealing_from_where_the_model_has_no_density() -> None:
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     x = torch.linspace(1.0, 3.0, 5)
-    encoder = _Function(lambda x: (0.5 * x.unsqueeze(-1), x.new_full((len(x), 1), 0.05)))
+    encoder = Function(lambda x: (0.5 * x.unsqueeze(-1), x.new_full((len(x), 1), 0.05)))
     problem = bind(model, AmortizedGuide(model, encoder), (x,), None, 0)
     ((_, proposal, _),) = first_proposals(problem, problem.phi, (0,))
     proposal.loc[0] -= 0.5 * x.unsqueeze(-1)

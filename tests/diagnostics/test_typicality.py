@@ -83,16 +83,24 @@ def test_discoveries_are_few_false_ones() -> None:
 
 
 def test_one_far_out_among_many_is_found() -> None:
+    """Where chance would not bring it, as far as the tail of the reference data tells."""
     numbers = torch.Generator().manual_seed(0)
-    calibration, scores = torch.randn(100, generator=numbers), torch.randn(500, generator=numbers)
-    scores[7] = 12.0
-    assert not discoveries(conformal_p_values(scores, calibration), 0.05).any()
-    assert discoveries(extrapolated_p_values(scores, calibration), 0.05).nonzero().tolist() == [[7]]
-    false = []
-    for _ in range(200):  # tails heavier than exponential
-        calibration, scores = (torch.randn(n, generator=numbers).exp() for n in (100, 100))
-        false.append(bool(discoveries(extrapolated_p_values(scores, calibration), 0.05).any()))
-    assert np.mean(false) < 0.3
+    for size, place in ((1000, 12.0), (100, 500.0)):
+        calibration, scores = torch.randn(size, generator=numbers), torch.randn(500, generator=numbers)
+        scores[7] = place
+        assert not discoveries(conformal_p_values(scores, calibration), 0.05).any()
+        assert discoveries(extrapolated_p_values(scores, calibration), 0.05).nonzero().tolist() == [[7]]
+    for spread, rate in ((0.0, 0.05), (1.0, 0.05)):  # tails that are exponential, and heavier
+        false = []
+        for _ in range(300):
+            calibration, scores = (
+                torch.exp(spread * torch.randn(n, generator=numbers)) * -torch.rand(n, generator=numbers).log()
+                for n in (200, 400)
+            )
+            false.append(bool(discoveries(extrapolated_p_values(scores, calibration), 0.05).any()))
+        assert np.mean(false) < rate + 3 * (rate / 300) ** 0.5
+    same = torch.ones(60)
+    assert extrapolated_p_values(torch.tensor([1.0, 2.0, math.inf]), same).tolist() == [1.0, 0.0, 0.0]
 
 
 def test_the_count_of_small_p_values_has_its_exact_law() -> None:

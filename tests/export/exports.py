@@ -1,7 +1,6 @@
 """Exports of models with closed forms, and what is looked at in them."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import arviz
@@ -10,8 +9,8 @@ import pyro
 import pyro.distributions as dist
 import torch
 import xarray
-from models import LinearGaussian
-from torch import Tensor, nn
+from models import Function, LinearGaussian
+from torch import Tensor
 
 from pyro_amortized import AmortizedGuide
 from pyro_amortized.export import to_arviz
@@ -26,17 +25,6 @@ DEFAULT = {"posterior", "posterior_predictive", "observed_data", "sample_stats"}
 
 
 LIKELIHOOD = {*DEFAULT, "constant_data", "log_likelihood"}
-
-
-class Function(nn.Module):
-    """An encoder that is a function of the data."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.function(*inputs)
 
 
 def with_likelihood(*args: Any, **options: Any) -> Any:

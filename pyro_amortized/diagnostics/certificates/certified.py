@@ -55,7 +55,8 @@ def certified_posterior(
                                                                                    effective sample size of S / 2
     ``refined``     of the best member of its family for the datapoint, likewise   the same
     ``full_rank``   of a full-rank normal fitted to the datapoint, or a mixture    the same
-                    at all modes that a search has found, likewise
+                    at all modes that a search has found, fitted to weighted
+                    draws if need be, likewise; up to 8 S of these are weighed
     ``hmc``         of 8 chains of Hamiltonian Monte Carlo, started at draws of    :math:`\hat R < 1.01`, effective
                     the normal                                                     sample sizes of S / 2, tails S / 4
     ==============  =============================================================  ===================================

@@ -1,8 +1,8 @@
 """From the encoder's answer to chains: each datapoint goes on until a stage passes.
 
 Four stages, from the cheapest on: draws of the guide; of its family's best member for the datapoint; of a full-rank
-approximation, which is a normal fitted to the datapoint or a mixture at the modes that the exploration has found; and
-Hamiltonian Monte Carlo, warm-started at the full-rank normal. A stage passes if its draws are worth enough and agree
+approximation, which is a normal fitted to the datapoint, or a mixture at the modes that the exploration has found, as
+they are or fitted to weighted draws; and Hamiltonian Monte Carlo, warm-started at the full-rank normal. A stage passes if its draws are worth enough and agree
 with the exploration.
 """
 
@@ -19,6 +19,7 @@ from pyro_amortized.diagnostics.certificates.fits import MAX_FITTED_DIM, fit, fu
 from pyro_amortized.diagnostics.certificates.hmc import NUM_CHAINS, Chains, run_chains
 from pyro_amortized.diagnostics.certificates.target import Target
 from pyro_amortized.diagnostics.certificates.weighing import Member, Weighed, weigh
+from pyro_amortized.diagnostics.evidence.evidence import adapt
 from pyro_amortized.diagnostics.evidence.proposal import Approximation
 from pyro_amortized.diagnostics.problem import LocalProblem
 from pyro_amortized.objective.noise import draw, generator
@@ -26,6 +27,9 @@ from pyro_amortized.objective.noise import draw, generator
 __all__ = ["STAGES", "Certificates", "certify"]
 
 STAGES = ("encoder", "refined", "full_rank", "hmc")
+_HOPEFUL, _NUM_ADAPTATIONS, _MOST_DRAWS = 0.02, 4, 8
+"""Effective share of the draws from which on a mixture can be fitted to further ones, how often, and how many times as
+many draws may then be weighed: cheaper than chains, which need gradients one after the other."""
 
 
 @dataclass
@@ -102,8 +106,11 @@ class _Pipeline:
         """All stages, each for the datapoints that are left."""
         self._weigh("encoder", self.left, Member(self.problem.objective.family, self.phi))
         self._refine()
-        self._mixtures()
-        self._full_rank()
+        self._mixtures(self.target.ess / self.target.num_samples)
+        normal = self._full_rank()
+        self._mixtures(_HOPEFUL, _NUM_ADAPTATIONS, _MOST_DRAWS)
+        if normal is not None and len(self.left):
+            self._chains(normal[self.left])
         self.on_done(len(self.left))
         self.result.exploration, self.result.num_modes = self.explored.kind, self.explored.num_modes
         return self.result
@@ -121,21 +128,20 @@ class _Pipeline:
         phi[self.left] = fit(problem, self.left, start, self.explored.modes.root[0], self.rng)
         return phi
 
-    def _mixtures(self) -> None:
-        """Mixtures at all modes, where the exploration has seen that they do."""
-        worth = self.explored.ess >= self.target.ess / self.target.num_samples
-        left = torch.zeros_like(worth)
-        left[self.left] = worth[self.left]
+    def _mixtures(self, least: float, rounds: int = 0, most: int = 1) -> None:
+        """Mixtures at all modes, where draws from them have been worth some share, fitted to further draws or not."""
         for rows, proposal in self.explored.proposals:
-            chosen = left[rows].nonzero().squeeze(-1)
+            chosen = (torch.isin(rows, self.left) & (self.explored.ess[rows] >= least)).nonzero().squeeze(-1)
             if len(chosen):
-                self._weigh("full_rank", rows[chosen], proposal[chosen])
-                self.explored.doubt(rows[chosen][torch.isin(rows[chosen], self.left)])
+                own = rows[chosen]
+                fitted = adapt(self.problem, proposal[chosen], own, self.rng, rounds)
+                self._weigh("full_rank", own, fitted, "mixture", most)
+                self.explored.doubt(own[torch.isin(own, self.left)])
 
-    def _full_rank(self) -> None:
-        """Full-rank normals, and chains that start at them."""
+    def _full_rank(self) -> Member | None:
+        """Full-rank normals, which are returned for chains to start at."""
         if len(self.left) == 0:
-            return
+            return None
         modes = self.explored.modes
         problem = full_rank(self.problem, modes.loc[0], modes.root[0])
         phi, family = problem.phi, problem.objective.family
@@ -143,8 +149,7 @@ class _Pipeline:
             phi = self._fit(problem, phi)
         if type(self.problem.objective.family) is not type(family):  # which has been refined already
             self._weigh("full_rank", self.left, Member(family, phi[self.left]))
-        if len(self.left):
-            self._chains(Member(family, phi[self.left]))
+        return Member(family, phi)
 
     def _chains(self, q: Member) -> None:
         rows = self.left
@@ -155,15 +160,15 @@ class _Pipeline:
         words = [f"R-hat {rhat:.3f}, {size}" for rhat, size in zip(found.rhat, _sizes(found), strict=True)]
         self._judge("hmc", rows, converged, words)
 
-    def _weigh(self, stage: str, rows: Tensor, q: Approximation) -> None:
+    def _weigh(self, stage: str, rows: Tensor, q: Approximation, name: str | None = None, most: int = 1) -> None:
         if len(rows):
-            found = weigh(self.problem, rows, q, self.target, self.rng)
+            found = weigh(self.problem, rows, q, self.target, self.rng, most)
             converged = self.result.record(stage, rows, found, self.target)
             sizes = _sizes(found)
             words = [f"khat {khat:.2f}, {size}" for khat, size in zip(found.khat, sizes, strict=True)]
-            self._judge(stage, rows, converged, words)
+            self._judge(name or stage, rows, converged, words)
 
-    def _judge(self, stage: str, rows: Tensor, converged: Tensor, words: list[str]) -> None:
+    def _judge(self, name: str, rows: Tensor, converged: Tensor, words: list[str]) -> None:
         """Compares draws that have converged with the exploration, and says why datapoints are left."""
         passed = torch.zeros_like(converged)
         index = converged.nonzero().squeeze(-1)
@@ -173,7 +178,7 @@ class _Pipeline:
                 words[i] = difference
         self.result.agrees[rows] = passed
         for i in (~passed).nonzero().squeeze(-1).tolist():
-            self.result.reasons[int(rows[i])].append(f"{stage}: {words[i]}")
+            self.result.reasons[int(rows[i])].append(f"{name}: {words[i]}")
         done = rows[passed]
         self.left = self.left[~torch.isin(self.left, done)]
         self.on_done(len(done))

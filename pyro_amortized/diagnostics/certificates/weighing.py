@@ -20,8 +20,11 @@ from pyro_amortized.structure.layout import SiteLayout
 
 __all__ = ["Member", "Weighed", "weigh", "weighted_moments"]
 
-_SCREENED, _LEAST_SHARE = 8, 0.5
-"""One in so many draws shows first whether the rest is worth its cost: at half of the share wanted, it is."""
+_SCREENED, _LEAST_SHARE, _HOPELESS = 8, 0.5, 1.0
+"""One in so many draws shows first whether the rest is worth its cost: at half of the share wanted, it is. Of weights
+whose mean is infinite, by the shape of their tail, no more are taken."""
+_PIECE = 2**24
+"""Numbers in the draws that are held at a time."""
 
 
 @dataclass
@@ -73,7 +76,9 @@ class Weighed:
 
 
 @torch.no_grad()
-def weigh(problem: LocalProblem, rows: Tensor, q: Approximation, target: Target, rng: torch.Generator) -> Weighed:
+def weigh(
+    problem: LocalProblem, rows: Tensor, q: Approximation, target: Target, rng: torch.Generator, most: int = 1
+) -> Weighed:
     """Weighs draws of an approximation by Pareto-smoothed importance sampling.
 
     Args:
@@ -82,37 +87,50 @@ def weigh(problem: LocalProblem, rows: Tensor, q: Approximation, target: Target,
         q: The approximations of their posteriors.
         target: How many draws, and what they must be worth.
         rng: Source of the draws.
+        most: Up to how many times as many draws may be weighed, where so many are worth what is wanted.
     """
-    first = 4 * -(-target.num_samples // (4 * _SCREENED))
-    z = q.sample(first, rng)
+    z = q.sample(4 * -(-target.num_samples // (4 * _SCREENED)), rng)
     log_weights = log_weights_at(problem, q, rows, z)
     layout = problem.objective.log_joint.layout
     found = _summarise(z, log_weights, layout, target, rng)
-    good = (found.ess >= _LEAST_SHARE * target.ess).nonzero().squeeze(-1)
-    if len(good):
-        more = q[good].sample(4 * -(-(target.num_samples - first) // 4), rng)[: target.num_samples - first]
-        whole = torch.cat([log_weights[:, good], log_weights_at(problem, q[good], rows[good], more)])
-        own = _summarise(torch.cat([z[:, good], more]), whole, layout, target, rng)
-        for name, value in vars(found).items():
-            value.index_copy_(1 if name == "draws" else 0, good, getattr(own, name))
+    hopeful = (_share(found, target, most) >= _LEAST_SHARE / most).nonzero().squeeze(-1)
+    for part in hopeful.split(max(1, _PIECE // (most * target.num_samples * z.shape[-1]))) if len(hopeful) else ():
+        draws, weights, times = z[:, part], log_weights[:, part], 1
+        while len(part):
+            more = q[part].sample(4 * -(-(times * target.num_samples - len(draws)) // 4), rng)
+            more = more[: times * target.num_samples - len(draws)]
+            weights = torch.cat([weights, log_weights_at(problem, q[part], rows[part], more)])
+            draws = torch.cat([draws, more])
+            own = _summarise(draws, weights, layout, target, rng)
+            for name, value in vars(found).items():
+                value.index_copy_(1 if name == "draws" else 0, part, getattr(own, name))
+            short = ~own.reach(target) & (own.khat < _HOPELESS) & (_share(own, target, most) >= times / most)
+            short &= times < most
+            part, draws, weights, times = part[short], draws[:, short], weights[:, short], 2 * times
     return found
 
 
+def _share(found: Weighed, target: Target, most: int) -> Tensor:
+    """Of what draws must be worth, ``(n,)``; for standard deviations only where more of them may be taken."""
+    share = found.ess / target.ess
+    return share if most == 1 else torch.minimum(share, found.tail_ess / target.tail_ess)
+
+
 def _summarise(z: Tensor, log_weights: Tensor, layout: SiteLayout, target: Target, rng: torch.Generator) -> Weighed:
-    """What weights ``(K, n)`` of draws ``(K, n, D)`` say, effective sizes as those of all draws wanted."""
+    """What weights ``(K, n)`` of draws ``(K, n, D)`` say, effective sizes as those of all draws wanted at least."""
     count, wanted = len(z), target.num_samples
     none = ~(log_weights.amax(0) > -torch.inf)
     smoothed, khat = psis(torch.where(none, 0.0, log_weights.nan_to_num(nan=-torch.inf)))
     weights = smoothed.softmax(0)
     khat = torch.where(weights.amax(0) * count <= BOUNDED, khat.double().clamp(max=0.0), khat.double())
-    chosen = systematic(weights, rng)[torch.arange(wanted) * count // wanted]
+    chosen = systematic(weights, rng, wanted)
     draws = z.gather(0, chosen.unsqueeze(-1).expand(-1, -1, z.shape[-1]))
     of_means, of_scales = _effective_sizes(weighted_moments(z, weights)[2])
     of_means = torch.minimum(of_means, 1 / weights.square().sum(0))
     supported = in_support(layout, z)
     if supported is not None:
         of_means = torch.minimum(of_means, _effective_sizes(weighted_moments(supported, weights)[2])[0])
-    sizes = (torch.where(none, 0.0, size * wanted / count) for size in (of_means, of_scales))
+    sizes = (torch.where(none, 0.0, size * max(1.0, wanted / count)) for size in (of_means, of_scales))
     return Weighed(draws, torch.where(none, torch.inf, khat), *sizes)
 
 

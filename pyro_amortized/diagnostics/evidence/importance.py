@@ -5,7 +5,7 @@ fitted to them; the fitted shape `khat` says whether importance sampling can be 
 tail, fit it, replace it.
 """
 
-__all__ = ["psis", "systematic"]
+__all__ = ["fit_generalized_pareto", "psis", "systematic"]
 
 import math
 
@@ -168,7 +168,7 @@ def _smooth_tail(largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     length = in_tail.sum(dim=-1, keepdim=True)
     # In units of the cutoff's weight: the shape stays the same, and expm1 keeps digits that close weights would lose.
     excess = torch.where(in_tail, torch.expm1(tail - cutoff), 0.0)
-    khat, sigma = _fit_generalized_pareto(excess, length)
+    khat, sigma = fit_generalized_pareto(excess, length)
 
     flat = _tail_spread(tail, cutoff, length) <= _resolution(peak, largest.dtype)
     fitted = ~flat & (length >= MIN_TAIL_LENGTH) & khat.isfinite()
@@ -190,7 +190,7 @@ def _resolution(peak: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (16.0 * eps * peak.abs()).clamp(min=math.sqrt(eps))
 
 
-def _fit_generalized_pareto(excess: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def fit_generalized_pareto(excess: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     r"""Fits generalized Pareto distributions by the empirical Bayes estimate of Zhang and Stephens.
 
     For given :math:`b = -k / \sigma` the likelihood is maximal at :math:`k(b) = \frac1M \sum_j \log(1 - b x_j)`, so
@@ -244,12 +244,12 @@ def _expected_order_statistics(
     return sigma * torch.where(exponential, -log_survival, torch.expm1(-k * log_survival) / k)
 
 
-def systematic(weights: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Positions `(K, N)` in proportion to each column's weights `(K, N)`, evenly spaced, in random order."""
-    size = len(weights)
+def systematic(weights: torch.Tensor, rng: torch.Generator, number: int | None = None) -> torch.Tensor:
+    """Positions `(S, N)` in proportion to each column's weights `(K, N)`, evenly spaced, in random order; S is K."""
+    number = len(weights) if number is None else number
     shape = (weights.shape[1], 1)
-    positions = (torch.arange(size) + torch.rand(shape, generator=rng, dtype=torch.float64)) / size
+    positions = (torch.arange(number) + torch.rand(shape, generator=rng, dtype=torch.float64)) / number
     cumulative = weights.T.cpu().double().cumsum(-1)
-    chosen = torch.searchsorted(cumulative / cumulative[:, -1:], positions).clamp(max=size - 1)
+    chosen = torch.searchsorted(cumulative / cumulative[:, -1:], positions).clamp(max=len(weights) - 1)
     order = torch.rand(chosen.shape, generator=rng).argsort(-1)
     return chosen.gather(-1, order).T.to(weights.device)

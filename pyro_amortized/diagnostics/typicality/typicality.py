@@ -53,7 +53,7 @@ class TypicalityReport(Report):
     Attributes:
         dataset: Over the plate's dimension: ``p_value``, of the sum of the two statistics, with ``atypical``,
             whether it is at most the level; ``p_features`` and ``p_elbo``, of each of them; ``found``, whether it is
-            among those found at a false discovery rate of 1 %, with p-values that an exponential tail extends beyond
+            among those found at a false discovery rate of 1 %, with p-values that a fitted Pareto tail extends beyond
             the reference data; ``distance``, of the features, and ``elbo``, nats.
             ``reference_distance`` and ``reference_elbo`` are those of the datapoints that p-values count. Attribute
             ``batch_p_value`` is that of the batch as a whole: five times the smallest of those of scores, distances and
