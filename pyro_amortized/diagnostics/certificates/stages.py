@@ -2,8 +2,8 @@
 
 Four stages, from the cheapest on: draws of the guide; of its family's best member for the datapoint; of a full-rank
 approximation, which is a normal fitted to the datapoint, or a mixture at the modes that the exploration has found, as
-they are or fitted to weighted draws; and Hamiltonian Monte Carlo, warm-started at the full-rank normal. A stage passes if its draws are worth enough and agree
-with the exploration.
+they are or fitted to weighted draws; and Hamiltonian Monte Carlo, warm-started at the full-rank normal. A stage passes
+if its draws are worth enough and agree with the exploration.
 """
 
 from __future__ import annotations
