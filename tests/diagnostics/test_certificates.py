@@ -1,5 +1,6 @@
 """Certified posteriors against exact ones; what must not be certified is not."""
 
+import math
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -331,6 +332,45 @@ def test_certified_posteriors_are_calibrated() -> None:
     with pytest.raises(ValueError, match=r"Cannot tell the coverage .*; try plot\(\"tarp\"\)"):
         found.coverage(0.5)
     found.plot("tarp")
+
+
+def few_counts(x: Tensor) -> None:
+    """Skewed posteriors of two latents."""
+    weights = torch.tensor([[0.7, -0.4, 0.3, 0.9], [0.2, 0.8, -0.6, 0.5]], dtype=torch.float64)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Poisson((z @ weights).exp()).to_event(1), obs=x)
+
+
+def spread_of_groups(x: Tensor) -> None:
+    """A non-centred hierarchy, whose posteriors are bent."""
+    with pyro.plate("data", len(x)):
+        log_spread = pyro.sample("log_spread", dist.Normal(-0.5, 0.7))
+        effect = pyro.sample("effect", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        pyro.sample("x", dist.Binomial(8, logits=log_spread.exp()[..., None] * effect).to_event(1), obs=x)
+
+
+def squares(x: Tensor) -> None:
+    """Two modes of unequal mass."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.3, 1.5))
+        pyro.sample("x", dist.Normal(z.square(), 1.0), obs=x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "features"), [(few_counts, (4,)), (spread_of_groups, (4,)), (squares, ())])
+def test_what_is_certified_is_calibrated_from_an_overconfident_guide(model: Any, features: tuple[int, ...]) -> None:
+    x = torch.ones(20, *features, dtype=torch.float64)
+    guide = guided(model)
+    guide.setup(x)
+    with torch.no_grad():
+        bias = [p for name, p in guide.named_parameters() if name.endswith("bias")][-1]
+        bias[len(bias) // 2 :] += math.log(0.2)
+    procedure = partial(certified_posterior, num_samples=1000)
+    found = calibrate(model, guide, (x,), num_simulations=300, num_samples=99, posterior=procedure)
+    assert found.calibrated, found
+    assert found.dataset.attrs["num_left_out"] <= 15
+    assert "narrow" in str(calibrate(model, guide, (x,), num_simulations=300, num_samples=99))
 
 
 def test_a_procedure_whose_draws_are_too_narrow_fails() -> None:

@@ -14,7 +14,7 @@ from models import LinearGaussian
 from pyro import poutine
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Normal
 
 from pyro_amortized import (
@@ -631,6 +631,34 @@ def test_gap_estimates_show_the_bound_of_some_draws() -> None:
     assert comparison.dataset["importance_weighted_bound"].values[0] == pytest.approx(found.mean())
     with pytest.raises(ValueError, match="Cannot use num_particles"):
         estimate_gaps(model.full, guides["plain"], (x,), num_particles=0)
+
+
+@pytest.mark.slow
+def test_digits_end_above_the_elbo() -> None:
+    """In nats per image, each by its own bound, and by that of 50 draws after both."""
+    from sklearn.datasets import load_digits
+
+    images = torch.tensor(load_digits().images > 8, dtype=torch.float).flatten(1)
+    bounds = {}
+    for name, elbo in (("plain", Trace_ELBO()), ("draws", IWELBO(50))):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        decoder = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64))
+
+        def model(x: Tensor, decoder: nn.Module = decoder) -> None:
+            pyro.module("decoder", decoder)
+            with pyro.plate("images", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(8), 1.0).to_event(1))
+                pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
+
+        guide = AmortizedGuide(model, name=name)
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 2e-3}), elbo)
+        for rows in torch.randint(len(images), (800, 100)):
+            svi.step(images[rows])
+        for loss in (elbo, IWELBO(50)):
+            bounds[name, type(loss).__name__] = -loss.loss(model, guide.eval(), images) / len(images)
+    assert bounds["draws", "IWELBO"] > bounds["plain", "Trace_ELBO"] + 0.3
+    assert bounds["draws", "IWELBO"] > bounds["plain", "IWELBO"] + 0.3
 
 
 def signal_to_noise(num_particles: int, gradient: str) -> float:
