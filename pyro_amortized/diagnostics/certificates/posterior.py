@@ -138,8 +138,6 @@ class CertifiedPosterior(Report):
             if own.sizes[self.plate]:
                 lines.append(f"{stage:12s}" + self._row(own))
         lines.append(f"{'all':12s}" + self._row(data))
-        if data.attrs.get("global_latents", "none") != "none":
-            lines.append(f"global latents {data.attrs['global_latents']}")
         return "\n".join([*lines, *fill(self.verdict)])
 
     def _row(self, data: xarray.Dataset) -> str:
@@ -174,6 +172,9 @@ class CertifiedPosterior(Report):
         first = float((data["certified"] & (data["stage"] == "encoder")).mean())
         if first > 0.9:
             words.append("The encoder's weighted draws do for nearly all of them.")
+        held = data.attrs.get("global_latents", "none")
+        if held != "none":
+            words.append(f"Posteriors are those given the global latents, {held}.")
         return " ".join(words)
 
     @in_style
