@@ -136,7 +136,8 @@ class _Pipeline:
                 own = rows[chosen]
                 fitted = adapt(self.problem, proposal[chosen], own, self.rng, rounds)
                 self._weigh("full_rank", own, fitted, "mixture", most)
-                self.explored.doubt(own[torch.isin(own, self.left)])
+                poor = ~(self.result.ess[own] >= self.target.ess) | (self.result.khat[own] >= self.target.khat)
+                self.explored.doubt(own[poor & torch.isin(own, self.left)])
 
     def _full_rank(self) -> Member | None:
         """Full-rank normals, which are returned for chains to start at."""

@@ -60,8 +60,9 @@ class Weighed:
     Attributes:
         draws: ``(S, n, D)``, drawn again in proportion to their smoothed weights.
         khat: Shape of the weights' tail, ``(n,)``; minus infinity for equal weights.
-        ess: Effective sample size, ``(n,)``: the smallest of that of the weights, those of the means of all dimensions,
-            and those of the means of values in their support; an extrapolation where a few draws showed it to be small.
+        ess: Effective sample size of ``draws``, ``(n,)``: the smallest of that of the weights, those of the means of
+            all dimensions, and of values in their support; an extrapolation where a few draws showed it
+            to be small.
         tail_ess: The smallest of those of the dimensions' standard deviations, ``(n,)``.
     """
 
@@ -124,17 +125,18 @@ def _summarise(z: Tensor, log_weights: Tensor, layout: SiteLayout, target: Targe
     weights = smoothed.softmax(0)
     khat = torch.where(weights.amax(0) * count <= BOUNDED, khat.double().clamp(max=0.0), khat.double())
     chosen = systematic(weights, rng, wanted)
+    resampled = max(0.0, 1 / wanted - 1 / count)
     draws = z.gather(0, chosen.unsqueeze(-1).expand(-1, -1, z.shape[-1]))
-    of_means, of_scales = _effective_sizes(weighted_moments(z, weights)[2])
-    of_means = torch.minimum(of_means, 1 / weights.square().sum(0))
+    of_means, of_scales = _effective_sizes(weighted_moments(z, weights, resampled)[2])
+    of_means = torch.minimum(of_means, 1 / (weights.square().sum(0) + resampled))
     supported = in_support(layout, z)
     if supported is not None:
-        of_means = torch.minimum(of_means, _effective_sizes(weighted_moments(supported, weights)[2])[0])
+        of_means = torch.minimum(of_means, _effective_sizes(weighted_moments(supported, weights, resampled)[2])[0])
     sizes = (torch.where(none, 0.0, size * max(1.0, wanted / count)) for size in (of_means, of_scales))
     return Weighed(draws, torch.where(none, torch.inf, khat), *sizes)
 
 
-def weighted_moments(z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def weighted_moments(z: Tensor, weights: Tensor, resampled: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     r"""Means and standard deviations of weighted draws, and their errors.
 
     A mean :math:`\sum_k w_k u_k` of standardised draws has variance :math:`\sum_k w_k^2 u_k^2`, and a standard
@@ -144,6 +146,7 @@ def weighted_moments(z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor
     Args:
         z: Draws ``(K, n, D)``.
         weights: Their weights ``(K, n)``, which sum to 1.
+        resampled: Where fewer, S, are drawn again in proportion to the weights, 1 / S - 1 / K, for the errors of these.
 
     Returns:
         Means and standard deviations, ``(n, D)`` each, and standard errors of the means, in standard deviations, and
@@ -152,7 +155,7 @@ def weighted_moments(z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor
     References:
         Monte Carlo Theory, Methods and Examples, Art B. Owen (2013), chapter 9, https://artowen.su.domains/mc/
     """
-    squares = weights.square()
+    squares = weights.square() + resampled * weights
     loc = torch.einsum("kn,knd->nd", weights, z)
     centred = (z - loc).square()
     variance = torch.einsum("kn,knd->nd", weights, centred).clamp(min=1e-300)
