@@ -61,8 +61,7 @@ class Weighed:
         draws: ``(S, n, D)``, drawn again in proportion to their smoothed weights.
         khat: Shape of the weights' tail, ``(n,)``; minus infinity for equal weights.
         ess: Effective sample size of ``draws``, ``(n,)``: the smallest of that of the weights, those of the means of
-            all dimensions, and of values in their support; an extrapolation where a few draws showed it
-            to be small.
+            all dimensions, and of values in their support; an extrapolation where a few draws showed it to be small.
         tail_ess: The smallest of those of the dimensions' standard deviations, ``(n,)``.
     """
 

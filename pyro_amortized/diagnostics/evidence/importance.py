@@ -245,7 +245,7 @@ def _expected_order_statistics(
 
 
 def systematic(weights: torch.Tensor, rng: torch.Generator, number: int | None = None) -> torch.Tensor:
-    """Positions `(S, N)` in proportion to each column's weights `(K, N)`, evenly spaced, in random order; S is K."""
+    """`number` positions, `(S, N)`, K by default, in proportion to weights `(K, N)`, evenly spaced, in random order."""
     number = len(weights) if number is None else number
     shape = (weights.shape[1], 1)
     positions = (torch.arange(number) + torch.rand(shape, generator=rng, dtype=torch.float64)) / number
