@@ -1,11 +1,11 @@
 """What certified posteriors are worth: ``make certificates``, or ``python benchmarks/certificates.py NAME ...``.
 
 For each model, a guide is trained for a short while, new datapoints get certified posteriors, and their means and
-standard deviations are compared with the truth: exact, by quadrature, by 40000 weighted draws where the posterior is
-log-concave, or by long chains that start at draws of the prior; NUTS checks it at some datapoints. Right is a mean
-within 0.1 standard deviations and a standard deviation within 10 %, in every dimension; grossly wrong is three times
-that in any. Costs are evaluations of the log-joint for each datapoint, and gradients of Pyro's NUTS (``--nuts N``, of
-so many datapoints) at its usual 4 chains of 1000 steps of warm-up and 1000 draws.
+standard deviations are compared with the truth: exact, by quadrature, or by 40000 weighted draws where the posterior is
+log-concave; NUTS checks it at some datapoints. Right is a mean within 0.1 standard deviations and a standard deviation
+within 10 %, in every dimension; grossly wrong is three times that in any. Costs are evaluations of the log-joint for
+each datapoint, and gradients of Pyro's NUTS (``--nuts N``, of so many datapoints) at its usual 4 chains of 1000 steps
+of warm-up and 1000 draws.
 """
 
 from __future__ import annotations
@@ -23,17 +23,14 @@ from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from torch import Tensor
 
 from pyro_amortized import AmortizedGuide, CertifiedPosterior, certified_posterior
-from pyro_amortized.diagnostics.certificates.hmc import run_chains
 from pyro_amortized.diagnostics.certificates.stages import STAGES
-from pyro_amortized.diagnostics.certificates.target import Target
 from pyro_amortized.diagnostics.evidence.evidence import log_weights_at
 from pyro_amortized.diagnostics.evidence.proposal import Proposal
 from pyro_amortized.diagnostics.optimum.laplace import covariance_root, find_modes, hessian
 from pyro_amortized.diagnostics.problem import bind
-from pyro_amortized.objective.prior import prior_draws
 
-LONG, WEIGHTED = 20_000, 40_000
-"""Draws of the chains, and weighted draws, that stand for the truth."""
+WEIGHTED = 40_000
+"""Weighted draws that stand for the truth of log-concave posteriors."""
 
 
 def train(case: Case, num_steps: int, overconfident: float) -> AmortizedGuide:
@@ -67,17 +64,6 @@ def by_weights(case: Case, guide: AmortizedGuide, x: Tensor) -> Moments:
     z = torch.cat(draws)
     mean = torch.einsum("kn,knd->nd", weights, z)
     return mean, torch.einsum("kn,knd->nd", weights, (z - mean).square()).sqrt()
-
-
-def by_long_chains(case: Case, guide: AmortizedGuide, x: Tensor) -> Moments:
-    """Moments by long chains that start at draws of the prior."""
-    problem = bind(case.model, guide, (x,), None, 0)
-    draws = prior_draws(problem.objective.log_joint, 1000).double()
-    root = torch.diag_embed(draws.std(0))
-    rng = torch.Generator().manual_seed(3)
-    found = run_chains(problem, torch.arange(len(x)), draws[:8], root, Target(LONG), rng)
-    print(f"    long chains converged for {found.reach(Target(LONG)).double().mean():.1%}")
-    return found.draws.mean(0), found.draws.std(0)
 
 
 def run_nuts(case: Case, x: Tensor) -> tuple[float, Moments]:
@@ -153,10 +139,7 @@ def main() -> None:
         start = time.perf_counter()
         found = certified_posterior(case.model, guide, (x,), num_samples=args.num_samples, seed=args.seed)
         seconds = time.perf_counter() - start
-        if case.truth is None:
-            truth = (by_weights if case.log_concave else by_long_chains)(case, guide, x)
-        else:
-            truth = case.truth(x)
+        truth = by_weights(case, guide, x) if case.truth is None else case.truth(x)
         nuts = float("nan")
         if args.nuts:
             nuts, (mean, scale) = run_nuts(case, x[: args.nuts])

@@ -1,4 +1,4 @@
-"""Models whose posteriors are known, for ``certificates.py``: exactly, by quadrature, or by very long chains."""
+"""Models whose posteriors are known, for ``certificates.py``: exactly, by quadrature, or log-concave."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ class Case:
         name: What it is.
         model: The model of ``x``, ``(N, ...)``.
         simulate: From N and a seed to x.
-        truth: From x to the posterior's moments; None where they are estimated.
-        log_concave: Whether the posterior has one mode for certain, so that weighted draws around it tell the truth.
+        truth: From x to the posterior's moments; None for log-concave posteriors: weighted draws around the one mode
+            tell them.
     """
 
     name: str
     model: Callable[[Tensor], None]
     simulate: Callable[[int, int], Tensor]
     truth: Callable[[Tensor], Moments] | None = None
-    log_concave: bool = False
 
 
 def _rng(seed: int) -> torch.Generator:
@@ -75,7 +74,7 @@ def poisson_factors(latents: int = 6, items: int = 15) -> Case:
             z = pyro.sample("z", dist.Normal(torch.zeros(latents), 1.0).to_event(1))
             pyro.sample("x", dist.Poisson((z @ weights.T + 1.0).exp()).to_event(1), obs=x)
 
-    return Case("Poisson factors, D=6", model, _simulated(model, torch.zeros(items)), log_concave=True)
+    return Case("Poisson factors, D=6", model, _simulated(model, torch.zeros(items)))
 
 
 def bernoulli_factors(latents: int = 10, items: int = 30) -> Case:
@@ -87,7 +86,7 @@ def bernoulli_factors(latents: int = 10, items: int = 30) -> Case:
             z = pyro.sample("z", dist.Normal(torch.zeros(latents), 1.0).to_event(1))
             pyro.sample("x", dist.Bernoulli(logits=z @ weights.T).to_event(1), obs=x)
 
-    return Case("Bernoulli factors, D=10", model, _simulated(model, torch.zeros(items)), log_concave=True)
+    return Case("Bernoulli factors, D=10", model, _simulated(model, torch.zeros(items)))
 
 
 def logit_hierarchy(groups: int = 9, trials: int = 10, *, centred: bool = False) -> Case:
@@ -104,8 +103,33 @@ def logit_hierarchy(groups: int = 9, trials: int = 10, *, centred: bool = False)
             logits = effect if centred else mean[..., None] + log_spread.exp()[..., None] * effect
             pyro.sample("x", dist.Binomial(trials, logits=logits).to_event(1), obs=x)
 
+    def truth(x: Tensor) -> Moments:
+        """Given mean and spread the effects are independent: integrals over one, by its count, within a plane."""
+        means, log_spreads = torch.linspace(-9.0, 9.0, 241), torch.linspace(-4.7, 3.7, 211)
+        mean, log_spread = torch.cartesian_prod(means, log_spreads).unbind(-1)
+        noise = torch.linspace(-7.0, 7.0, 281)
+        logits = mean[:, None] + log_spread.exp()[:, None] * noise
+        effect = logits if centred else noise.expand_as(logits)
+        given = []
+        for count in range(trials + 1):
+            likelihood = dist.Binomial(trials, logits=logits).log_prob(torch.tensor(float(count)))
+            log_weights = dist.Normal(0.0, 1.0).log_prob(noise) + likelihood
+            weights = log_weights.softmax(-1)
+            moments = (weights * effect).sum(-1), (weights * effect.square()).sum(-1)
+            given.append(torch.stack([log_weights.logsumexp(-1), *moments]))
+        tables = torch.stack(given)
+        log_prior = dist.Normal(0.0, 1.5).log_prob(mean) + dist.Normal(-0.5, 0.7).log_prob(log_spread)
+        above = torch.stack([mean, log_spread], -1)
+        first, second = [], []
+        for counts in x.long():
+            weights = (log_prior + tables[counts, 0].sum(0)).softmax(0)
+            first.append(torch.cat([weights @ above, tables[counts, 1] @ weights]))
+            second.append(torch.cat([weights @ above.square(), tables[counts, 2] @ weights]))
+        loc = torch.stack(first)
+        return loc, (torch.stack(second) - loc.square()).sqrt()
+
     name = "centred" if centred else "non-centred"
-    return Case(f"logit hierarchy, {name}, D=11", model, _simulated(model, torch.zeros(groups)))
+    return Case(f"logit hierarchy, {name}, D=11", model, _simulated(model, torch.zeros(groups)), truth)
 
 
 def _in_a_plane(name: str, prior: Any, likelihood: Callable[[Tensor], Any], reach: float, blank: Tensor) -> Case:

@@ -135,11 +135,11 @@ def to_arviz(
     check_guide(guide)
     total, num_samples, marginal = num_calls(model_args), options.num_samples, None
     shards = Shards(model_args)
-    _check_shared(shards, store, options, is_marginal)
+    _check_shared(shards, store, options)
     if is_marginal:
         options = replace(options, groups=options.groups - {"log_likelihood"})
         asked: dict[str, Any] = {"num_samples": num_samples, "to_args": to_args, "seed": seed, "progress": progress}
-        marginal = marginal_likelihood(model, guide, model_args, model_kwargs, **asked)
+        marginal = marginal_likelihood(model, guide, model_args, model_kwargs, shards=shards, **asked)
     exporter = Exporter(model, guide, options, shards, marginal)
     with (
         progress_bar(None if total is None else total * num_samples, "Drawing", progress) as bar,
@@ -155,15 +155,13 @@ def to_arviz(
     return _inference_data({name: shards.in_order(part, plate) for name, part in written.joined().items()})
 
 
-def _check_shared(shards: Shards, store: StorePath | None, options: Options, is_marginal: bool) -> None:
+def _check_shared(shards: Shards, store: StorePath | None, options: Options) -> None:
     """Raises a ValueError if processes are to do together what each has to do by itself."""
     cause = None
     if store is not None:
         cause, remedy = "write one store", "a loader without DistributedSampler in one of them"
     elif options.groups & set(PRIOR_GROUPS):
         cause, remedy = "draw from the prior", "prior=False, and another export of the prior"
-    elif is_marginal:
-        cause, remedy = "weigh draws of global latents by all data", "one process, a loader without DistributedSampler"
     if shards.shared and cause is not None:
         raise ValueError(f"Cannot {cause} in several processes because they share the data; try {remedy}.")
 

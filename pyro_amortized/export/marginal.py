@@ -27,6 +27,7 @@ from pyro_amortized.diagnostics.evidence.global_draws import (
 from pyro_amortized.diagnostics.evidence.importance import psis
 from pyro_amortized.diagnostics.optimum.local_optimum import solve
 from pyro_amortized.diagnostics.problem import bind
+from pyro_amortized.diagnostics.shards import Shards
 from pyro_amortized.export.batch import systematic
 from pyro_amortized.export.groups import Group
 from pyro_amortized.export.runs import ModelRuns
@@ -44,7 +45,7 @@ class Marginal:
 
     Attributes:
         globals: The draws by site, ``(S, *batch, *event)``.
-        log_likelihood: Nats, ``(S, N)``, of every batch.
+        log_likelihood: Nats, ``(S, N)``, of every batch, of all processes in turn where several share the data.
         khat: The tail shape of the weights by which the draws were drawn again.
     """
 
@@ -76,6 +77,7 @@ def marginal_likelihood(
     to_args: ToArgs | None,
     seed: int,
     progress: bool,
+    shards: Shards,
 ) -> Marginal:
     """Draws global latents, weighs them by all data, and draws them again.
 
@@ -86,10 +88,10 @@ def marginal_likelihood(
         UserWarning: If the weights of the draws have too heavy a tail.
     """
     _check_again(model_args)
-    effort, draws, found, log_prior = Effort(), None, [], torch.zeros(())
-    frame, rows = None, []
-    for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs, to_args, model)):
-        own_seed = batch_seed(seed, number)
+    effort, draws, parts, log_prior = Effort(), None, [], torch.zeros(())
+    frame = None
+    for number, (args, kwargs) in enumerate(calls(model_args, model_kwargs, to_args, model, shared=True)):
+        own_seed = batch_seed(seed, shards.number(number))
         guide.setup(*args, **kwargs)
         _check_latents(guide)
         problem = bind(model, guide, args, kwargs, own_seed)
@@ -97,10 +99,13 @@ def marginal_likelihood(
             draws = draw_globals(guide, args, kwargs, num_samples, seed)
             log_prior = torch.stack([outside_log_joint(problem, values) for values in draws.values])
         phi = solve(problem, effort.tolerance, own_seed, progress).phi
-        found.append(evidence_of_draws(problem, phi, draws.values, effort, own_seed, progress)["log_evidence"])
+        evidence = evidence_of_draws(problem, phi, draws.values, effort, own_seed, progress)["log_evidence"]
         frame = problem.objective.log_joint.structure.datapoints
-        rows.append(problem.index)
-    index = torch.cat(rows) if rows else torch.empty(0)
+        parts.append((evidence, problem.index))
+    parts = list(shards.collect(parts))
+    found = [evidence for evidence, _ in parts]
+    rows = torch.from_numpy(shards.positions()[1]) if shards.shared else slice(None)
+    index = torch.cat([index for _, index in parts])[rows] if parts else torch.empty(0)
     size, once = len(index), len(index.unique())
     if draws is None or frame is None or (frame.subsampled and not size == once == frame.full_size):
         twice = f", and {size - once} of them again" if size > once else ""
@@ -109,11 +114,10 @@ def marginal_likelihood(
             f"datapoints are at hand{twice}, and their posterior is that given all of them, each once; try a loader "
             "over all data."
         )
-    return _resampled(draws, found, log_prior, seed)
+    return _resampled(draws, found, log_prior + torch.cat(found, 1)[:, rows].sum(1) - draws.log_q, seed)
 
 
-def _resampled(draws: GlobalDraws, found: list[Tensor], log_prior: Tensor, seed: int) -> Marginal:
-    log_weights = log_prior + torch.cat(found, 1).sum(1) - draws.log_q
+def _resampled(draws: GlobalDraws, found: list[Tensor], log_weights: Tensor, seed: int) -> Marginal:
     smoothed, khat = psis(log_weights.unsqueeze(-1))
     if khat.item() > _HEAVY_TAIL:
         warnings.warn(

@@ -66,6 +66,11 @@ def certify(loader: DataLoader, path: str | None = None) -> CertifiedPosterior:
     return certified_posterior(model, new_guide(), loader, num_samples=400, path=path)
 
 
+def leave_one_out(loader: DataLoader) -> dict[str, Any]:
+    exported = to_arviz(model, new_guide(), loader, num_samples=30, log_likelihood="marginal")
+    return {name: exported[name] for name in ("posterior", "sample_stats", "log_likelihood")}
+
+
 def check_labels() -> None:
     """Rows are where their coordinates say, wherever the sampler lies and whatever it leaves out."""
     guide, rows = new_guide(), data()
@@ -119,6 +124,30 @@ def test_every_process_has_the_result_of_one_with_all_data(tmp_path: Path) -> No
             expected = expected.isel(data=order).assign_coords(data=range(SIZE))
         for rank in range(2):
             xarray.testing.assert_allclose(xarray.load_dataset(tmp_path / f"{name}-{rank}.nc"), expected, rtol=1e-6)
+
+
+def weigh_in_process(rank: int, size: int, path: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=size)
+    for name, dataset in leave_one_out(shared_loader()).items():
+        dataset.to_netcdf(f"{path}/{name}-{rank}.nc")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_draws_of_global_latents_are_weighed_by_the_data_of_all_processes(tmp_path: Path) -> None:
+    """The row that is repeated counts once among the weights."""
+    import xarray
+
+    torch.multiprocessing.spawn(weigh_in_process, (2, str(tmp_path)), nprocs=2)
+    once = DataLoader(data(), batch_sampler=BY_TURNS[:-1])
+    order = torch.tensor(sum(BY_TURNS[:-1], [])).argsort().numpy()
+    for name, expected in leave_one_out(once).items():
+        if "data" in expected.dims:
+            expected = expected.isel(data=order).assign_coords(data=range(SIZE))
+        for rank in range(2):
+            xarray.testing.assert_allclose(xarray.load_dataset(tmp_path / f"{name}-{rank}.nc"), expected, rtol=1e-6)
+    assert float(expected["x"].std("draw").max()) > 0.01  # draws of the global latents differ in what they tell
 
 
 def certify_in_process(rank: int, size: int, path: str) -> None:
