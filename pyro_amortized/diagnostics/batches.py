@@ -41,9 +41,24 @@ def _is_shuffled(loader: DataLoader[Any]) -> bool:
 
 def dealing_sampler(model_args: Any) -> DistributedSampler[Any] | None:
     """What deals the data of a loader out to several processes; None if nothing does."""
-    if num_processes() == 1 or not isinstance(model_args, DataLoader):
-        return None
-    return next((sampler for sampler in _samplers(model_args) if isinstance(sampler, DistributedSampler)), None)
+    return None if num_processes() == 1 else _dealing(model_args)
+
+
+def _dealing(loader: Any) -> DistributedSampler[Any] | None:
+    samplers = _samplers(loader) if isinstance(loader, DataLoader) else []
+    return next((sampler for sampler in samplers if isinstance(sampler, DistributedSampler)), None)
+
+
+def _check_alone(batches: Any) -> None:
+    """Raises a ValueError if a single process would go through a part of the data, or in another order."""
+    dealing = _dealing(batches) if num_processes() == 1 else None
+    if dealing is not None and (dealing.shuffle or dealing.num_replicas > 1):
+        cause = "shuffles" if dealing.shuffle else f"gives this process one of {dealing.num_replicas} parts of the data"
+        raise ValueError(
+            f"Cannot tell which datapoint a result belongs to because the DataLoader's DistributedSampler {cause} and "
+            "this process is alone; try a DataLoader without it, or DistributedSampler(..., shuffle=False) after "
+            "torch.distributed.init_process_group."
+        )
 
 
 def _check_ends(batches: Any) -> None:
@@ -170,6 +185,7 @@ def calls(
         raise ValueError(
             "Cannot tell which datapoint a result belongs to because the DataLoader shuffles; try shuffle=False."
         )
+    _check_alone(model_args)
     if not shared and dealing_sampler(model_args) is not None:
         raise ValueError(
             "Cannot go through the data because a DistributedSampler gives every process another part of them, and "

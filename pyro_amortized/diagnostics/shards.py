@@ -48,21 +48,33 @@ class Shards:
         by_turns = zip_longest(*of_all_processes(list(parts)))
         yield from (part for part in chain.from_iterable(by_turns) if part is not None)
 
-    def positions(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    def positions(self, number: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Where the collected rows lie in the data set, ascending, and the rows that lie there.
 
         Samplers repeat rows to come out even; each is taken once.
+
+        Args:
+            number: Number of rows collected.
+
+        Raises:
+            ValueError: If items of the data set are no rows, so that it cannot be told.
         """
         batches = self._loader.batch_sampler
         own = self._loader.sampler if batches is None else batches
         found = np.concatenate(list(self.collect(np.atleast_1d(batch) for batch in own)))
+        if len(found) != number:
+            raise ValueError(
+                f"Cannot put together what several processes have found because {len(found)} items of the data set are "
+                f"{number} datapoints; try a data set whose items are single datapoints, in a loader with batch_size, "
+                "or one process without DistributedSampler."
+            )
         return np.unique(found, return_index=True)
 
     def in_order(self, dataset: xarray.Dataset, plate: str | None) -> xarray.Dataset:
         """What was collected and joined, in the order of the data set, each row once."""
         if not self.shared or plate not in dataset.dims:
             return dataset
-        positions, rows = self.positions()
+        positions, rows = self.positions(dataset.sizes[plate])
         numbered = np.array_equal(dataset[plate].values, np.arange(dataset.sizes[plate]))
         dataset = dataset.isel({plate: rows})
         return dataset.assign_coords({plate: positions}) if numbered else dataset

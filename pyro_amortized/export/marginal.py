@@ -104,8 +104,9 @@ def marginal_likelihood(
         parts.append((evidence, problem.index))
     parts = list(shards.collect(parts))
     found = [evidence for evidence, _ in parts]
-    rows = torch.from_numpy(shards.positions()[1]) if shards.shared else slice(None)
-    index = torch.cat([index for _, index in parts])[rows] if parts else torch.empty(0)
+    index = torch.cat([index for _, index in parts]) if parts else torch.empty(0)
+    rows = torch.from_numpy(shards.positions(len(index))[1]) if shards.shared else slice(None)
+    index = index[rows]
     size, once = len(index), len(index.unique())
     if draws is None or frame is None or (frame.subsampled and not size == once == frame.full_size):
         twice = f", and {size - once} of them again" if size > once else ""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from lightning.pytorch.utilities import CombinedLoader
 from pyro.optim import PyroOptim
 from torch import nn
 from torch.optim import Optimizer
@@ -13,10 +14,13 @@ from torch.optim import Optimizer
 __all__ = [
     "check_built",
     "check_clippable",
+    "check_counted",
     "check_evaluated",
     "check_loaded",
+    "check_median",
     "check_module_options",
     "check_optimizer",
+    "check_single",
     "warn_of_pending",
 ]
 
@@ -90,6 +94,39 @@ def check_evaluated(weight: float) -> None:
             "Cannot evaluate the loss because the loader has no batches; try one that has some, drop_last=False, or a "
             "Trainer with limit_val_batches=0."
         )
+
+
+def check_counted(counted: Any, elbo: Any) -> None:
+    """Raises a ValueError unless the model has run, and shown how many rows a process has."""
+    if not counted:
+        raise ValueError(
+            f"Cannot share the datapoints among processes with a {type(elbo).__name__} because a loss that is compiled "
+            "does not run the model again, which tells how many there are in a batch; try elbo=pyro.infer.Trace_ELBO()."
+        )
+
+
+def check_single(loaders: Any) -> None:
+    """Raises a ValueError if there are several loaders to train on."""
+    if isinstance(loaders, Mapping | list | tuple | CombinedLoader):
+        raise ValueError(
+            f"Cannot train on a {type(loaders).__name__} of loaders because a step takes the model's arguments from "
+            "one batch; try one DataLoader, of a torch.utils.data.StackDataset or ConcatDataset of the data."
+        )
+
+
+def check_median(guide: Any) -> Callable[..., Any]:
+    """The guide's ``median``, if it has one.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    if not hasattr(guide, "median"):
+        raise ValueError(
+            f"Cannot predict by a {type(guide).__name__} because it knows no medians; try pyro.infer.Predictive(model, "
+            "guide=guide, num_samples=...), or a guide of this package."
+        )
+    median: Callable[..., Any] = guide.median
+    return median
 
 
 def check_loaded(missing: Sequence[str], unexpected: Sequence[str]) -> None:

@@ -20,9 +20,9 @@ class History(Report):
 
     Attributes:
         dataset: ``train_loss`` over ``step``, as ``svi.step`` would return it; ``val_loss`` and ``val_elbo``, its
-            negative, over ``validation``, with the ``epoch`` and the number of steps done (``val_step``). The attribute
-            ``of_batches`` says whether these are of the batch at hand and of the validation data, or of as many
-            datapoints as the model has.
+            negative, over ``validation``, with the ``epoch`` and the number of batches trained on before
+            (``val_step``). The attribute ``of_batches`` says whether these are of the batch at hand and of the
+            validation data, or of as many datapoints as the model has.
     """
 
     def __str__(self) -> str:
@@ -84,9 +84,9 @@ class Record:
         if len(self._new) >= 1000:
             self._read()
 
-    def validation(self, epoch: int, step: int, loss: float) -> None:
+    def validation(self, epoch: int, loss: float) -> None:
         """Keeps the loss of a validation."""
-        self._validations.append((epoch, step, loss))
+        self._validations.append((epoch, len(self._train) + len(self._new), loss))
 
     def _read(self) -> list[float]:
         if self._new:

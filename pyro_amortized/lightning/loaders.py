@@ -64,10 +64,11 @@ def generators_of(loaders: Any) -> list[torch.Generator]:
     return list(found.values())
 
 
-def give_generators(loaders: Any) -> None:
-    """Gives loaders without a generator one of their own, for the number that each draws when it starts."""
+def give_generators(loaders: Any, but: Any) -> None:
+    """Gives loaders without a generator, but those, one of their own, for the number that each draws when it starts."""
+    others = {id(loader) for loader in all_loaders(but)}
     for loader in all_loaders(loaders):
-        if isinstance(loader, DataLoader) and loader.generator is None:
+        if isinstance(loader, DataLoader) and loader.generator is None and id(loader) not in others:
             loader.generator = torch.Generator()
 
 

@@ -17,10 +17,13 @@ from pyro_amortized.diagnostics.processes import num_processes, of_all_processes
 from pyro_amortized.lightning.checks import (
     check_built,
     check_clippable,
+    check_counted,
     check_evaluated,
     check_loaded,
+    check_median,
     check_module_options,
     check_optimizer,
+    check_single,
     warn_of_pending,
 )
 from pyro_amortized.lightning.files import write_whole_files
@@ -77,6 +80,8 @@ class SVIModule(LightningModule):
         optimizer: A function from parameters to a torch optimizer; Adam with lr 1e-3 by default.
         scheduler: A function from the optimizer to a scheduler, which steps after every epoch, or to a dictionary as
             Lightning's ``configure_optimizers`` describes.
+        plate: Name of the plate of the datapoints that the loader goes over. By default that of the guide if it is one
+            of this package, else the outermost plate with data that is subsampled, or is as large as a batch.
 
     Attributes:
         history: The course of training, a :class:`History`.
@@ -112,6 +117,7 @@ class SVIModule(LightningModule):
         to_args: ToArgs | None = None,
         optimizer: MakeOptimizer = _ADAM,
         scheduler: Callable[[Optimizer], Any] | None = None,
+        plate: str | None = None,
     ) -> None:
         check_module_options(model, guide, Trace_ELBO() if elbo is None else elbo, optimizer, scheduler, to_args)
         super().__init__()
@@ -124,6 +130,7 @@ class SVIModule(LightningModule):
         self.elbo: Any = Trace_ELBO() if elbo is None else elbo
         self.to_args = to_args
         self._optimizer, self._scheduler = optimizer, scheduler
+        self._requested = plate
         self._plate: DataPlate | None = None
         self._ready = False
         self._pending: Mapping[str, Any] = {}
@@ -149,7 +156,9 @@ class SVIModule(LightningModule):
             return
         args, kwargs = call_of(batch, None, self.to_args, self.model)
         names = find_parameters(self, lambda: self.elbo.loss(self.model, self.guide, *args, **kwargs))
-        self._plate = find_plate(self.model, getattr(self.guide, "plate", None), args, kwargs)
+        own = getattr(self.guide, "plate", None)
+        requested = self._requested or (own if isinstance(own, str) else None)
+        self._plate = find_plate(self.model, requested, args, kwargs)
         self.store.adopt(names, {id(parameter) for parameter in self.parameters()})
         self._ready = True
         if self._pending:
@@ -159,7 +168,10 @@ class SVIModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Finds the parameters, and checks the size of the data against the model's."""
         write_whole_files(self.trainer)
-        loader = next(all_loaders(loaders_of(self.trainer, stage)))
+        loaders = loaders_of(self.trainer, stage)
+        if stage == "fit":
+            check_single(loaders)
+        loader = next(all_loaders(loaders))
         if not self._ready:
             self.initialize(self.trainer.strategy.broadcast(first_batch(loader)))
         if stage == "fit" and self._plate is not None:
@@ -225,13 +237,14 @@ class SVIModule(LightningModule):
         """This process's part of the loss: the mean of all parts is the loss of their rows together."""
         if self._plate is None:
             raise ValueError(
-                "Cannot train in several processes because the model has no one plate of datapoints, whose rows they "
-                "share; try putting the data into a pyro.plate."
+                "Cannot train in several processes because it is not clear in which plate of the model the datapoints "
+                "lie that they share; try putting the data into a pyro.plate, and its name, SVIModule(..., plate=...)."
             )
         of_batch = self._plate.size is None
         groups = getattr(self.guide, "groups", None) or ()
         with RowsOfPlate(self._plate.name, num_processes() if of_batch else 1, groups) as plate:
             loss = evaluate()
+        check_counted(plate.rows or of_batch, self.elbo)
         return loss if of_batch else loss * share_of_rows(plate.rows, self.device)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -248,8 +261,7 @@ class SVIModule(LightningModule):
         """The guide's medians of a batch, by site."""
         with plain_tensors(batch) as plain:
             args, kwargs = call_of(plain, None, self.to_args, self.model)
-            guide: Any = self.guide
-            return guide.median(*args, **kwargs)
+            return check_median(self.guide)(*args, **kwargs)
 
     def on_validation_model_zero_grad(self) -> None:
         """Keeps the generators' states: training draws the same numbers, whether it is interrupted by validations."""
@@ -266,7 +278,7 @@ class SVIModule(LightningModule):
         """Logs the loss of all batches."""
         loss = self._log_evaluated("val")
         if not self.trainer.sanity_checking and self.trainer.state.fn == "fit":
-            self._record.validation(self.current_epoch, self.global_step, loss)
+            self._record.validation(self.current_epoch, loss)
 
     def on_test_epoch_end(self) -> None:
         """Logs the loss of all batches."""
@@ -322,7 +334,7 @@ class SVIModule(LightningModule):
             if not self._resumed["in_epoch"]:
                 self._restore_generators()
                 restart_loaders(self.trainer)
-        give_generators(self.trainer.val_dataloaders)
+        give_generators(self.trainer.val_dataloaders, but=self.trainer.train_dataloader)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Does so again in an epoch that goes on, where the loader has drawn the order from its own state."""

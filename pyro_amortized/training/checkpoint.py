@@ -81,9 +81,9 @@ def save_checkpoint(path: str | os.PathLike[str], **parts: Any) -> None:
 def load_checkpoint(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
     """Puts everything back to where it was at :func:`save_checkpoint`.
 
-    Guides need not be set up. Parameters of models that are functions must be in the parameter store already, since
-    only the model knows their constraints: evaluate the loss once before, as by ``svi.evaluate_loss(x)``. Parameters
-    that the store has got since then leave it.
+    Guides of this package need not be set up; Pyro's own must be, as by ``svi.evaluate_loss(x)``. Parameters of models
+    that are functions must be in the parameter store already, since only the model knows their constraints: evaluate
+    the loss once before, as by ``svi.evaluate_loss(x)``. Parameters that the store has got since then leave it.
 
     Args:
         path: The file.
@@ -93,7 +93,8 @@ def load_checkpoint(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any
         The plain values that were saved.
 
     Raises:
-        ValueError: If the file is no checkpoint, a part was not saved, or a parameter is not in the store yet.
+        ValueError: If the file is no checkpoint, a part was not saved or is another one, or a parameter is not in the
+            store yet.
     """
     path = os.fspath(path)
     try:
@@ -108,7 +109,7 @@ def load_checkpoint(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any
     if absent:
         raise ValueError(f"Cannot load {absent} because the checkpoint holds {sorted(state)}; try some of these.")
     for name, part in parts.items():
-        _restore(part, state.pop(name))
+        _restore(name, part, state.pop(name))
     _restore_store(store, _parameters_of(parts))
     restore_generators(generators)
     return {name: value for name, value in state.items() if not isinstance(value, dict)}
@@ -146,13 +147,20 @@ def _check_readable(path: str, parts: dict[str, Any]) -> None:
         ) from error
 
 
-def _restore(part: Any, state: Any) -> None:
+def _restore(name: str, part: Any, state: Any) -> None:
     if isinstance(part, PyroOptim):
         part.optim_objs.clear()  # Pyro gives a state only to parameters that it meets for the first time
         part._state_waiting_to_be_consumed.clear()
         part.set_state(state)
     else:
-        part.load_state_dict(state)
+        try:
+            part.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(
+                f"Cannot load {name}=<{type(part).__name__}> because its parameters are not those that were saved, or "
+                f"have not been made yet ({error}); try the same {name}, and one evaluation of the loss before, "
+                "svi.evaluate_loss(x)."
+            ) from error
 
 
 def _parameters_of(parts: dict[str, Any]) -> set[int]:

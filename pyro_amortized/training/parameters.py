@@ -80,5 +80,8 @@ class StoreParameters(nn.Module):
             if entry is None or id(entry) in held:
                 continue
             parameter = entry if isinstance(entry, nn.Parameter) else nn.Parameter(entry.detach())
-            self.register_parameter(name.replace(".", "/"), parameter)
+            own = name.replace(".", "/")
+            while hasattr(self, own):  # such as "type", an attribute of every module
+                own += "_"
+            self.register_parameter(own, parameter)
             store.set_state({"params": {name: parameter}, "constraints": {name: state["constraints"][name]}})

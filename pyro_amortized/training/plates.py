@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, SubsetRandomSampler
 
+from pyro_amortized.diagnostics.processes import num_processes
 from pyro_amortized.structure.layout import datapoint_plate
 from pyro_amortized.structure.plates import probe
-from pyro_amortized.structure.sites import is_data
+from pyro_amortized.structure.sites import is_data, sample_sites
 
 __all__ = ["DataPlate", "RowsOfPlate", "find_plate", "is_of_batch"]
 
@@ -46,6 +49,8 @@ def is_of_batch(plate: DataPlate | None) -> bool:
 
 def _rows_of(loader: DataLoader[Any]) -> int | None:
     """How many datapoints a loader goes over; None where it does not tell."""
+    if isinstance(loader.dataset, IterableDataset) and num_processes() > 1:
+        return None  # of which each process may have its own part
     batches = loader.sampler if isinstance(loader.sampler, BatchSampler) else loader.batch_sampler
     rows = getattr(batches, "sampler", None)
     if isinstance(loader.dataset, IterableDataset) or not isinstance(
@@ -60,16 +65,39 @@ def _rows_of(loader: DataLoader[Any]) -> int | None:
 def find_plate(
     model: Callable[..., Any], requested: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> DataPlate | None:
-    """The plate of the datapoints, from one look at the model; None if the model has none, or several could be."""
+    """The plate of the datapoints, from one look at the model.
+
+    That is the outermost subsampled one of those with data; where none is, the one that is as large as the batch.
+
+    Args:
+        model: The model.
+        requested: The plate's name, if it is known.
+        args: The positional arguments of a batch.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        The plate; None if the model has none, or if several could be and none has a size of its own.
+
+    Raises:
+        ValueError: If there is no such plate, or several are subsampled.
+    """
     trace, frames = probe(model, args, kwargs)
-    try:
+    if requested is not None:
         name = datapoint_plate(trace, frames, requested, grouped=True)
-    except ValueError:
-        return None
-    if name is None:
-        return None
-    frame = frames[name]
-    return DataPlate(name, frame.full_size if frame.subsampled else None)
+        return DataPlate(str(name), frames[str(name)].full_size if frames[str(name)].subsampled else None)
+    stacks = [[f.name for f in site["cond_indep_stack"]] for site in sample_sites(trace).values() if is_data(site)]
+    subsampled = {names[0] for stack in stacks if (names := [n for n in stack if frames[n].subsampled])}
+    if len(subsampled) > 1:
+        raise ValueError(
+            f"Cannot tell which datapoints the loader goes over because the plates {sorted(subsampled)} are subsampled "
+            f"beside each other; try plate={min(subsampled)!r}, or another of them."
+        )
+    for name in subsampled:
+        return DataPlate(name, frames[name].full_size)
+    holders = {name for stack in stacks for name in stack}
+    rows = {len(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()}
+    found = holders if len(holders) == 1 else {name for name in holders if frames[name].size in rows}
+    return DataPlate(found.pop(), None) if len(found) == 1 else None
 
 
 class RowsOfPlate(Messenger):

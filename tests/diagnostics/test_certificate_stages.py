@@ -17,13 +17,15 @@ from torch import Tensor
 from pyro_amortized import certified_posterior
 from pyro_amortized.diagnostics.certificates.convergence import bulk_ess, rank_rhat, scale_ess, tail_ess
 from pyro_amortized.diagnostics.certificates.exploration import Exploration
+from pyro_amortized.diagnostics.certificates.hmc import _summarise as _chains_in_all
 from pyro_amortized.diagnostics.certificates.hmc import run_chains
 from pyro_amortized.diagnostics.certificates.smc import particles
 from pyro_amortized.diagnostics.certificates.target import Target
-from pyro_amortized.diagnostics.certificates.weighing import Member, weigh
+from pyro_amortized.diagnostics.certificates.weighing import Member, _summarise, weigh
 from pyro_amortized.objective.meter import Meter
 from pyro_amortized.objective.noise import generator
 from pyro_amortized.objective.prior import prior_draws
+from pyro_amortized.structure.layout import SiteLayout
 
 pytestmark = pytest.mark.usefixtures("_float64")
 
@@ -135,7 +137,51 @@ def test_few_effective_draws_are_made_up_for_by_more() -> None:
     assert error(more.draws, q.mean, q.stddev) < 1
 
 
+def layout(dim: int) -> SiteLayout:
+    model = LinearGaussian(torch.zeros(1, dim))
+    return bound(model.full, guided(model.full), torch.zeros(1, 1)).objective.log_joint.layout
+
+
+@pytest.mark.parametrize("share", [0.5, 0.02])
+def test_effective_sizes_are_those_of_the_draws_returned(share: float) -> None:
+    """Of a mixture whose lesser mode makes sds uncertain, which more draws than are returned make up for."""
+    size, dim, apart, scale = 150, 3, 3.0, 0.4
+    torch.manual_seed(0)
+    z = (torch.rand(32000, size, 1) < share) * apart + scale * torch.randn(32000, size, dim)
+    found = _summarise(z, torch.zeros(z.shape[:2]), layout(dim), Target(4000), generator(0))
+    loc, sd = share * apart, math.sqrt(scale**2 + apart**2 * share * (1 - share))
+    of_means = 1 / ((found.draws.mean(0) - loc) / sd).square().mean(0)
+    of_scales = 0.5 / (found.draws.std(0) / sd).log().square().mean(0)
+    # a variance of 150 numbers, smallest of three: 12 % standard error
+    assert abs(found.tail_ess.mean() / of_scales.min() - 1) < 0.35
+    assert of_means.min() > 4000
+    assert bool((found.ess <= 4000).all())
+    if share < 0.1:  # as many independent draws of the posterior itself would not do
+        kurtosis = (3 * scale**4 + 6 * scale**2 * apart**2 * share + apart**4 * share) / sd**4
+        assert 2 * 4000 / (kurtosis - 1) < Target(4000).tail_ess < found.tail_ess.min()
+
+
 # Chains
+
+
+def test_draws_are_returned_of_all_chains() -> None:
+    """Evenly spaced over time, however many were kept; chains depend on each other's draws as little as they do."""
+    rng = torch.Generator().manual_seed(0)
+    for times in (1, 2, 4):
+        kept = 0.01 * torch.randn(8, 125 * times, 1, 3, generator=rng) + torch.arange(8.0)[:, None, None, None]
+        found = _chains_in_all(kept, layout(3), Target(1000), torch.zeros(1))
+        assert found.draws.round().unique(return_counts=True)[1].tolist() == [375] * 8
+
+
+def test_chains_are_worth_what_the_draws_returned_are() -> None:
+    rng, dependence = torch.Generator().manual_seed(0), 0.8
+    noise = torch.randn(8, 2000, 200, 1, generator=rng)
+    kept = [noise[:, 0]]
+    for t in range(1, 2000):
+        kept.append(dependence * kept[-1] + math.sqrt(1 - dependence**2) * noise[:, t])
+    found = _chains_in_all(torch.stack(kept, 1), layout(1), Target(4000), torch.zeros(200))
+    actual = 1 / found.draws.mean(0).square().mean()
+    assert abs(found.ess.mean() / actual - 1) < 0.3  # of 200 squares: 10 % standard error
 
 
 @pytest.mark.parametrize(("shift", "scale"), [(0.0, 1.0), (1.0, 0.3)])

@@ -434,3 +434,26 @@ def test_means_of_values_in_their_support_count() -> None:
     assert certified.any()
     error = np.abs(values[:, certified].mean(0) - mean.item()) / (square - mean**2).sqrt().item()
     assert error.max() < 0.1
+
+
+@pytest.mark.parametrize(("plate", "site"), [("latent", "z"), ("ess", "z"), ("data", "draw")])
+def test_names_that_the_result_has_are_refused_before_any_work(plate: str, site: str) -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate(plate, len(x)):
+            z = pyro.sample(site, dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    taken = plate if plate != "data" else site
+    with pytest.raises(ValueError, match=f"Cannot certify .*{taken!r} because .* try '{taken}_of_data'"):
+        certified_posterior(model, AmortizedGuide(model, name="named"), (torch.zeros(3),))
+
+
+def test_sites_in_scopes_are_saved(tmp_path: Path) -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("inner/z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    found = certified_posterior(model, AmortizedGuide(model, name="scoped"), (torch.zeros(2),), num_samples=400)
+    found.to_netcdf(tmp_path / "found.nc")
+    assert CertifiedPosterior.from_netcdf(tmp_path / "found.nc").posterior.identical(found.posterior)

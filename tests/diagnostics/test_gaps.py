@@ -1,5 +1,6 @@
 """Gap decomposition and local optimum against closed forms, grids and quadrature; what is refused."""
 
+import html
 import math
 from dataclasses import replace
 from typing import Any
@@ -89,6 +90,7 @@ def test_the_local_optimum_is_one(oracle: Oracle) -> None:
     assert ((loc - oracle.mean(oracle.x)) / scale).abs().max() < 0.02
     assert (log_scale - scale.log()).abs().max() < 0.02
     assert optimum.converged.all()
+    assert str(optimum).split(" -> ")[0] in html.unescape(optimum._repr_html_())
     assert "64 converged" in str(optimum)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyro_amortized import AmortizedGuide, MLPEncoder, optimize_local, predict_gap
+from pyro_amortized.diagnostics.gaps import prediction
 from pyro_amortized.diagnostics.gaps.prediction import _Head
 from pyro_amortized.diagnostics.gaps.regression import GaussianProcess
 
@@ -83,6 +84,17 @@ def test_intervals_hold_however_bad_the_prediction() -> None:
     for found in held.values():
         error = np.std(found) / 60**0.5
         assert 17 / 21 - 4 * error < np.mean(found) < 17 / 21 + 4 * error  # rank 17 of 20 calibration points
+
+
+def test_of_many_reference_data_some_are_chosen_at_random(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the first ones, which may be of one kind: here those with a gap come last."""
+    model, guide = linear()
+    x = model.simulate(90, seed=1)
+    x = x[exact_gap(x).argsort()]
+    monkeypatch.setattr(prediction, "_MOST_REFERENCE", 50)
+    gaps = predict_gap(model.full, guide, (x,), reference_args=(x,))
+    assert gaps.attrs["num_reference"] == 50
+    assert float(gaps["amortization_gap"].max()) > 0.5 * float(exact_gap(x).max())
 
 
 def test_the_regression_leaves_out_what_tells_nothing() -> None:

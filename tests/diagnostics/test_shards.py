@@ -94,6 +94,14 @@ def check_labels() -> None:
         torch.testing.assert_close(torch.as_tensor(found.values), rows.tensors[0][found["data"].values])
 
 
+def check_items() -> None:
+    """Items that are batches of datapoints already cannot be told apart."""
+    chunks = [torch.arange(3.0), torch.arange(3.0, 6.0)]
+    loader = DataLoader(chunks, batch_size=None, sampler=DistributedSampler(chunks, shuffle=False))
+    with pytest.raises(ValueError, match="because 2 items of the data set are 6 datapoints; try"):
+        to_arviz(model, new_guide(), loader, num_samples=2)
+
+
 def run_in_process(rank: int, size: int, path: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=size)
@@ -101,6 +109,7 @@ def run_in_process(rank: int, size: int, path: str) -> None:
     for name, dataset in found.items():
         dataset.to_netcdf(f"{path}/{name}-{rank}.nc")
     check_labels()
+    check_items()
     with pytest.raises(ValueError, match=r"because a DistributedSampler gives .*; try a DataLoader without"):
         collapse_report(model, new_guide(), shared_loader())
     loader = shared_loader()
@@ -185,6 +194,18 @@ def test_certificates_of_several_processes(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(certified, "_certify", lambda *_: pytest.fail("what processes have saved is there"))
     again = certify(by_turns, f"{tmp_path}/saved")  # numbered as those of one process that goes through the same ones
     xarray.testing.assert_allclose(again.posterior, expected.posterior, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "cause"), [({}, "shuffles"), ({"num_replicas": 2, "rank": 0, "shuffle": False}, "one of 2 parts")]
+)
+def test_a_process_alone_is_dealt_nothing(options: dict[str, Any], cause: str) -> None:
+    options = {"num_replicas": 1, "rank": 0, **options}
+    loader = DataLoader(data(), batch_size=2, sampler=DistributedSampler(data(), **options))
+    with pytest.raises(ValueError, match=f"Cannot tell which datapoint .*{cause}"):
+        posterior_summary(model, new_guide(), loader)
+    ordered = DataLoader(data(), batch_size=2, sampler=DistributedSampler(data(), 1, 0, shuffle=False))
+    assert posterior_summary(model, new_guide(), ordered).sizes["data"] == SIZE
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoDelta
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -212,3 +213,15 @@ def test_other_kinds_are_refused() -> None:
         to_arviz(local_only, guide, (data(10),), log_likelihood="conditional")
     with pytest.raises(ValueError, match="Cannot draw global latents.*try log_evidence"):
         log_evidence(local_only, guide, (data(10),), num_global_samples=10)
+
+
+def test_a_point_has_no_weights() -> None:
+    x = data(6)
+    guide = AmortizedGuide(hierarchy, global_guide=AutoDelta)
+    guide.setup(x)
+    for call in (
+        lambda guide: to_arviz(hierarchy, guide, (x,), log_likelihood="marginal", num_samples=5),
+        lambda guide: log_evidence(hierarchy, guide, (x,), num_global_samples=5),
+    ):
+        with pytest.raises(ValueError, match=r"because AutoDelta gives one value of \['mu'\].*global_guide=AutoNormal"):
+            call(guide)

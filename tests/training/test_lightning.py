@@ -33,6 +33,7 @@ from pyro_amortized.training import FreeBitsELBO, KLAnnealing, linear_schedule
 
 lightning = pytest.importorskip("lightning")
 from pyro_amortized.lightning import AggressiveTraining, SVIModule  # noqa: E402
+from pyro_amortized.training.plates import DataPlate, find_plate  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # advice of Lightning's on loaders, loggers and checkpoints
 
@@ -497,6 +498,34 @@ def test_a_scheduler_that_waits_for_validations_resumes(watched: dict[str, str],
     assert train(tmp_path / "resumed", 4, ckpt=last, scheduler=never_better, **watched) == expected
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_one_loader_for_training_and_validation_resumes(shuffle: bool, tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    def losses(epochs: int, ckpt: Path | None = None) -> list[float]:
+        pyro.clear_param_store()
+        lightning.seed_everything(0 if ckpt is None else 1)
+        model, both = Factors(), loader(shuffle=shuffle)
+        module = SVIModule(model, AmortizedGuide(model))
+        saving = ModelCheckpoint(tmp_path, save_last=True)
+        trainer = quiet(tmp_path, max_epochs=epochs, callbacks=[saving], enable_checkpointing=True)
+        trainer.fit(module, both, both, ckpt_path=ckpt)
+        return module.history.dataset["train_loss"].values.tolist()
+
+    expected = losses(3)
+    losses(1)
+    assert losses(3, tmp_path / "last.ckpt") == expected
+
+
+def test_validations_lie_where_they_were_made(tmp_path: Path) -> None:
+    """In the order of batches, however many there are to a step of the optimizer, and over all trainers."""
+    model = Factors()
+    module = SVIModule(model, AmortizedGuide(model))
+    for options in ({"accumulate_grad_batches": 3}, {}):
+        quiet(tmp_path, **options).fit(module, loader(), loader())
+    assert module.history.dataset["val_step"].values.tolist() == [3, 6, 9, 12]
+
+
 @pytest.mark.slow
 def test_a_run_resumed_within_an_epoch(tmp_path: Path) -> None:
     expected = train(tmp_path / "whole", 3, mid=True)
@@ -581,6 +610,78 @@ def test_checkpoints_are_written_beside_their_place_first(tmp_path: Path, monkey
     assert file.read_bytes() == before
 
 
+# The plate of the datapoints
+
+
+def beside_another(index: Tensor, x: Tensor) -> None:
+    m = pyro.sample("m", dist.Normal(0.0, 10.0))
+    with pyro.plate("calibration", 5):
+        pyro.sample("y", dist.Normal(m, 1.0), obs=torch.ones(5))
+    with pyro.plate("data", SIZE, subsample=index):
+        pyro.sample("x", dist.Normal(m, 1.0).expand([3]).to_event(1), obs=x)
+
+
+def within_another(index: Tensor, x: Tensor) -> None:
+    with pyro.plate("features", 3, dim=-1):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", SIZE, subsample=index, dim=-2):
+            pyro.sample("x", dist.Normal(a, 1.0), obs=x)
+
+
+def of_the_batch(x: Tensor) -> None:
+    with pyro.plate("features", 3, dim=-1):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x), dim=-2):
+            pyro.sample("x", dist.Normal(a, 1.0), obs=x)
+
+
+def both_subsampled(index: Tensor, x: Tensor) -> None:
+    with pyro.plate("others", 9, subsample=index):
+        pyro.sample("y", dist.Normal(0.0, 1.0), obs=x[:, 0])
+    with pyro.plate("data", 10, subsample=index):
+        pyro.sample("x", dist.Normal(0.0, pyro.param("scale", torch.tensor(1.0))), obs=x[:, 1])
+
+
+def test_the_plate_is_the_one_that_loaders_go_over() -> None:
+    x, index = torch.randn(4, 3), torch.arange(4)
+    for model in (beside_another, within_another):
+        assert find_plate(model, None, (index, x), {}) == DataPlate("data", SIZE)
+    assert find_plate(of_the_batch, None, (x,), {}) == DataPlate("data", None)
+    assert find_plate(of_the_batch, None, (x[:3],), {}) is None  # which of the two plates of size 3 is not clear
+    assert find_plate(of_the_batch, "data", (x[:3],), {}) == DataPlate("data", None)
+    with pytest.raises(ValueError, match=r"Cannot tell which datapoints .* \['data', 'others'\]"):
+        find_plate(both_subsampled, None, (index, x), {})
+    assert find_plate(both_subsampled, "data", (index, x), {}) == DataPlate("data", 10)
+
+
+def test_sizes_are_those_of_the_plate_that_is_named(tmp_path: Path) -> None:
+    swapped = TensorDataset(*data()[::-1])
+    module = SVIModule(both_subsampled, lambda *_: None, plate="others")
+    with pytest.raises(ValueError, match="because plate 'others' of the model has 9"):
+        quiet(tmp_path).fit(module, DataLoader(swapped, batch_size=4))
+    quiet(tmp_path).fit(SVIModule(both_subsampled, lambda *_: None, plate="data"), DataLoader(swapped, batch_size=4))
+
+
+def test_names_of_parameters_may_be_those_of_attributes(tmp_path: Path) -> None:
+    def model(x: Tensor, index: Tensor) -> None:
+        scale = pyro.param("type", torch.tensor(1.0), constraint=dist.constraints.positive)
+        with pyro.plate("data", SIZE, subsample=index):
+            pyro.sample("x", dist.Normal(0.0, scale).expand([3]).to_event(1), obs=x)
+
+    module = SVIModule(model, lambda *_: None)
+    quiet(tmp_path).fit(module, loader())
+    assert pyro.param("type") != 1.0
+    assert "store.type_" in module.state_dict()
+    with pytest.raises(ValueError, match="Cannot predict by a function because .*Predictive"):
+        quiet(tmp_path).predict(module, loader())
+
+
+def test_several_loaders_are_refused(tmp_path: Path) -> None:
+    model = Factors()
+    with pytest.raises(ValueError, match="Cannot train on a dict of loaders because .*StackDataset"):
+        quiet(tmp_path).fit(SVIModule(model, AmortizedGuide(model)), {"a": loader(), "b": loader()})
+
+
 # Several processes
 
 
@@ -642,6 +743,39 @@ def train_in_process(rank: int, size: int, path: str, kinds: list[str]) -> None:
     torch.distributed.destroy_process_group()
 
 
+def resume_in_process(rank: int, size: int, path: str) -> None:
+    """A run of two processes that goes on from its checkpoint has the losses of an unbroken one."""
+    torch.set_num_threads(1)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID")
+    os.environ.update(zip(names, map(str, (rank, rank, size, size, 0, "tests")), strict=True))
+
+    def losses(name: str, epochs: int, ckpt: str | None = None) -> list[float]:
+        pyro.clear_param_store()
+        lightning.seed_everything(0)  # of which Lightning makes the order of the data
+        torch.manual_seed(rank if ckpt is None else 7 + rank)
+        model = Factors()
+        module = SVIModule(model, AmortizedGuide(model))
+        options = {
+            "strategy": "ddp",
+            "devices": size,
+            "enable_checkpointing": True,
+            "default_root_dir": f"{path}/{name}",
+        }
+        trainer = quiet(path, max_epochs=epochs, **options)
+        trainer.fit(module, loader(shuffle=True), ckpt_path=ckpt)
+        trainer.save_checkpoint(f"{path}/{name}.ckpt")
+        return module.history.dataset["train_loss"].values.tolist()
+
+    expected = losses("whole", 3)
+    broken = losses("broken", 1)
+    assert losses("resumed", 3, f"{path}/broken.ckpt")[len(broken) :] == expected[len(broken) :]
+    compiled = SVIModule(within_another, infer.autoguide.AutoDelta(within_another), infer.JitTrace_ELBO())
+    swapped = DataLoader(TensorDataset(*data()[::-1]), batch_size=2)
+    with pytest.raises(ValueError, match="Cannot share the datapoints among processes with a JitTrace_ELBO"):
+        quiet(path, strategy="ddp", devices=size).fit(compiled, swapped)
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture
 def _double() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
@@ -649,15 +783,23 @@ def _double() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.usefixtures("_double")
-@pytest.mark.parametrize("kinds", [FAST, pytest.param(KINDS[len(FAST) :], marks=pytest.mark.slow)], ids=["few", "all"])
-def test_two_processes_have_the_gradients_of_one_with_all_rows(
-    kinds: list[str], tmp_path: Path, monkeypatch: Any
-) -> None:
+@pytest.fixture
+def _meeting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where processes find each other."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
     monkeypatch.setenv("MASTER_ADDR", "localhost")
+
+
+@pytest.mark.usefixtures("_meeting")
+def test_two_processes_resume(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(resume_in_process, (2, str(tmp_path)), nprocs=2)
+
+
+@pytest.mark.usefixtures("_double", "_meeting")
+@pytest.mark.parametrize("kinds", [FAST, pytest.param(KINDS[len(FAST) :], marks=pytest.mark.slow)], ids=["few", "all"])
+def test_two_processes_have_the_gradients_of_one_with_all_rows(kinds: list[str], tmp_path: Path) -> None:
     torch.multiprocessing.spawn(train_in_process, (2, str(tmp_path), kinds), nprocs=2)
     for kind in kinds:
         of_processes = [torch.load(tmp_path / f"{kind}-{rank}.pt", weights_only=True) for rank in range(2)]

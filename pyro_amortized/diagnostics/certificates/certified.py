@@ -128,6 +128,7 @@ def certified_posterior(
             number = shards.number(turn)
             own_seed = batch_seed(seed, number)
             problem = bind(model, guide, args, kwargs, own_seed, graphs=graphs, plate=plate)
+            _check_names(problem)
             if parts:
                 _check_alike(problem.objective.family.latent_dim, parts[0])
             part = None if saved is None else saved.read(number, problem, target, seed)
@@ -161,6 +162,26 @@ def _check_alike(dim: int, first: CertifiedPosterior) -> None:
         )
 
 
+_TAKEN = {"chain", "draw", "latent"}
+_COLUMNS = ("khat", "rhat", "ess", "divergences", "num_modes", "converged", "agrees", "stage", "exploration")
+_FURTHER = {"certified", "local", "num_gradients", "num_evaluations", "reason"}
+
+
+def _check_names(problem: LocalProblem) -> None:
+    """Raises a ValueError, before any work, if a plate or a site has the name of something else in the result."""
+    layout = problem.objective.log_joint.layout
+    plates = {layout.plate, *(name for site in layout.sites for name in site.plates if name)}
+    for kind, names, taken in (
+        ("plate", plates, _TAKEN | {*_COLUMNS} | _FURTHER),
+        ("site", {site.name for site in layout.sites}, (_TAKEN - {"latent"}) | {FLAT}),
+    ):
+        for name in sorted(names & taken):
+            raise ValueError(
+                f"Cannot certify posteriors of a model with a {kind} {name!r} because the result holds something else "
+                f"of that name; try {name + '_of_data'!r} in the model, and a guide of it."
+            )
+
+
 def _certify(problem: LocalProblem, target: Target, seed: int, progress: bool) -> CertifiedPosterior:
     """The certificates of a call that is bound."""
     meter = problem.objective.log_joint.meter = Meter.of(len(problem.phi))
@@ -174,10 +195,7 @@ def _certify(problem: LocalProblem, target: Target, seed: int, progress: bool) -
 
 
 def _to_dataset(problem: LocalProblem, found: list[Certificates], meter: Meter, target: Target) -> xarray.Dataset:
-    columns = {
-        name: torch.cat([getattr(part, name) for part in found])
-        for name in ("khat", "rhat", "ess", "divergences", "num_modes", "converged", "agrees", "stage", "exploration")
-    }
+    columns = {name: torch.cat([getattr(part, name) for part in found]) for name in _COLUMNS}
     converged, agrees = columns.pop("converged"), columns.pop("agrees")
     words = {"stage": STAGES, "exploration": KINDS}
     named = {name: np.array(known, dtype=object)[columns.pop(name).numpy()] for name, known in words.items()}

@@ -100,18 +100,20 @@ def run_chains(
 
 
 def _summarise(kept: Tensor, layout: SiteLayout, target: Target, divergences: Tensor) -> Chains:
-    """What draws ``(C, T, n, D)`` say."""
+    """What draws ``(C, T, n, D)`` say, and those of them, of all chains, that are wanted."""
+    each = -(-target.num_samples // len(kept))
+    times = torch.arange(each) * kept.shape[1] // each
     columns = []
-    for part in kept.split(_PIECE, 2):
+    for whole in kept.split(_PIECE, 2):
+        part = whole[:, times]
         ess, values = bulk_ess(part).amin(-1), in_support(layout, part)
         ess = ess if values is None else torch.minimum(ess, mean_ess(values).amin(-1))
         tail = torch.minimum(tail_ess(part), scale_ess(part)).amin(-1)
-        columns.append(torch.stack([rank_rhat(part).amax(-1), ess, tail]))
+        columns.append(torch.stack([rank_rhat(whole).amax(-1), ess, tail]))
     rhat, ess, tail = torch.cat(columns, -1).nan_to_num(nan=0.0)
     rhat = torch.where(rhat > 0, rhat, math.inf)  # of chains that have not moved
-    pooled = kept.transpose(0, 1).flatten(0, 1)
-    evenly = torch.arange(target.num_samples) * len(pooled) // target.num_samples
-    return Chains(pooled[evenly], rhat, ess, tail, divergences)
+    draws = kept[:, times].transpose(0, 1).flatten(0, 1)[: target.num_samples]
+    return Chains(draws, rhat, ess, tail, divergences)
 
 
 class _State:

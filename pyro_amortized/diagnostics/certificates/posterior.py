@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ class CertifiedPosterior(Report):
         Raises:
             ValueError: If the file cannot be written.
         """
-        draws = self.posterior.rename({name: f"{_PREFIX}{name}" for name in self.posterior.data_vars})
+        draws = self.posterior.rename({name: _PREFIX + quote(str(name), safe="") for name in self.posterior.data_vars})
         _Packed(self.dataset.merge(draws)).to_netcdf(path)
 
     @classmethod
@@ -84,10 +85,11 @@ class CertifiedPosterior(Report):
         """
         packed = _Packed.from_netcdf(path).dataset
         names = [name for name in packed.data_vars if str(name).startswith(_PREFIX)]
-        draws = packed[names].rename({name: str(name).removeprefix(_PREFIX) for name in names})
+        draws = packed[names].rename({name: unquote(str(name).removeprefix(_PREFIX)) for name in names})
+        draws.attrs = {}  # those of the certificates
         dataset = packed.drop_vars(names)
         dims = {dim for variable in dataset.data_vars.values() for dim in variable.dims}
-        return cls(dataset.drop_vars([name for name in dataset.coords if name not in dims]), draws.assign_attrs({}))
+        return cls(dataset.drop_vars([name for name in dataset.coords if name not in dims]), draws)
 
     def to_arviz(self, keep: str = "certified") -> Any:
         """The draws as ArviZ knows them; those of datapoints without a certificate are NaN, so that no mean is wrong.

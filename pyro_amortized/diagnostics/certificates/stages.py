@@ -108,7 +108,7 @@ class _Pipeline:
         self._refine()
         self._mixtures(self.target.ess / self.target.num_samples)
         normal = self._full_rank()
-        self._mixtures(_HOPEFUL, _NUM_ADAPTATIONS, _MOST_DRAWS)
+        self._mixtures(_HOPEFUL, _NUM_ADAPTATIONS)
         if normal is not None and len(self.left):
             self._chains(normal[self.left])
         self.on_done(len(self.left))
@@ -128,14 +128,14 @@ class _Pipeline:
         phi[self.left] = fit(problem, self.left, start, self.explored.modes.root[0], self.rng)
         return phi
 
-    def _mixtures(self, least: float, rounds: int = 0, most: int = 1) -> None:
+    def _mixtures(self, least: float, rounds: int = 0) -> None:
         """Mixtures at all modes, where draws from them have been worth some share, fitted to further draws or not."""
         for rows, proposal in self.explored.proposals:
             chosen = (torch.isin(rows, self.left) & (self.explored.ess[rows] >= least)).nonzero().squeeze(-1)
             if len(chosen):
                 own = rows[chosen]
                 fitted = adapt(self.problem, proposal[chosen], own, self.rng, rounds)
-                self._weigh("full_rank", own, fitted, "mixture", most)
+                self._weigh("full_rank", own, fitted, "mixture", _MOST_DRAWS)
                 poor = ~(self.result.ess[own] >= self.target.ess) | (self.result.khat[own] >= self.target.khat)
                 self.explored.doubt(own[poor & torch.isin(own, self.left)])
 

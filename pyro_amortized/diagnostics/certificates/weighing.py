@@ -121,21 +121,50 @@ def _summarise(z: Tensor, log_weights: Tensor, layout: SiteLayout, target: Targe
     count, wanted = len(z), target.num_samples
     none = ~(log_weights.amax(0) > -torch.inf)
     smoothed, khat = psis(torch.where(none, 0.0, log_weights.nan_to_num(nan=-torch.inf)))
-    weights = smoothed.softmax(0)
+    z, weights = _in_order(z, smoothed.softmax(0))
     khat = torch.where(weights.amax(0) * count <= BOUNDED, khat.double().clamp(max=0.0), khat.double())
     chosen = systematic(weights, rng, wanted)
-    resampled = max(0.0, 1 / wanted - 1 / count)
-    draws = z.gather(0, chosen.unsqueeze(-1).expand(-1, -1, z.shape[-1]))
-    of_means, of_scales = _effective_sizes(weighted_moments(z, weights, resampled)[2])
-    of_means = torch.minimum(of_means, 1 / (weights.square().sum(0) + resampled))
+    of_means, of_scales = _effective_sizes(z, weights, chosen)
+    of_means = torch.minimum(of_means, 1 / (weights.square().sum(0) + max(0.0, 1 / wanted - 1 / count)))
     supported = in_support(layout, z)
     if supported is not None:
-        of_means = torch.minimum(of_means, _effective_sizes(weighted_moments(supported, weights, resampled)[2])[0])
+        of_means = torch.minimum(of_means, _effective_sizes(supported, weights, chosen)[0])
     sizes = (torch.where(none, 0.0, size * max(1.0, wanted / count)) for size in (of_means, of_scales))
-    return Weighed(draws, torch.where(none, torch.inf, khat), *sizes)
+    return Weighed(_at(z, chosen), torch.where(none, torch.inf, khat), *sizes)
 
 
-def weighted_moments(z: Tensor, weights: Tensor, resampled: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+def _in_order(z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Draws and weights from one end of the posterior to the other, along the longest axis of the standardised draws.
+
+    What is drawn again from them, evenly spaced, then holds of every mode along it what all do.
+    """
+    loc, scale, _ = weighted_moments(z, weights)
+    standardized = (z - loc) / scale
+    covariance = torch.einsum("kn,kni,knj->nij", weights, standardized, standardized)
+    axis = torch.linalg.eigh(covariance.nan_to_num())[1][..., -1]
+    order = torch.einsum("knd,nd->kn", standardized, axis).argsort(0)
+    return _at(z, order), weights.gather(0, order)
+
+
+def _at(z: Tensor, positions: Tensor) -> Tensor:
+    """Draws ``(S, n, D)`` at positions ``(S, n)``."""
+    return z.gather(0, positions.unsqueeze(-1).expand(-1, -1, z.shape[-1]))
+
+
+def _effective_sizes(z: Tensor, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """How many independent normal draws have means, and standard deviations, of the errors of those chosen, ``(n,)``.
+
+    The smallest of all dimensions. To the errors of the weighted draws is added, where fewer are chosen, what choosing
+    them evenly spaced does: that of samples within strata, from the differences of neighbours.
+    """
+    loc, scale, error = weighted_moments(z, weights)
+    again = (_at(z, chosen.sort(0)[0]) - loc) / scale
+    within = torch.stack([again, again.square() / 2]).diff(dim=1).square().mean(1) / 2
+    variances = error.square() + max(0.0, 1 / len(chosen) - 1 / len(z)) * within
+    return (1 / variances[0]).amin(-1), (0.5 / variances[1]).amin(-1)
+
+
+def weighted_moments(z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     r"""Means and standard deviations of weighted draws, and their errors.
 
     A mean :math:`\sum_k w_k u_k` of standardised draws has variance :math:`\sum_k w_k^2 u_k^2`, and a standard
@@ -145,7 +174,6 @@ def weighted_moments(z: Tensor, weights: Tensor, resampled: float = 0.0) -> tupl
     Args:
         z: Draws ``(K, n, D)``.
         weights: Their weights ``(K, n)``, which sum to 1.
-        resampled: Where fewer, S, are drawn again in proportion to the weights, 1 / S - 1 / K, for the errors of these.
 
     Returns:
         Means and standard deviations, ``(n, D)`` each, and standard errors of the means, in standard deviations, and
@@ -154,7 +182,7 @@ def weighted_moments(z: Tensor, weights: Tensor, resampled: float = 0.0) -> tupl
     References:
         Monte Carlo Theory, Methods and Examples, Art B. Owen (2013), chapter 9, https://artowen.su.domains/mc/
     """
-    squares = weights.square() + resampled * weights
+    squares = weights.square()
     loc = torch.einsum("kn,knd->nd", weights, z)
     centred = (z - loc).square()
     variance = torch.einsum("kn,knd->nd", weights, centred).clamp(min=1e-300)
@@ -162,8 +190,3 @@ def weighted_moments(z: Tensor, weights: Tensor, resampled: float = 0.0) -> tupl
     of_loc = torch.einsum("kn,knd->nd", squares, relative)
     of_scale = torch.einsum("kn,knd->nd", squares, (relative - 1).square()) / 4
     return loc, variance.sqrt(), torch.stack([of_loc, of_scale]).sqrt()
-
-
-def _effective_sizes(error: Tensor) -> tuple[Tensor, Tensor]:
-    """How many independent normal draws have means, and standard deviations, of such errors, the smallest, ``(n,)``."""
-    return (1 / error[0].square()).amin(-1), (0.5 / error[1].square()).amin(-1)

@@ -52,7 +52,7 @@ def draw_globals(
     """Draws global latents from the guide of a call.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If there are none, or all draws are the same, as those of ``AutoDelta``.
     """
     if not guide.global_sites:
         raise ValueError(
@@ -62,6 +62,12 @@ def draw_globals(
     with torch.no_grad(), seeded(generator(seed, 70)):
         pairs = [guide.sample_globals_and_log_prob(*args, **kwargs) for _ in range(number)]
     values, log_q = zip(*pairs, strict=True)
+    points = [name for name in guide.global_sites if all(torch.equal(values[0][name], v[name]) for v in values[1:])]
+    if number > 1 and points:
+        raise ValueError(
+            f"Cannot weigh draws of the global latents because {type(guide.global_guide).__name__} gives one value of "
+            f"{points}, which has no density; try global_guide=AutoNormal."
+        )
     return GlobalDraws(values, torch.stack([torch.as_tensor(x) for x in log_q]).cpu().double())
 
 

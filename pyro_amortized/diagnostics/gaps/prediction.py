@@ -68,7 +68,7 @@ def predict_gap(
         model_args: The model's positional arguments, such as ``(x,)``, or a ``DataLoader``.
         model_kwargs: The model's keyword arguments.
         reference_args: Those of the reference data, held out from training, whose gaps are measured; at least 40
-            datapoints, better some hundreds.
+            datapoints, better some hundreds. Of more than 1500, so many are used, chosen at random.
         reference_kwargs: The model's keyword arguments there; by default ``model_kwargs``.
         budget: The share of datapoints that may be refined.
         level: What the interval is to hold with.
@@ -119,12 +119,13 @@ def predict_gap(
         known.append(_inputs(batch)[optimum.converged])
         gaps.append(optimum.improvement[optimum.converged])
     inputs = joined_features(known)
-    head = _Head.fit(inputs[:_MOST_REFERENCE], torch.cat(gaps)[:_MOST_REFERENCE], level, tolerance, seed)
+    chosen = torch.randperm(len(inputs), generator=generator(seed, 77))[:_MOST_REFERENCE]
+    head = _Head.fit(inputs[chosen], torch.cat(gaps)[chosen], level, tolerance, seed)
     parts = []
     for batch in batches(model, guide, model_args, model_kwargs, seed=seed + 1, **options):
         found = joined_features([_inputs(batch)], inputs.shape[-1])
         parts.append(to_dataset(batch.problem, head(found), level=level, seed=seed, tolerance=tolerance))
-    return _planned(join(parts, batch.problem.plate), head, budget, len(inputs))
+    return _planned(join(parts, batch.problem.plate), head, budget, len(chosen))
 
 
 @torch.no_grad()

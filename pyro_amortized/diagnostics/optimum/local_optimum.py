@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -73,6 +74,9 @@ class LocalOptimum:
             f"LocalOptimum of {len(self.phi)} datapoints: ELBO {self.initial_elbo.mean():.3f} -> "
             f"{self.elbo.mean():.3f} nats, {int(self.converged.sum())} converged"
         )
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(str(self))}</p>{self.dataset._repr_html_()}"
 
 
 def optimize_local(
