@@ -304,7 +304,7 @@ class SVIModule(LightningModule):
             "of_loaders": of_all_processes([generator.get_state() for generator in generators]),
             "in_epoch": not self.trainer.is_last_batch,
             "schedulers": steps_due(self.trainer),
-            "history": self._record.state(),
+            "histories": of_all_processes(self._record.state()),
             "annealing_steps": 0 if self.annealing is None else self.annealing.num_steps,
         }
 
@@ -313,7 +313,8 @@ class SVIModule(LightningModule):
         self._resumed = checkpoint.get("svi")
         if self._resumed is None:  # one of the weights alone
             return
-        self._record.restore(self._resumed["history"])
+        histories = self._resumed["histories"]
+        self._record.restore(histories[self.global_rank if len(histories) == num_processes() else 0])
         if self.annealing is not None:
             self.annealing.num_steps = self._resumed["annealing_steps"]
 
