@@ -25,7 +25,9 @@ __all__ = [
 ]
 
 
-def check_module_options(model: Any, guide: Any, elbo: Any, optimizer: Any, scheduler: Any, to_args: Any) -> None:
+def check_module_options(
+    model: Any, guide: Any, elbo: Any, optimizer: Any, scheduler: Any, to_args: Any, plate: Any
+) -> None:
     """Raises a ValueError unless every argument of ``SVIModule`` is what it is to be."""
     for name, value in (("model", model), ("guide", guide)):
         if not callable(value):
@@ -40,6 +42,11 @@ def check_module_options(model: Any, guide: Any, elbo: Any, optimizer: Any, sche
         raise ValueError(
             f"Cannot train with optimizer={optimizer!r} because a function from parameters to a torch optimizer is "
             "wanted; try optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3)."
+        )
+    if plate is not None and (not isinstance(plate, str) or not plate):
+        raise ValueError(
+            f"Cannot train with plate={plate!r} because it is no name; try the name of one plate of the model, "
+            "plate='data'."
         )
     for name, function in (("scheduler", scheduler), ("to_args", to_args)):
         if function is not None and not callable(function):

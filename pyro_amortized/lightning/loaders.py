@@ -16,6 +16,7 @@ from pyro_amortized.diagnostics.batches import loaded
 
 __all__ = [
     "all_loaders",
+    "deals",
     "first_batch",
     "generators_of",
     "give_generators",
@@ -30,6 +31,11 @@ _LOOPS = {"fit": "fit_loop", "validate": "validate_loop", "test": "test_loop", "
 def loaders_of(trainer: Trainer, stage: str) -> Any:
     """What a trainer will go over, which it shows only after it has asked for the optimizer, and so for parameters."""
     return getattr(trainer, _LOOPS[stage])._data_source.dataloader()
+
+
+def deals(trainer: Any) -> bool:
+    """Whether a trainer gives each process a part of the data, with a sampler of its own."""
+    return bool(trainer._accelerator_connector.use_distributed_sampler)
 
 
 def all_loaders(loaders: Any) -> Iterator[Any]:

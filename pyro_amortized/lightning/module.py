@@ -30,6 +30,7 @@ from pyro_amortized.lightning.files import write_whole_files
 from pyro_amortized.lightning.history import History, Record
 from pyro_amortized.lightning.loaders import (
     all_loaders,
+    deals,
     first_batch,
     generators_of,
     give_generators,
@@ -81,7 +82,7 @@ class SVIModule(LightningModule):
         scheduler: A function from the optimizer to a scheduler, which steps after every epoch, or to a dictionary as
             Lightning's ``configure_optimizers`` describes.
         plate: Name of the plate of the datapoints that the loader goes over. By default that of the guide if it is one
-            of this package, else the outermost plate with data that is subsampled, or is as large as a batch.
+            of this package, else the plate with data that a smaller batch makes smaller.
 
     Attributes:
         history: The course of training, a :class:`History`.
@@ -119,7 +120,7 @@ class SVIModule(LightningModule):
         scheduler: Callable[[Optimizer], Any] | None = None,
         plate: str | None = None,
     ) -> None:
-        check_module_options(model, guide, Trace_ELBO() if elbo is None else elbo, optimizer, scheduler, to_args)
+        check_module_options(model, guide, Trace_ELBO() if elbo is None else elbo, optimizer, scheduler, to_args, plate)
         super().__init__()
         annealing = getattr(model, "__self__", None)
         self.annealing = annealing if isinstance(annealing, KLAnnealing) else None
@@ -156,9 +157,8 @@ class SVIModule(LightningModule):
             return
         args, kwargs = call_of(batch, None, self.to_args, self.model)
         names = find_parameters(self, lambda: self.elbo.loss(self.model, self.guide, *args, **kwargs))
-        own = getattr(self.guide, "plate", None)
-        requested = self._requested or (own if isinstance(own, str) else None)
-        self._plate = find_plate(self.model, requested, args, kwargs)
+        read = partial(call_of, model_kwargs=None, to_args=self.to_args, model=self.model)
+        self._plate = find_plate(self.model, batch, read, self._requested, getattr(self.guide, "plate", None))
         self.store.adopt(names, {id(parameter) for parameter in self.parameters()})
         self._ready = True
         if self._pending:
@@ -175,7 +175,7 @@ class SVIModule(LightningModule):
         if not self._ready:
             self.initialize(self.trainer.strategy.broadcast(first_batch(loader)))
         if stage == "fit" and self._plate is not None:
-            self._plate.check_loader(loader)
+            self._plate.check_loader(loader, dealt=deals(self.trainer))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads parameters and buffers; those that are not known yet, as soon as they are.

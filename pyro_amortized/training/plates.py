@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sized
+from collections.abc import Callable, Collection, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, SubsetRandomSampler
 
-from pyro_amortized.diagnostics.processes import num_processes
+from pyro_amortized.diagnostics.processes import of_all_processes
 from pyro_amortized.structure.layout import datapoint_plate
-from pyro_amortized.structure.plates import probe
+from pyro_amortized.structure.plates import PlateFrame, probe
 from pyro_amortized.structure.sites import is_data, sample_sites
 
 __all__ = ["DataPlate", "RowsOfPlate", "find_plate", "is_of_batch"]
@@ -31,15 +31,24 @@ class DataPlate:
     name: str
     size: int | None
 
-    def check_loader(self, loader: Any) -> None:
-        """Raises a ValueError if a loader goes over another number of datapoints than the model has."""
+    def check_loader(self, loader: Any, *, dealt: bool = True) -> None:
+        """Raises a ValueError if a loader goes over another number of datapoints than the model has.
+
+        Args:
+            loader: The loader.
+            dealt: Whether the trainer deals its datapoints out to processes; else each may have a part of its own.
+        """
         rows = _rows_of(loader) if isinstance(loader, DataLoader) else None
-        if self.size is not None and rows is not None and rows != self.size:
-            raise ValueError(
-                f"Cannot train on a loader over {rows} datapoints because plate {self.name!r} of the model has "
-                f"{self.size}, by which every batch's loss is scaled; try pyro.plate({self.name!r}, {rows}, "
-                "subsample=...) in the model, or a loader over all of the model's datapoints."
-            )
+        of_all = of_all_processes(rows)
+        own = isinstance(getattr(loader, "dataset", None), IterableDataset) or not dealt
+        if self.size is None or None in of_all or rows == self.size or (own and sum(of_all) == self.size):
+            return
+        raise ValueError(
+            f"Cannot train on a loader over {rows} datapoints because plate {self.name!r} of the model has "
+            f"{self.size}, by which every batch's loss is scaled; try pyro.plate({self.name!r}, {rows}, subsample=...) "
+            "in the model, a loader over all of the model's datapoints, or SVIModule(..., plate=...) if it goes over "
+            "another plate."
+        )
 
 
 def is_of_batch(plate: DataPlate | None) -> bool:
@@ -49,8 +58,6 @@ def is_of_batch(plate: DataPlate | None) -> bool:
 
 def _rows_of(loader: DataLoader[Any]) -> int | None:
     """How many datapoints a loader goes over; None where it does not tell."""
-    if isinstance(loader.dataset, IterableDataset) and num_processes() > 1:
-        return None  # of which each process may have its own part
     batches = loader.sampler if isinstance(loader.sampler, BatchSampler) else loader.batch_sampler
     rows = getattr(batches, "sampler", None)
     if isinstance(loader.dataset, IterableDataset) or not isinstance(
@@ -62,42 +69,67 @@ def _rows_of(loader: DataLoader[Any]) -> int | None:
     return len(rows) if isinstance(rows, Sized) else None
 
 
-def find_plate(
-    model: Callable[..., Any], requested: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> DataPlate | None:
-    """The plate of the datapoints, from one look at the model.
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a model."""
 
-    That is the outermost subsampled one of those with data; where none is, the one that is as large as the batch.
+
+def find_plate(
+    model: Callable[..., Any], batch: Any, to_arguments: Callable[[Any], Arguments], named: str | None, own: Any = None
+) -> DataPlate | None:
+    """The plate of the datapoints, from looks at the model.
+
+    That is the one that holds one datapoint less where a batch does; where none is, as with batches of one size, the
+    outermost plate with data.
 
     Args:
         model: The model.
-        requested: The plate's name, if it is known.
-        args: The positional arguments of a batch.
-        kwargs: Its keyword arguments.
+        batch: A batch, as loaders yield it.
+        to_arguments: From a batch to the model's arguments.
+        named: The plate's name, if the user says it.
+        own: The guide's plate, if it is one of this package.
 
     Returns:
-        The plate; None if the model has none, or if several could be and none has a size of its own.
+        The plate; None if the model has none, or several could be.
 
     Raises:
-        ValueError: If there is no such plate, or several are subsampled.
+        ValueError: If there is no plate of the name that the user says.
     """
-    trace, frames = probe(model, args, kwargs)
-    if requested is not None:
-        name = datapoint_plate(trace, frames, requested, grouped=True)
-        return DataPlate(str(name), frames[str(name)].full_size if frames[str(name)].subsampled else None)
-    stacks = [[f.name for f in site["cond_indep_stack"]] for site in sample_sites(trace).values() if is_data(site)]
-    subsampled = {names[0] for stack in stacks if (names := [n for n in stack if frames[n].subsampled])}
-    if len(subsampled) > 1:
-        raise ValueError(
-            f"Cannot tell which datapoints the loader goes over because the plates {sorted(subsampled)} are subsampled "
-            f"beside each other; try plate={min(subsampled)!r}, or another of them."
-        )
-    for name in subsampled:
-        return DataPlate(name, frames[name].full_size)
-    holders = {name for stack in stacks for name in stack}
-    rows = {len(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()}
-    found = holders if len(holders) == 1 else {name for name in holders if frames[name].size in rows}
-    return DataPlate(found.pop(), None) if len(found) == 1 else None
+    args, kwargs = to_arguments(batch)
+    if named is not None:
+        trace, frames = probe(model, args, kwargs)
+        return _data_plate(frames, str(datapoint_plate(trace, frames, named, grouped=True)))
+    try:
+        trace, frames = probe(model, args, kwargs)
+        if isinstance(own, str) and own in frames:
+            return _data_plate(frames, own)
+        outermost = datapoint_plate(trace, frames, None, grouped=True)
+    except ValueError:  # of sequential plates, or several without one around them
+        outermost = None
+    found = _that_change(model, batch, to_arguments)
+    name = outermost if outermost in found or not found else found.pop() if len(found) == 1 else None
+    return None if name is None else _data_plate(frames, name)
+
+
+def _data_plate(frames: Mapping[str, PlateFrame], name: str) -> DataPlate:
+    return DataPlate(name, frames[name].full_size if frames[name].subsampled else None)
+
+
+def _that_change(model: Callable[..., Any], batch: Any, to_arguments: Callable[[Any], Arguments]) -> set[str]:
+    """The plates with data that have another size where a batch has one datapoint less, or of one datapoint more."""
+    rows = {len(x) for x in tree_leaves(batch) if isinstance(x, Tensor) and x.dim()}
+    if len(rows) != 1:
+        return set()
+    size = rows.pop()
+    other = list(range(size - 1)) if size > 1 else [0] * (size + 1)
+    try:
+        args, kwargs = to_arguments(tree_map(lambda x: x[other] if isinstance(x, Tensor) and x.dim() else x, batch))
+        before = probe(model, *to_arguments(batch))
+        after = probe(model, args, kwargs)[1]
+    except Exception:  # whatever a model says that takes batches of one size alone
+        return set()
+    trace, frames = before
+    holders = {f.name for site in sample_sites(trace).values() if is_data(site) for f in site["cond_indep_stack"]}
+    return {name for name in holders if name in after and frames[name].size != after[name].size}
 
 
 class RowsOfPlate(Messenger):

@@ -642,16 +642,56 @@ def both_subsampled(index: Tensor, x: Tensor) -> None:
         pyro.sample("x", dist.Normal(0.0, pyro.param("scale", torch.tensor(1.0))), obs=x[:, 1])
 
 
-def test_the_plate_is_the_one_that_loaders_go_over() -> None:
-    x, index = torch.randn(4, 3), torch.arange(4)
+def time_first(x: Tensor) -> None:
+    with pyro.plate("documents", x.shape[1], dim=-1):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("words", x.shape[0], dim=-2):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def some_pixels(x: Tensor) -> None:
+    with pyro.plate("data", len(x), dim=-2), pyro.plate("pixels", 3, subsample_size=2, dim=-1) as j:
+        pyro.sample("x", dist.Normal(0.0, 1.0), obs=x[:, j])
+
+
+def one_after_the_other(x: Tensor) -> None:
+    for k in pyro.plate("components", 2):
+        m = pyro.sample(f"m{k}", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(m, 1.0), obs=x[:, 0])
+
+
+def plate_of(model: Any, *batch: Tensor, named: str | None = None, own: Any = None) -> DataPlate | None:
+    def read(batch: Any) -> Any:
+        return (batch[0].T,) if model is time_first else tuple(batch), {}
+
+    return find_plate(model, list(batch), read, named, own)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_the_plate_is_the_one_that_loaders_go_over(size: int) -> None:
+    """However large others are, whichever lies around the other, and whatever is subsampled beside."""
+    x, index = torch.randn(size, 3), torch.arange(size)
     for model in (beside_another, within_another):
-        assert find_plate(model, None, (index, x), {}) == DataPlate("data", SIZE)
-    assert find_plate(of_the_batch, None, (x,), {}) == DataPlate("data", None)
-    assert find_plate(of_the_batch, None, (x[:3],), {}) is None  # which of the two plates of size 3 is not clear
-    assert find_plate(of_the_batch, "data", (x[:3],), {}) == DataPlate("data", None)
-    with pytest.raises(ValueError, match=r"Cannot tell which datapoints .* \['data', 'others'\]"):
-        find_plate(both_subsampled, None, (index, x), {})
-    assert find_plate(both_subsampled, "data", (index, x), {}) == DataPlate("data", 10)
+        assert plate_of(model, index, x) == DataPlate("data", SIZE)
+    for model in (of_the_batch, some_pixels):
+        assert plate_of(model, x) == DataPlate("data", None)
+    assert plate_of(time_first, x) == DataPlate("documents", None)
+    assert plate_of(one_after_the_other, x) is None  # and no size is to be checked
+    assert plate_of(both_subsampled, index, x) is None
+    assert plate_of(both_subsampled, index, x, named="data") == DataPlate("data", 10)
+    assert plate_of(both_subsampled, index, x, own="others") == DataPlate("others", 9)
+    assert plate_of(of_the_batch, x, own="gpu") == DataPlate("data", None)
+    with pytest.raises(ValueError, match="no plate of that name"):
+        plate_of(of_the_batch, x, named="gpu")
+
+
+def test_data_of_one_size_lie_in_the_outermost_plate() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", 4, dim=-2), pyro.plate("pixels", 3, dim=-1):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x.reshape(4, 3))
+
+    assert plate_of(model, torch.randn(4, 3)) == DataPlate("data", None)
 
 
 def test_sizes_are_those_of_the_plate_that_is_named(tmp_path: Path) -> None:
@@ -770,6 +810,13 @@ def resume_in_process(rank: int, size: int, path: str) -> None:
     broken = losses("broken", 1)
     assert expected[: len(broken)] == broken
     assert losses("resumed", 3, f"{path}/broken.ckpt") == expected
+    pyro.clear_param_store()
+    model, options = Factors(), {"strategy": "ddp", "devices": size, "max_epochs": 1}
+    module = SVIModule(model, AmortizedGuide(model))
+    half = DataLoader(torch.utils.data.Subset(TensorDataset(*data()), range(rank, SIZE, size)), batch_size=2)
+    quiet(path, use_distributed_sampler=False, **options).fit(module, half)
+    with pytest.raises(ValueError, match=f"over {SIZE // size} datapoints because plate 'data' .* has {SIZE}"):
+        quiet(path, **options).fit(module, half)
     compiled = SVIModule(within_another, infer.autoguide.AutoDelta(within_another), infer.JitTrace_ELBO())
     swapped = DataLoader(TensorDataset(*data()[::-1]), batch_size=2)
     with pytest.raises(ValueError, match="Cannot share the datapoints among processes with a JitTrace_ELBO"):
