@@ -23,6 +23,8 @@ __all__ = ["Member", "Weighed", "weigh", "weighted_moments"]
 _SCREENED, _LEAST_SHARE, _HOPELESS = 8, 0.5, 1.0
 """One in so many draws shows first whether the rest is worth its cost: at half of the share wanted, it is. Of weights
 whose mean is infinite, by the shape of their tail, no more are taken."""
+_NUM_POWERS = 10
+"""Iterations for the longest axis of draws, of which any that is nearly as long does."""
 _PIECE = 2**24
 """Numbers in the draws that are held at a time."""
 
@@ -140,9 +142,11 @@ def _in_order(z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """
     loc, scale, _ = weighted_moments(z, weights)
     standardized = (z - loc) / scale
-    covariance = torch.einsum("kn,kni,knj->nij", weights, standardized, standardized)
-    axis = torch.linalg.eigh(covariance.nan_to_num())[1][..., -1]
-    order = torch.einsum("knd,nd->kn", standardized, axis).argsort(0)
+    places = torch.einsum("knd,d->kn", standardized, torch.linspace(1.0, 2.0, z.shape[-1]).to(z))
+    for _ in range(_NUM_POWERS):
+        axis = torch.einsum("kn,knd->nd", weights * places, standardized)
+        places = torch.einsum("knd,nd->kn", standardized, torch.nn.functional.normalize(axis, dim=-1))
+    order = places.argsort(0)
     return _at(z, order), weights.gather(0, order)
 
 
