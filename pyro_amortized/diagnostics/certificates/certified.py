@@ -163,8 +163,10 @@ def _check_alike(dim: int, first: CertifiedPosterior) -> None:
 
 
 _TAKEN = {"chain", "draw", "latent"}
+"""Dimensions of every result."""
 _COLUMNS = ("khat", "rhat", "ess", "divergences", "num_modes", "converged", "agrees", "stage", "exploration")
 _FURTHER = {"certified", "local", "num_gradients", "num_evaluations", "reason"}
+"""What a result holds of every datapoint: as the stages left it, and what is made of that."""
 
 
 def _check_names(problem: LocalProblem) -> None:
