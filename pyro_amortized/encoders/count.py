@@ -103,13 +103,13 @@ class CountEncoder(StandardizedEncoder):
     def _check_values(self, counts: Tensor, size: Tensor) -> None:
         if is_traced():
             return
-        counted = (counts >= 0).all() & (size > 0).all()
+        counted = ((counts >= 0) & counts.isfinite()).all() & ((size > 0) & size.isfinite()).all()
         if counted.is_cuda:
             torch._assert_async(counted)  # the device stops at an error, and Python need not wait to read
         elif not counted:
             raise ValueError(
-                "Cannot encode counts because some are negative or NaN, or a size factor is not positive; try the raw "
-                "counts, or MLPEncoder for values of other kinds."
+                "Cannot encode counts because some are negative or not finite, or a size factor is not positive; try "
+                "the raw counts, or MLPEncoder for values of other kinds."
             )
 
     def fit(self, *inputs: Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -268,7 +267,7 @@ def check_values(
     unasked = torch.is_grad_enabled() and not pyro.distributions.is_validation_enabled()
     if is_traced() or (unasked and has_to_wait(phi)):
         return
-    if not phi.numel() or torch.linalg.vector_norm(phi.detach(), math.inf).item() < _MODERATE:
+    if not phi.numel() or phi.detach().abs().amax().item() < _MODERATE:
         return
     bad = _degenerate(phi.detach().reshape(-1, phi.shape[-1]), family).nonzero().squeeze(-1).tolist()
     if not bad:

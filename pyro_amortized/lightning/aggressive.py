@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from lightning import Callback
 from torch import Tensor
 
 from pyro_amortized.diagnostics.batches import call_of
-from pyro_amortized.diagnostics.processes import mean_of_all
+from pyro_amortized.diagnostics.processes import mean_of_all, of_all_processes
 from pyro_amortized.lightning.loaders import plain_tensors
 from pyro_amortized.training.aggressive import Turns, check_knows_phi, information_of
 
@@ -21,7 +20,7 @@ class AggressiveTraining(Turns, Callback):
 
     As :class:`~pyro_amortized.training.AggressiveEncoder` does for SVI: while :attr:`aggressive`, a step of the
     optimizer moves either the guide's parameters or the others. It ends when the mutual information of datapoint and
-    latent, on the first batch of each validation, has stopped rising.
+    latent, on the first batch of each validation (in several processes, the first ones together), has stopped rising.
 
     Args:
         window: Number of encoder steps between looks at the loss.
@@ -68,5 +67,4 @@ class AggressiveTraining(Turns, Callback):
         if batch_idx == dataloader_idx == 0 and not trainer.sanity_checking and trainer.state.fn == "fit":
             with plain_tensors(batch) as plain:
                 call = call_of(plain, None, pl_module.to_args, pl_module.model)
-                information = information_of(pl_module.guide, *call)
-            self.learned(mean_of_all(torch.tensor(information, device=pl_module.device)))
+                self.learned(information_of(pl_module.guide, *call, of_all_processes))

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 __all__ = [
+    "check_averaged",
     "check_built",
     "check_clippable",
     "check_counted",
@@ -69,6 +70,16 @@ def check_optimizer(optimizer: Any) -> Optimizer:
             "optimizer; try optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3)."
         )
     return optimizer
+
+
+def check_averaged(callbacks: Sequence[Any]) -> None:
+    """Raises a ValueError if callbacks average parameters, of which they have taken a copy before these are found."""
+    averaging = [c for c in callbacks if any(kind.__name__.endswith("WeightAveraging") for kind in type(c).__mro__)]
+    if averaging:
+        raise ValueError(
+            f"Cannot average parameters by {type(averaging[0]).__name__} because it has copied the module before its "
+            "parameters were found; try module.initialize(batch) before trainer.fit."
+        )
 
 
 def check_built(ready: bool, parameters: Sequence[nn.Parameter]) -> None:

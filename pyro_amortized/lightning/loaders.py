@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from pyro_amortized.diagnostics.batches import loaded
 
@@ -51,8 +51,16 @@ def first_batch(loader: Any) -> Any:
     """The first batch of a loader.
 
     Raises:
-        ValueError: If it has none, or datapoints cannot be put into one.
+        ValueError: If it has none, it would be missing later, or datapoints cannot be put into one.
     """
+    stream = loader.dataset if isinstance(loader, DataLoader) else loader
+    stored = isinstance(stream, Dataset | Sequence) and not isinstance(stream, IterableDataset)
+    if not stored and iter(stream) is iter(stream):
+        raise ValueError(
+            "Cannot find parameters by the first batch because the data are a stream that goes on where it was left, "
+            "so that training would miss it; try an __iter__ that starts anew each time, or module.initialize(batch) "
+            "with a batch of other data."
+        )
     for batch in loaded(loader):
         return batch
     raise ValueError("Cannot train because the loader has no batches; try one that has some, drop_last=False.")
@@ -70,18 +78,29 @@ def generators_of(loaders: Any) -> list[torch.Generator]:
     return list(found.values())
 
 
-def give_generators(loaders: Any, but: Any) -> None:
-    """Gives loaders without a generator, but those, one of their own, for the number that each draws when it starts."""
-    others = {id(loader) for loader in all_loaders(but)}
-    for loader in all_loaders(loaders):
+def give_generators(trainer: Trainer) -> None:
+    """Gives loaders for validation without a generator one of their own, for the number that each draws when it starts.
+
+    One that is for training too keeps what it has.
+    """
+    if trainer.val_dataloaders is None and trainer.enable_validation:
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        trainer.training = True
+    others = {id(loader) for loader in all_loaders(trainer.train_dataloader)}
+    for loader in all_loaders(trainer.val_dataloaders):
         if isinstance(loader, DataLoader) and loader.generator is None and id(loader) not in others:
             loader.generator = torch.Generator()
 
 
 def restart_loaders(trainer: Trainer) -> None:
-    """Starts the loaders for training anew: those resumed at the end of an epoch would give no batch in the next."""
+    """Starts the loaders for training anew: those resumed at the end of an epoch would give no batch in the next.
+
+    Unless the trainer ends this epoch, which was saved after its validation, and then starts them itself.
+    """
     fetcher: Any = trainer.fit_loop._data_fetcher
-    iter(fetcher)
+    if not trainer.fit_loop.epoch_loop.restarted_on_last:
+        iter(fetcher)
 
 
 @contextmanager

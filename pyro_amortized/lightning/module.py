@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from pyro_amortized.diagnostics.batches import ToArgs, call_of
 from pyro_amortized.diagnostics.processes import num_processes, of_all_processes, share_of_rows, weighted_sum
 from pyro_amortized.lightning.checks import (
+    check_averaged,
     check_built,
     check_clippable,
     check_counted,
@@ -38,7 +39,7 @@ from pyro_amortized.lightning.loaders import (
     plain_tensors,
     restart_loaders,
 )
-from pyro_amortized.lightning.schedulers import steps_due, take_steps
+from pyro_amortized.lightning.resuming import catch_up, go_on, left_to_do
 from pyro_amortized.training.generators import generator_state, restore_generators
 from pyro_amortized.training.gradients import differentiable_loss
 from pyro_amortized.training.kl_annealing import KLAnnealing
@@ -173,6 +174,7 @@ class SVIModule(LightningModule):
             check_single(loaders)
         loader = next(all_loaders(loaders))
         if not self._ready:
+            check_averaged(self.trainer.callbacks)  # type: ignore[attr-defined]
             self.initialize(self.trainer.strategy.broadcast(first_batch(loader)))
         if stage == "fit" and self._plate is not None:
             self._plate.check_loader(loader, dealt=deals(self.trainer))
@@ -206,7 +208,8 @@ class SVIModule(LightningModule):
             return optimizer
         scheduler = self._scheduler(optimizer)
         if isinstance(scheduler, ReduceLROnPlateau):
-            scheduler = {"scheduler": scheduler, "monitor": "val_loss"}
+            every = getattr(self._trainer, "check_val_every_n_epoch", None) or 1
+            scheduler = {"scheduler": scheduler, "monitor": "val_loss", "frequency": every}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -249,13 +252,15 @@ class SVIModule(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Evaluates the loss of a batch."""
+        if batch_idx == dataloader_idx == 0:
+            self._evaluated = []  # what an evaluation has left that broke off
         with plain_tensors(batch) as plain, RowsOfPlate(self._plate.name if self._plate else "") as plate:
             args, kwargs = call_of(plain, None, self.to_args, self.model)
             self._evaluated.append((self.elbo.loss(self.model, self.guide, *args, **kwargs), plate.rows))
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Evaluates the loss of a batch."""
-        self.validation_step(batch, batch_idx)
+        self.validation_step(batch, batch_idx, dataloader_idx)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """The guide's medians of a batch, by site."""
@@ -303,13 +308,15 @@ class SVIModule(LightningModule):
             "generators": of_all_processes(self._before_validation or generator_state()),
             "of_loaders": of_all_processes([generator.get_state() for generator in generators]),
             "in_epoch": not self.trainer.is_last_batch,
-            "schedulers": steps_due(self.trainer),
+            "left": left_to_do(self.trainer),
             "histories": of_all_processes(self._record.state()),
             "annealing_steps": 0 if self.annealing is None else self.annealing.num_steps,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what was saved for the moment when training goes on."""
+        if self._trainer is not None and self._trainer.precision == "64-true":
+            self.double()  # which the trainer does after it has loaded
         self._resumed = checkpoint.get("svi")
         if self._resumed is None:  # one of the weights alone
             return
@@ -326,22 +333,24 @@ class SVIModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Puts loaders where they were; those for validation get generators of their own, not to disturb them."""
-        if self._resumed is not None:
-            take_steps(self.trainer, self, self._resumed["schedulers"])
-        if self._resumed is not None and len(self._resumed["of_loaders"]) == num_processes():
+        give_generators(self.trainer)
+        if self._resumed is None:
+            return
+        self._restore_generators()
+        catch_up(self.trainer, self, self._resumed["left"])
+        if len(self._resumed["of_loaders"]) == num_processes():
             states = self._resumed["of_loaders"][self.global_rank]
             for generator, state in zip(generators_of(self.trainer.train_dataloader), states, strict=False):
                 generator.set_state(state.cpu())
             if not self._resumed["in_epoch"]:
-                self._restore_generators()
                 restart_loaders(self.trainer)
-        give_generators(self.trainer.val_dataloaders, but=self.trainer.train_dataloader)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Does so again in an epoch that goes on, where the loader has drawn the order from its own state."""
         if self._resumed is not None:
             if self._resumed["in_epoch"]:
                 self._restore_generators()
+            go_on(self.trainer)
             self._resumed = None
 
     def _restore_generators(self) -> None:

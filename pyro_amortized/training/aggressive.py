@@ -71,11 +71,18 @@ class Turns:
 
 
 @torch.no_grad()
-def information_of(guide: LocalGuide, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """Mutual information of datapoint and latent by a guide, in nats."""
+def information_of(
+    guide: LocalGuide,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    gather: Callable[[Tensor], list[Tensor]] | None = None,
+) -> float:
+    """Mutual information of datapoint and latent by a guide, in nats; also of datapoints that others have."""
     rng = generator(0, 14)
     with evaluating(guide), seeded(rng), guide.repeatable():
         phi, family = guide.infer(*args, **kwargs).local
+        if gather is not None:
+            phi = torch.cat([part.to(phi) for part in gather(phi)])
         return mutual_information(family, phi, rng)[0]
 
 

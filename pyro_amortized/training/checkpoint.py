@@ -14,6 +14,7 @@ import torch
 from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import nn
+from torch.optim import Optimizer
 
 from pyro_amortized.training.generators import generator_state, restore_generators
 
@@ -67,6 +68,7 @@ def save_checkpoint(path: str | os.PathLike[str], **parts: Any) -> None:
                 file.flush()
                 _check_readable(file.name, parts)
                 os.fsync(file.fileno())
+                os.chmod(file.name, 0o666 & ~_umask())  # as other files of the user's, for whoever may read these
                 os.replace(file.name, path)
             except BaseException:
                 os.unlink(file.name)
@@ -99,11 +101,19 @@ def load_checkpoint(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any
     path = os.fspath(path)
     try:
         saved = torch.load(path, weights_only=True)
+        if not isinstance(saved, dict):
+            raise TypeError(type(saved).__name__)
         state, store, generators = dict(saved["parts"]), saved["store"], saved["generators"]
-    except (OSError, RuntimeError, KeyError, TypeError, EOFError, ValueError) as error:
+    except FileNotFoundError as error:
         raise ValueError(
-            f"Cannot read a checkpoint from {path!r} because it is none ({error}); try the path that save_checkpoint "
-            "was given."
+            f"Cannot read the checkpoint {path!r} because there is no such file; try the path that save_checkpoint was "
+            "given."
+        ) from error
+    except (OSError, RuntimeError, LookupError, TypeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"Cannot read a checkpoint from {path!r} because it is none, or a part of one "
+            f"({type(error).__name__}); try the path that save_checkpoint was given, and for files of torch.save "
+            "torch.load."
         ) from error
     absent = sorted(set(parts) - set(state))
     if absent:
@@ -113,6 +123,13 @@ def load_checkpoint(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any
     _restore_store(store, _parameters_of(parts))
     restore_generators(generators)
     return {name: value for name, value in state.items() if not isinstance(value, dict)}
+
+
+def _umask() -> int:
+    """The permissions that this process takes from the files that it makes."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _state(name: str, part: Any) -> Any:
@@ -148,19 +165,46 @@ def _check_readable(path: str, parts: dict[str, Any]) -> None:
 
 
 def _restore(name: str, part: Any, state: Any) -> None:
+    """Gives a part the state that was saved under its name."""
+    kind = f"<{type(part).__name__}>"
+    if not isinstance(part, PyroOptim) and not hasattr(part, "load_state_dict"):
+        raise ValueError(
+            f"Cannot load {name}={kind} because it has no state to be put back; try leaving it out: plain values are "
+            f"returned, load_checkpoint(path, ...)[{name!r}]."
+        )
+    if not isinstance(state, dict):
+        raise ValueError(
+            f"Cannot load {name}={kind} because a plain value was saved under this name; try leaving it out, and "
+            "load_checkpoint(path) for the value."
+        )
     if isinstance(part, PyroOptim):
         part.optim_objs.clear()  # Pyro gives a state only to parameters that it meets for the first time
         part._state_waiting_to_be_consumed.clear()
         part.set_state(state)
-    else:
-        try:
-            part.load_state_dict(state)
-        except RuntimeError as error:
-            raise ValueError(
-                f"Cannot load {name}=<{type(part).__name__}> because its parameters are not those that were saved, or "
-                f"have not been made yet ({error}); try the same {name}, and one evaluation of the loss before, "
-                "svi.evaluate_loss(x)."
-            ) from error
+        return
+    if isinstance(part, Optimizer):
+        _check_optimizer(name, part, state)
+    try:
+        part.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"Cannot load {name}={kind} because its parameters are not those that were saved, or have not been made "
+            f"yet ({error}); try the same {name}, and one evaluation of the loss before, svi.evaluate_loss(x)."
+        ) from error
+
+
+def _check_optimizer(name: str, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Raises a ValueError unless a state is of torch's optimizer, with as many parameters and the same options."""
+    own, saved = optimizer.state_dict()["param_groups"], state.get("param_groups", [])
+    numbers = [[len(group["params"]) for group in groups] for groups in (own, saved)]
+    absent = [key for before, now in zip(saved, own, strict=False) for key in set(now) - set(before)]
+    if numbers[0] != numbers[1] or absent:
+        cause = f"it has no option {absent[0]!r}" if numbers[0] == numbers[1] else f"it is of {numbers[1]} parameters"
+        raise ValueError(
+            f"Cannot load {name}=<{type(optimizer).__name__}>, which is of {numbers[0]} parameters in its groups, "
+            f"because what was saved is of another optimizer: {cause}; try the optimizer that was saved, made of the "
+            "same parameters."
+        )
 
 
 def _parameters_of(parts: dict[str, Any]) -> set[int]:

@@ -125,6 +125,37 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "run.pt", guide=AmortizedGuide(functional))
 
 
+def test_files_and_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    path, module = tmp_path / "run.pt", nn.Linear(2, 3)
+    optimizer = torch.optim.Adam(module.parameters())
+    before = os.umask(0o027)
+    try:
+        save_checkpoint(path, module=module, optimizer=optimizer, epoch=3)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
+    for parts, message in (
+        ({"optimizer": torch.optim.SGD(module.parameters(), momentum=0.9)}, r"another optimizer: it has no option"),
+        ({"optimizer": torch.optim.Adam(nn.Linear(2, 3, bias=False).parameters())}, r"it is of \[2\] parameters"),
+        ({"epoch": 0}, r"Cannot load epoch=<int> because it has no state .* try leaving it out"),
+        ({"epoch": module}, r"Cannot load epoch=<Linear> because a plain value was saved"),
+        ({"module": optimizer}, r"what was saved is of another optimizer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_checkpoint(path, **parts)
+    assert load_checkpoint(path, module=module, optimizer=optimizer) == {"epoch": 3}
+    whole = path.read_bytes()
+    for value in (module, torch.ones(2), whole[: len(whole) // 2]):
+        if isinstance(value, bytes):
+            path.write_bytes(value)
+        else:
+            torch.save(value, path)
+        with pytest.raises(ValueError, match=r"because it is none, or a part of one"):
+            load_checkpoint(path, module=module)
+    with pytest.raises(ValueError, match=r"because there is no such file"):
+        load_checkpoint(tmp_path / "absent.pt")
+
+
 class Scaled(PyroModule):
     def __init__(self) -> None:
         super().__init__()
