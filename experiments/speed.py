@@ -5,11 +5,17 @@ by image: by `guide.refined(k)` with each of its update rules, and by what peopl
 on (mean, log scale), ten particles, at the best of three step sizes, and the stochastic gradient ascent with momentum
 of Kim et al. (2018). Seconds are those of the processor in one thread, from the encoder's answer on, of a guide that
 has not refined before; methods run in turn. The gap closed is measured on common draws.
+
+Where NumPyro is installed, its `AutoSemiDAIS` goes on from the same encoder: leapfrog steps towards the posterior with
+step size, damping, temperatures and masses that it has learned on the training images. Its seconds are those of one
+draw, compiled and trained before, and every further draw takes them again; its bound is not one of a normal, and may
+exceed the best of these.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +24,7 @@ import numpy as np
 import pyro
 import torch
 import xarray as xr
+from _dais import dais_bounds
 from _evidence import Claim, Experiment, Table, run, with_error
 from matplotlib.figure import Figure
 from pyro.distributions import Bernoulli, Normal
@@ -41,7 +48,9 @@ NAMES = {name: f"refined, {name}" for name in STEPS}
 RATES = (0.02, 0.05, 0.1)
 HAND = "by hand: Adam"
 KIM = "by hand: momentum, Kim et al."
-METHODS = (*NAMES.values(), HAND, KIM)
+DAIS = "AutoSemiDAIS of NumPyro, a draw"
+METHODS = (*NAMES.values(), HAND, KIM, *([DAIS] if importlib.util.find_spec("numpyro") else []))
+LEAPFROG = (4, 8, 16, 32, 64)
 HAND_STEPS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 60, 80, 100, 130, 160, 200)
 MOST = 16
 GROWTH = {"images": (50, 100, 200, 400), "latents": (4, 8, 16, 32), "steps": (5, 10, 20, 40)}
@@ -122,12 +131,17 @@ def measure(seed: int, args: argparse.Namespace) -> xr.Dataset:
     curves[KIM] = by_hand(model, x, phi, lambda p: torch.optim.SGD(p, 1.0 / 50, momentum=0.5), 5.0)
     seconds = np.full((len(METHODS), MOST), np.nan)
     closed = np.full((len(METHODS), MOST), np.nan)
-    for row, method in enumerate(METHODS):
+    for row, method in enumerate(m for m in METHODS if m != DAIS):
         found = {name: [(judge(p) - start) / (best - start) for p in curve[1]] for name, curve in curves.items()
                  if name.startswith(method)}  # fmt: skip
         name = max(found, key=lambda name: (-_time_to(SHARES[0], curves[name][0], found[name]), found[name][-1]))
         seconds[row, : len(curves[name][0])] = curves[name][0]
         closed[row, : len(found[name])] = found[name]
+    if DAIS in METHODS:
+        with torch.no_grad():
+            known = images, guide.variational_parameters(images)
+        points = np.array(dais_bounds(model, known, (x, phi), LEAPFROG, seed))
+        seconds[-1, : len(points)], closed[-1, : len(points)] = points[:, 0], (points[:, 1] - start) / (best - start)
     data = {"seconds": (("way", "point"), seconds), "closed": (("way", "point"), closed), "gap": best - start}
     return xr.Dataset(data, {"way": list(METHODS)}).merge(_growth(guide, model, x, images, args))
 
@@ -158,9 +172,9 @@ def _times(runs: xr.Dataset, share: float) -> xr.DataArray:
     """Seconds to close a share of the gap, by method and seed; at least those of all its steps where it never does."""
     values = [
         [_time_to(share, runs["seconds"].sel(way=m, seed=s).values, runs["closed"].sel(way=m, seed=s).values)
-         for s in runs["seed"].values] for m in METHODS
+         for s in runs["seed"].values] for m in runs["way"].values
     ]  # fmt: skip
-    return xr.DataArray(values, {"way": list(METHODS), "seed": runs["seed"]}, ("way", "seed"))
+    return xr.DataArray(values, {"way": runs["way"], "seed": runs["seed"]}, ("way", "seed"))
 
 
 def claims(runs: xr.Dataset) -> list[Claim]:
@@ -172,6 +186,12 @@ def claims(runs: xr.Dataset) -> list[Claim]:
     def less(share: float, method: str, part: float = 1.0, other: str = HAND) -> np.ndarray:
         return (part * times[share].sel(way=other) - times[share].sel(way=method)).values
 
+    closed, of_numpyro = runs["closed"].max("point"), []
+    if DAIS in runs["way"].values:
+        of_numpyro = [
+            Claim("Newton's rule closes more of the gap than AutoSemiDAIS with up to 64 leapfrog steps", "ours",
+                  {"Newton's less its share": (closed.sel(way=newton) - closed.sel(way=DAIS)).values}, "of the gap")
+        ]  # fmt: skip
     return [
         Claim("Newton's rule closes the gap in at most 0.3 of the time of Adam by hand", "ours",
               {f"{100 * share:.0f} %, 0.3 Adam less Newton": less(share, newton, 0.3) for share in SHARES}, "seconds"),
@@ -184,6 +204,7 @@ def claims(runs: xr.Dataset) -> list[Claim]:
         Claim("Twice the images take at most 2.2 times the time", "ours",
               {"200 to 400": (2.2 * runs["growth"].sel(what="images")[:, 2]
                               - runs["growth"].sel(what="images")[:, 3]).values}, "seconds"),
+        *of_numpyro,
     ]  # fmt: skip
 
 
@@ -194,13 +215,14 @@ def tables(runs: xr.Dataset) -> list[Table]:
     def cell(share: float, method: str) -> str:
         values = times[share].sel(way=method).values
         if np.isfinite(values).all():
-            return with_error(values, 2)
+            return with_error(values, 3 if method == DAIS else 2)
         return f"never in {int((~np.isfinite(values)).sum())} of {len(values)}"
 
     rows = [
         [method, *(cell(share, method) for share in SHARES),
          with_error(100 * runs["closed"].sel(way=method).max("point").values, 1),
-         with_error(runs["seconds"].sel(way=method).max("point").values, 2)] for method in METHODS
+         with_error(runs["seconds"].sel(way=method).max("point").values, 3 if method == DAIS else 2)]
+        for method in runs["way"].values
     ]  # fmt: skip
     growth = [
         [
@@ -222,7 +244,7 @@ def tables(runs: xr.Dataset) -> list[Table]:
 def draw(runs: xr.Dataset, figure: Figure) -> None:
     """Gap left against seconds, and how seconds grow."""
     left, right = figure.subplots(1, 2, width_ratios=[2, 1])
-    for number, method in enumerate(METHODS):
+    for number, method in enumerate(runs["way"].values):
         for seed in runs["seed"].values:
             one = runs.sel(way=method, seed=seed)
             left.plot(one["seconds"], 100 * (1 - one["closed"]).clip(1e-3), "o-", color=f"C{number}", markersize=3,
