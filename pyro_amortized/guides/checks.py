@@ -273,7 +273,8 @@ def check_values(
     if not bad:
         return
     cause = "its parameters have diverged"
-    remedy = "a smaller learning rate, and pyro.optim.ClippedAdam if gradients are not clipped yet"
+    clipping = ", and pyro.optim.ClippedAdam if gradients are not clipped yet"
+    remedy = "a smaller learning rate" + ("" if strategy.is_sparse else clipping)
     if isinstance(strategy, Refined):
         cause = "refinement has diverged, the data hold invalid values, or the encoder has diverged"
         remedy = (

@@ -63,7 +63,9 @@ class InferenceStrategy(nn.Module):
     Attributes:
         needs_inputs: Whether ``forward`` reads ``inputs``; guides do not look for the data otherwise.
         num_known: Number of datapoints that the strategy knows, or None if it serves any.
+        is_sparse: Whether gradients hold only the rows looked up, which not every optimizer takes.
     """
 
     needs_inputs: bool = True
     num_known: int | None = None
+    is_sparse: bool = False

@@ -100,6 +100,11 @@ class PerDatapoint(InferenceStrategy):
         return self.rows.weight
 
     @property
+    def is_sparse(self) -> bool:  # type: ignore[override]
+        """As it was asked for."""
+        return bool(self.rows.sparse)
+
+    @property
     def num_known(self) -> int:  # type: ignore[override]
         """Number of rows of the table."""
         return len(self.table)

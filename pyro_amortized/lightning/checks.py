@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities import CombinedLoader
+from pyro.infer import SVI
 from pyro.optim import PyroOptim
-from torch import nn
-from torch.optim import Optimizer
+from torch import Tensor, nn
+from torch.optim import Adam, AdamW, Optimizer, SparseAdam
+from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 __all__ = [
     "check_averaged",
+    "check_batches",
     "check_built",
     "check_clippable",
     "check_counted",
@@ -31,10 +34,19 @@ def check_module_options(
 ) -> None:
     """Raises a ValueError unless every argument of ``SVIModule`` is what it is to be."""
     for name, value in (("model", model), ("guide", guide)):
-        if not callable(value):
+        if isinstance(value, SVI):
             raise ValueError(
-                f"Cannot train with {name}={value!r} because it is not callable; try the Pyro {name} itself."
+                f"Cannot train with {name}=<SVI> because the trainer takes its place; try SVIModule(svi.model, "
+                "svi.guide, svi.loss)."
             )
+        if not callable(value) or isinstance(value, type):
+            cause, remedy = "it is not callable", f"the Pyro {name} itself"
+            if isinstance(value, type):
+                cause, remedy = (
+                    "it is a class",
+                    f"an instance, as {value.__name__}({'model' if name == 'guide' else ''})",
+                )
+            raise ValueError(f"Cannot train with {name}={value!r} because {cause}; try {remedy}.")
     if isinstance(elbo, type) or not (hasattr(elbo, "loss") and hasattr(elbo, "loss_and_grads")):
         raise ValueError(
             f"Cannot train with elbo={elbo!r} because it is no ELBO of Pyro's; try elbo=pyro.infer.Trace_ELBO()."
@@ -58,12 +70,22 @@ def check_module_options(
             raise ValueError(f"Cannot train with {name}={function!r} because it is no function; try {name}={example}.")
 
 
-def check_optimizer(optimizer: Any) -> Optimizer:
-    """What the user's function made of the parameters, if that is a torch optimizer.
+def check_optimizer(optimizer: Any, modules: Iterable[nn.Module]) -> Optimizer:
+    """What the user's function made of the parameters, if that is a torch optimizer, and takes their gradients.
 
     Raises:
         ValueError: If it is something else.
     """
+    sparse = {id(module.weight) for module in modules if isinstance(module, nn.Embedding) and module.sparse}
+    if sparse and type(optimizer) in (Adam, AdamW, SparseAdam):
+        kinds = {id(p) in sparse for group in optimizer.param_groups for p in group["params"]}
+        unfit = "dense" if isinstance(optimizer, SparseAdam) else "sparse"
+        if (unfit == "sparse") in kinds:
+            raise ValueError(
+                f"Cannot train a sparse table by {type(optimizer).__name__} because it takes no {unfit} gradients, of "
+                "which there are some; try torch.optim.Adagrad or torch.optim.SGD, which take both, or a guide with "
+                "sparse=False."
+            )
     if not isinstance(optimizer, Optimizer):
         raise ValueError(
             f"Cannot train with the {type(optimizer).__name__} that optimizer returned because it is no torch "
@@ -128,7 +150,19 @@ def check_single(loaders: Any) -> None:
     if isinstance(loaders, Mapping | list | tuple | CombinedLoader):
         raise ValueError(
             f"Cannot train on a {type(loaders).__name__} of loaders because a step takes the model's arguments from "
-            "one batch; try one DataLoader, of a torch.utils.data.StackDataset or ConcatDataset of the data."
+            "one batch; try one DataLoader, of a torch.utils.data.StackDataset or ConcatDataset of the data, or "
+            "DataLoader(batches, batch_size=None) of a list of batches."
+        )
+
+
+def check_batches(loader: Any) -> None:
+    """Raises a ValueError if a loader gives datapoints one by one, each of which would pass for a batch."""
+    plain = isinstance(loader, DataLoader) and isinstance(loader.dataset, TensorDataset)
+    one_by_one = plain and loader.batch_sampler is None and not isinstance(loader.sampler, BatchSampler)
+    if one_by_one or isinstance(loader, Tensor):
+        raise ValueError(
+            f"Cannot train on this {type(loader).__name__} because it gives the datapoints one by one, and a model "
+            "takes batches of them; try DataLoader(TensorDataset(x), batch_size=128)."
         )
 
 

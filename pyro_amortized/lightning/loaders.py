@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from pyro_amortized.diagnostics.batches import loaded
+from pyro_amortized.lightning.checks import check_batches
 
 __all__ = [
     "all_loaders",
@@ -53,6 +54,7 @@ def first_batch(loader: Any) -> Any:
     Raises:
         ValueError: If it has none, it would be missing later, or datapoints cannot be put into one.
     """
+    check_batches(loader)
     stream = loader.dataset if isinstance(loader, DataLoader) else loader
     stored = isinstance(stream, Dataset | Sequence) and not isinstance(stream, IterableDataset)
     if not stored and iter(stream) is iter(stream):

@@ -175,7 +175,8 @@ class SVIModule(LightningModule):
         loader = next(all_loaders(loaders))
         if not self._ready:
             check_averaged(self.trainer.callbacks)  # type: ignore[attr-defined]
-            self.initialize(self.trainer.strategy.broadcast(first_batch(loader)))
+            batch = self._on_before_batch_transfer(first_batch(loader))  # by hooks of the data's, as in training
+            self.initialize(self.trainer.strategy.broadcast(self._apply_batch_transfer_handler(batch)))
         if stage == "fit" and self._plate is not None:
             self._plate.check_loader(loader, dealt=deals(self.trainer))
 
@@ -203,7 +204,7 @@ class SVIModule(LightningModule):
         """The optimizer, and the scheduler where there is one."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         check_built(self._ready, parameters)
-        optimizer = check_optimizer(self._optimizer(parameters))
+        optimizer = check_optimizer(self._optimizer(parameters), self.modules())
         if self._scheduler is None:
             return optimizer
         scheduler = self._scheduler(optimizer)

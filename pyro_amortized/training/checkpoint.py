@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
-import tempfile
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -61,18 +61,19 @@ def save_checkpoint(path: str | os.PathLike[str], **parts: Any) -> None:
     store = {name: value.detach() for name, value in entries if id(value) not in of_parts}
     saved = {"parts": state, "store": store, "generators": generator_state()}
     path = os.fspath(path)
+    part = f"{path}.part"
     try:
-        with tempfile.NamedTemporaryFile(dir=os.path.dirname(path) or ".", suffix=".part", delete=False) as file:
-            try:
+        try:
+            with open(part, "wb") as file:
                 torch.save(saved, file)
                 file.flush()
-                _check_readable(file.name, parts)
                 os.fsync(file.fileno())
-                os.chmod(file.name, 0o666 & ~_umask())  # as other files of the user's, for whoever may read these
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+            _check_readable(part, parts)
+            os.replace(part, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(part)
+            raise
     except OSError as error:
         raise ValueError(
             f"Cannot save the checkpoint {path!r} because it cannot be written ({error.strerror or error}); try a file "
@@ -123,13 +124,6 @@ def load_checkpoint(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any
     _restore_store(store, _parameters_of(parts))
     restore_generators(generators)
     return {name: value for name, value in state.items() if not isinstance(value, dict)}
-
-
-def _umask() -> int:
-    """The permissions that this process takes from the files that it makes."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _state(name: str, part: Any) -> Any:

@@ -24,6 +24,7 @@ from pyro_amortized.structure.sites import sample_sites
 from pyro_amortized.structure.state import modes_of_modules, untouched
 from pyro_amortized.structure.structure import Structure
 from pyro_amortized.training.particles import Particles, at_particle, latents_at, run_particles, value_at
+from pyro_amortized.training.plates import scale_of_caller
 
 __all__ = ["IWELBO"]
 
@@ -137,7 +138,7 @@ class IWELBO(ELBO):
     ) -> Tensor:
         """Minus an estimate of the bound, whose gradient is an estimate of its gradient."""
         runs = self._run(ModelCall(model, args, kwargs, self._look(model, guide, args, kwargs)), guide)
-        own = _own_scale(runs[0])
+        own = _own_scale(runs[0], scale_of_caller())
         log_p, log_q = (torch.cat([getattr(run, part) for run in runs]) / own for part in ("log_p", "log_q"))
         frame = runs[0].call.structure.datapoints
         weight = own * (frame.full_size / frame.size)
@@ -236,27 +237,27 @@ class IWELBO(ELBO):
         _check_draws([particles], self.gradient)
         if particles.number == 1:
             return True
+        at, scale = [0, particles.number - 1], scale_of_caller()
         with isolated(), untouched():
-            at = [0, particles.number - 1]
             (first, before), (last, after) = (at_particle(particles, number) for number in at)
         _check_outside(particles, before, after)
-        if close(particles.log_p.detach()[at], torch.cat([first, last])):
+        if close(particles.log_p.detach()[at] / scale, torch.cat([first, last])):
             return True
         self._warn("gives other log-probabilities for them together than one by one")
         return False
 
 
-def _own_scale(run: Particles) -> float | Tensor:
-    """The model's scale of whole datapoints: a number, or one for each ``(N,)``; 1 if it is not that of all sites."""
+def _own_scale(run: Particles, of_caller: float) -> float | Tensor:
+    """The scale of whole datapoints, a number or one for each ``(N,)``: the caller's, and the model's of all sites."""
     scales, frame = run.scales, run.call.structure.datapoints
     first = scales[0]
     same = all(s is first or torch.equal(torch.as_tensor(s), torch.as_tensor(first)) for s in scales[1:])
     if not same:
-        return 1.0
+        return of_caller
     if not isinstance(first, Tensor):
         return first
     if first.numel() > 1 and (first.dim() < -frame.dim or first.shape[frame.dim] != first.numel()):
-        return 1.0
+        return of_caller
     return first.reshape(-1)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from pyro.poutine import runtime
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, SubsetRandomSampler
@@ -16,7 +20,7 @@ from pyro_amortized.structure.layout import datapoint_plate
 from pyro_amortized.structure.plates import PlateFrame, probe
 from pyro_amortized.structure.sites import is_data, sample_sites
 
-__all__ = ["DataPlate", "RowsOfPlate", "find_plate", "is_of_batch"]
+__all__ = ["DataPlate", "RowsOfPlate", "find_plate", "is_of_batch", "scale_of_caller"]
 
 
 @dataclass(frozen=True)
@@ -166,3 +170,9 @@ class RowsOfPlate(Messenger):
                 f"cannot be seen; try a guide with groups={{{names[0]!r}: ...}}, or sizes of all data for the plates, "
                 "pyro.plate(name, size, subsample=index)."
             )
+
+
+def scale_of_caller() -> float:
+    """By what the handlers around a call scale every datapoint alike, in several processes or by ``poutine.scale``."""
+    handlers = [handler for handler in runtime._PYRO_STACK if isinstance(handler, RowsOfPlate | ScaleMessenger)]
+    return math.prod(float(handler.scale) for handler in handlers if torch.as_tensor(handler.scale).numel() == 1)

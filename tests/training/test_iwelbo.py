@@ -4,6 +4,7 @@ import gc
 import math
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pyro
@@ -29,6 +30,7 @@ from pyro_amortized import (
 from pyro_amortized.families import Flow
 from pyro_amortized.training import IWELBO, KLAnnealing
 from pyro_amortized.training.particles import Particles
+from pyro_amortized.training.plates import RowsOfPlate
 
 FAMILIES = ("normal", "multivariate_normal", "low_rank_multivariate_normal", "structured", "mixture", "flow")
 pytestmark = pytest.mark.usefixtures("_float64")
@@ -213,6 +215,30 @@ def test_a_scale_of_whole_datapoints_is_outside_of_the_logarithm() -> None:
     log_w = Normal(0.0, 1.0).log_prob(z) + Normal(z, 1.0).log_prob(X) - Normal(mean, log_scale.exp()).log_prob(z)
     expected = weights * (log_w.logsumexp(0) - math.log(6))
     assert loss == pytest.approx(-expected.sum().item(), abs=1e-10)
+
+
+@pytest.mark.parametrize("annealed", [False, True])
+@pytest.mark.parametrize("gradient", ["dreg", "plain"])
+@pytest.mark.parametrize("handler", [lambda: RowsOfPlate("data", 2), lambda: poutine.scale(scale=2.0)])
+def test_what_the_caller_scales_is_outside_of_the_logarithm(handler: Any, gradient: str, annealed: bool) -> None:
+    """As in several processes; beside scales of the model's, of some sites alone, too. The draws are made together."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide = AmortizedGuide(model)
+    guide(X)
+    annealing = KLAnnealing(model, guide, lambda step: 0.3)
+    pair = (annealing.model, annealing.guide) if annealed else (model, guide)
+    found = []
+    for around in (nullcontext(), handler()):
+        pyro.set_rng_seed(0)
+        with around:
+            loss = IWELBO(5, gradient=gradient).differentiable_loss(*pair, X)
+        found.append([loss, *torch.autograd.grad(loss, list(guide.parameters()))])
+    torch.testing.assert_close(found[1], [2.0 * value for value in found[0]])
 
 
 def test_the_loss_per_datapoint_as_people_scale_it() -> None:

@@ -219,6 +219,9 @@ def test_aggressive_training_moves_one_side_at_a_time(tmp_path: Path) -> None:
     [
         ({"elbo": infer.Trace_ELBO}, "Cannot train with elbo="),
         ({"optimizer": pyro.optim.Adam({"lr": 0.1})}, "function from parameters to a torch optimizer"),
+        ({"model": Factors}, r"it is a class; try an instance, as Factors\(\)"),
+        ({"guide": AmortizedGuide}, r"it is a class; try an instance, as AmortizedGuide\(model\)"),
+        ({"model": infer.SVI(Factors(), AutoNormal(Factors()), pyro.optim.Adam({}), infer.Trace_ELBO())}, "svi.guide"),
         ({"scheduler": 1}, "Cannot train with scheduler=1"),
         ({"to_args": 1}, "Cannot train with to_args=1"),
     ],
@@ -226,7 +229,7 @@ def test_aggressive_training_moves_one_side_at_a_time(tmp_path: Path) -> None:
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     model = Factors()
     with pytest.raises(ValueError, match=message):
-        SVIModule(model, AmortizedGuide(model), **options)
+        SVIModule(**{"model": model, "guide": AmortizedGuide(model), **options})
 
 
 def test_loaders_over_another_number_of_datapoints_are_refused(tmp_path: Path) -> None:
@@ -411,6 +414,63 @@ def test_parameters_are_averaged_once_they_are_found(name: str, tmp_path: Path) 
         for value in seen[1:]:
             expected = 0.5 * expected + 0.5 * value
     torch.testing.assert_close(model.weights.detach(), expected)
+
+
+class Prepared(lightning.LightningDataModule):
+    """Images in bytes, made numbers by a hook on the way to the device."""
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader([(x, i) for i, x in enumerate((100 * data()[0]).byte())], batch_size=5)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch[0] / 100.0, batch[1]
+
+
+def test_the_first_batch_passes_the_hooks_of_the_data(tmp_path: Path) -> None:
+    """By it the encoder learns how large its inputs are."""
+    model, found = Factors(), []
+    for name in ("hooks", "by hand"):
+        torch.manual_seed(0)
+        module = SVIModule(model, AmortizedGuide(model, name=name.replace(" ", "_")))
+        if name == "by hand":
+            x, index = next(iter(Prepared().train_dataloader()))
+            module.initialize((x / 100.0, index))
+        quiet(tmp_path, max_epochs=1).fit(module, datamodule=Prepared())
+        found.append(module.guide.inference.encoder.standardize.loc.clone())
+    assert torch.equal(*found)
+    assert found[0].abs().max() < 3.0
+
+
+def test_datapoints_one_by_one_are_no_batches(tmp_path: Path) -> None:
+    x = torch.randn(6, 3)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z.unsqueeze(-1), 1.0).to_event(1), obs=x)
+
+    for rows in (x, DataLoader(TensorDataset(x), batch_size=None)):
+        with pytest.raises(ValueError, match=r"gives the datapoints one by one.* try DataLoader\(TensorDataset"):
+            quiet(tmp_path).fit(SVIModule(model, AmortizedGuide(model)), rows)
+    with pytest.raises(ValueError, match=r"of loaders .* DataLoader\(batches, batch_size=None\)"):
+        quiet(tmp_path).fit(SVIModule(model, AmortizedGuide(model)), [x[:4], x[4:]])
+    sampler = torch.utils.data.BatchSampler(range(6), 4, drop_last=False)
+    for batches in (DataLoader([x[:4], x[4:]], batch_size=None), DataLoader(TensorDataset(x), None, sampler=sampler)):
+        pyro.clear_param_store()
+        module = SVIModule(model, AmortizedGuide(model))
+        quiet(tmp_path, max_epochs=1).fit(module, batches)
+        assert module.history.dataset.sizes["step"] == 2
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SparseAdam"])
+def test_optimizers_that_do_not_take_a_tables_gradients_are_refused(name: str, tmp_path: Path) -> None:
+    model = Factors()
+    for optimizer in (getattr(torch.optim, name), torch.optim.Adagrad):
+        module = SVIModule(model, PerDatapointGuide(model, sparse=True), optimizer=lambda p, o=optimizer: o(list(p)))
+        refusal = pytest.raises(ValueError, match=rf"Cannot train a sparse table by {name} .*; try torch.optim.Adagrad")
+        with refusal if optimizer is not torch.optim.Adagrad else nullcontext():
+            quiet(tmp_path, max_epochs=1).fit(module, loader(5))
+        pyro.clear_param_store()
 
 
 def test_streams_that_would_miss_their_first_batch_are_refused(tmp_path: Path) -> None:
