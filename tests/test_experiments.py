@@ -41,7 +41,7 @@ def _path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 NAMES = sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))
-QUICK = ("codes", "kim", "margossian_blei")
+QUICK = ("codes", "margossian_blei")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pyro_amortized.diagnostics.evidence import bounds
 pytestmark = pytest.mark.usefixtures("_float64")
 
 
+@pytest.mark.slow
 def test_the_bounds_enclose_the_exact_evidence() -> None:
     model = LinearGaussian.random_weights()
     guide, x = AmortizedGuide(model.full), model.simulate(20)

@@ -142,6 +142,7 @@ def test_an_exact_full_rank_posterior_passes() -> None:
     assert calibrate(oracle.full, full_rank(oracle), (oracle.simulate(30),), num_simulations=500).calibrated
 
 
+@pytest.mark.slow
 def test_masked_latents_count_for_nothing() -> None:
     """Their prior is another one than the standard normal that guides have in its place."""
     present = torch.arange(12) % 2 == 0

@@ -173,6 +173,7 @@ def test_draws_are_returned_of_all_chains() -> None:
         assert found.draws.round().unique(return_counts=True)[1].tolist() == [375] * 8
 
 
+@pytest.mark.slow
 def test_chains_are_worth_what_the_draws_returned_are() -> None:
     rng, dependence = torch.Generator().manual_seed(0), 0.8
     noise = torch.randn(8, 2000, 200, 1, generator=rng)

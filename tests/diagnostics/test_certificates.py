@@ -320,6 +320,7 @@ def test_seeds_and_settings() -> None:
 # Calibration of the procedure
 
 
+@pytest.mark.slow
 def test_certified_posteriors_are_calibrated() -> None:
     guide = guided(conjugate)
     procedure = partial(certified_posterior, num_samples=400)

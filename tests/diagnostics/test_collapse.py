@@ -353,6 +353,7 @@ def test_loader_gives_the_same_as_one_call() -> None:
     assert abs(whole.mutual_information - batches.mutual_information) < 6 * error
 
 
+@pytest.mark.slow
 def test_mutual_information_of_a_part_of_the_data() -> None:
     x = make_data(400)
     guide = AmortizedGuide(independent, Linear(WEIGHTS, SCALE))

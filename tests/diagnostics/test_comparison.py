@@ -37,6 +37,7 @@ def guides(model: LinearGaussian, x: Tensor) -> dict[str, AmortizedGuide]:
     return {"exact": exact_guide(model, x, "a"), "shifted": exact_guide(model, x, "b", shift=0.1)}
 
 
+@pytest.mark.slow
 def test_paired_differences_are_those_of_the_datapoints(linear: LinearGaussian) -> None:
     x = linear.simulate(12)
     both = guides(linear, x)
@@ -58,6 +59,7 @@ class Varying(Encoder):
         return loc + x.square().sum(-1, keepdim=True), scale
 
 
+@pytest.mark.slow
 def test_the_verdict_does_not_depend_on_the_order_of_the_guides(linear: LinearGaussian) -> None:
     """Nor on how much a third guide, with which all others are compared, varies."""
     x = linear.simulate(30)

@@ -18,6 +18,7 @@ from pyro_amortized.diagnostics.gaps.gaps import warn_of_violations
 pytestmark = pytest.mark.usefixtures("_float64")
 
 
+@pytest.mark.slow
 def test_a_doubtful_estimate_is_flagged() -> None:
     """Far more draws would be needed for the tolerance than are allowed."""
     factors = Factors()
@@ -227,6 +228,7 @@ def test_arguments_that_the_encoder_lacks_are_named() -> None:
     assert slopes[1] > 0.9 * least_squares
 
 
+@pytest.mark.slow
 def test_one_datapoint_that_is_far_off_is_no_small_gap() -> None:
     """The spread between datapoints is no error of the mean over these."""
     oracle = Oracle(hard=False, points=20)

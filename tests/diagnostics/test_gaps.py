@@ -177,6 +177,7 @@ def quartic(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
 
 
+@pytest.mark.slow
 def test_reported_elbos_are_unbiased() -> None:
     """E[z^4] = 3 under q = N(0, I): the mean of 60 z-scores is standard normal over sqrt(60), and t with 9 df each."""
     x = torch.zeros(60)

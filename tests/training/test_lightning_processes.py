@@ -163,6 +163,7 @@ def _meeting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "localhost")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_meeting")
 def test_two_processes_resume(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(resume_in_process, (2, str(tmp_path)), nprocs=2)
