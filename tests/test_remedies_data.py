@@ -43,6 +43,16 @@ def batches(x: Tensor = X) -> Iterator[Tensor]:
     yield from x.split(3)
 
 
+# Lists of batches
+
+case(
+    "a list of batches for the arguments of one call",
+    lambda: posterior_summary(model, made(), [*batches()]),
+    r"DataLoader\(batches, batch_size=None\)",
+    lambda: posterior_summary(model, made(), DataLoader([*batches()], batch_size=None)),
+)
+
+
 # Calibration
 
 case(

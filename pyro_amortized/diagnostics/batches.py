@@ -174,6 +174,13 @@ def calls(
             "passed as a tuple; try (x,), model_kwargs={...} for keyword arguments, or a DataLoader of batches."
         )
     if is_single(model_args):
+        found = _mismatch(model, tuple(model_args), kwargs)
+        if found is not None:
+            raise ValueError(
+                f"Cannot call the model, which takes {found[0]}, with the arguments {_structure(model_args)} because "
+                f"of {found[1]}; try a tuple of as many as it takes, and for a list of batches "
+                "DataLoader(batches, batch_size=None)."
+            )
         yield tuple(model_args), kwargs
         return
     if not isinstance(model_args, Iterable):
@@ -241,13 +248,9 @@ def _check_taken(
     model: Callable[..., Any] | None, batch: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], to_args: Any
 ) -> None:
     """Raises a ValueError that shows the batch unless the model takes such arguments."""
-    try:
-        signature = inspect.signature(named_function(model))
-    except (TypeError, ValueError):  # no model, or one that Python cannot look into
-        return
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
+    found = _mismatch(model, args, kwargs)
+    if found is not None:
+        signature, error = found
         remedy = "lambda batch: (batch[0],)"
         if isinstance(batch, Mapping):
             taken = [f"batch[{name!r}]" for name in batch if name in signature.parameters] or ["batch"]
@@ -256,6 +259,21 @@ def _check_taken(
             f"Cannot call the model, which takes {signature}, with batches of {_structure(batch)}"
             f"{' as to_args turns them' if to_args is not None else ''} because of {error}; try to_args={remedy}."
         ) from error
+
+
+def _mismatch(
+    model: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[inspect.Signature, TypeError] | None:
+    """What a model takes, and Python's error, if it does not take such arguments."""
+    try:
+        signature = inspect.signature(named_function(model))
+    except (TypeError, ValueError):  # no model, or one that Python cannot look into
+        return None
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        return signature, error
+    return None
 
 
 def _structure(value: Any) -> str:
