@@ -174,13 +174,7 @@ def calls(
             "passed as a tuple; try (x,), model_kwargs={...} for keyword arguments, or a DataLoader of batches."
         )
     if is_single(model_args):
-        found = _mismatch(model, tuple(model_args), kwargs)
-        if found is not None:
-            raise ValueError(
-                f"Cannot call the model, which takes {found[0]}, with the arguments {_structure(model_args)} because "
-                f"of {found[1]}; try a tuple of as many as it takes, and for a list of batches "
-                "DataLoader(batches, batch_size=None)."
-            )
+        _check_single(model, tuple(model_args), kwargs)
         yield tuple(model_args), kwargs
         return
     if not isinstance(model_args, Iterable):
@@ -259,6 +253,17 @@ def _check_taken(
             f"Cannot call the model, which takes {signature}, with batches of {_structure(batch)}"
             f"{' as to_args turns them' if to_args is not None else ''} because of {error}; try to_args={remedy}."
         ) from error
+
+
+def _check_single(model: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raises a ValueError unless the model takes the arguments of the only call."""
+    found = _mismatch(model, args, kwargs)
+    if found is not None:
+        raise ValueError(
+            f"Cannot call the model, which takes {found[0]}, with the arguments {_structure(args)} because of "
+            f"{found[1]}; try a tuple of as many as it takes, and for a list of batches "
+            "DataLoader(batches, batch_size=None)."
+        )
 
 
 def _mismatch(
