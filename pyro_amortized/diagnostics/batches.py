@@ -164,8 +164,7 @@ def calls(
     if not isinstance(model_kwargs, Mapping | None):
         raise ValueError(
             f"Cannot call the model with model_kwargs=<{type(model_kwargs).__name__}> because keyword arguments are "
-            "passed "
-            'as a dict; try {"x": x}.'
+            'passed as a dict; try {"x": x}.'
         )
     kwargs = dict(model_kwargs or {})
     if isinstance(model_args, Tensor | Mapping | str):
