@@ -52,6 +52,9 @@ from pyro_amortized import (
     simulate,
     to_arviz,
 )
+from pyro_amortized.families import build_family
+from pyro_amortized.guides.checks import check_values
+from pyro_amortized.inference.strategies import Prior
 from pyro_amortized.training import (
     AggressiveEncoder,
     CapacityELBO,
@@ -65,6 +68,11 @@ from pyro_amortized.training import (
 matplotlib.use("Agg")
 nan, inf = math.nan, math.inf
 X = torch.linspace(-1.0, 1.0, 12).reshape(6, 2)
+VANISHED = torch.zeros(2, 16, dtype=torch.float64)
+VANISHED[0] = torch.tensor(
+    [-2.9, -2.5, -3.9, -5.1, -1.5, -526.1, -3.8, -10.3, 1.8, 2.0, -10.1, -25.4, -2.0, -4.7, -3.2, 1.0]
+)
+"""Of a low-rank normal in four dimensions; the second row has nothing wrong."""
 
 
 def model(x: Tensor) -> None:
@@ -446,6 +454,11 @@ each(
     {"steps": SemiAmortizedGuide, "network": IterativeAmortizedGuide},
     lambda v: made(v, of=nan_decoder, num_steps=2).median(X),
     "Cannot sample the latents of 6 datapoints",
+)
+case(
+    "a low-rank normal of which a scale has vanished",  # torch's own is a LinAlgError
+    lambda: check_values(VANISHED, build_family("low_rank_multivariate_normal", 4), Prior(), (X,)),
+    "Cannot sample the latents of 1 datapoints",
 )
 case(
     "refined with a non-finite decoder",

@@ -310,6 +310,6 @@ def _makes_distributions(phi: Tensor, family: VariationalFamily) -> bool:
     with pyro.validation_enabled():
         try:
             family(phi)
-        except ValueError:
+        except (ValueError, torch.linalg.LinAlgError):  # the second of torch's low-rank normals
             return False
     return True

@@ -36,7 +36,11 @@ REFUSALS: list[tuple[Callable[[Structure, str], bool], str]] = [
 
 
 def _collide(s: Structure) -> bool:
-    """Whether what entries of an inner plate share may couple them in the posterior: a child, or a discrete latent."""
+    """Whether entries of inner plates may be coupled in the posterior.
+
+    By a child that they share, by one with parents in two plates of which neither lies in the other, or by a discrete
+    latent.
+    """
     children = [(i, site) for i, site in enumerate(s.latents) if site.depends]
     children += [(len(s.latents), site) for site in s.observed]
     shared = any(
@@ -44,7 +48,13 @@ def _collide(s: Structure) -> bool:
         for i, child in children
         for parent in s.latents[:i]
     )
-    return shared or s.discrete != "none"
+    crossed = any(
+        not {*one.plates} <= {*other.plates} and not {*other.plates} <= {*one.plates}
+        for i, _ in children
+        for j, one in enumerate(s.latents[:i])
+        for other in s.latents[:j]
+    )
+    return shared or crossed or s.discrete != "none"
 
 
 def is_needed(structure: Structure, check: str, message: str) -> bool:
