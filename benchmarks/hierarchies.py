@@ -1,7 +1,7 @@
 """Hierarchies, with default guides: gaps on new groups, groups of other sizes, long format, crossed plates, data sets.
 
-``make hierarchies``, or ``python benchmarks/hierarchies.py NAME ...`` with names of the parts; about half an hour on two
-cores. Every figure is for one seed unless it has an error.
+``make hierarchies``, or ``python benchmarks/hierarchies.py NAME ...`` with names of the parts; about half an hour on
+two cores. Every figure is for one seed unless it has an error.
 """
 
 from __future__ import annotations
