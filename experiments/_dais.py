@@ -24,7 +24,7 @@ def dais_bounds(
 ) -> list[tuple[float, float]]:
     """Bounds that leapfrog steps reach from an encoder's answers by NumPyro's ``AutoSemiDAIS``.
 
-    Its step size, damping, temperatures and masses, the same for all images, are trained first, by 500 steps of Adam
+    Its step size, damping, temperatures and masses, the same for all images, are trained first, by 1000 steps of Adam
     on the training images; decoder and encoder are held fixed.
 
     Args:
@@ -72,8 +72,8 @@ def dais_bounds(
     found = []
     for number in steps:
         rng, batches = jax.random.PRNGKey(seed), np.random.default_rng(seed)
-        svi = SVI(model, guide_of(number), numpyro.optim.Adam(0.02), Trace_ELBO())
-        rows = batches.integers(len(known[0]), size=(500, 100))
+        svi = SVI(model, guide_of(number), numpyro.optim.Adam(0.01), Trace_ELBO())
+        rows = batches.integers(len(known[0]), size=(1000, 100))
         state = svi.init(rng, *(part[rows[0]] for part in known))
         update = jax.jit(svi.update)
         for row in rows:

@@ -247,7 +247,8 @@ def draw(runs: xr.Dataset, figure: Figure) -> None:
     for number, method in enumerate(runs["way"].values):
         for seed in runs["seed"].values:
             one = runs.sel(way=method, seed=seed)
-            left.plot(one["seconds"], 100 * (1 - one["closed"]).clip(1e-3), "o-", color=f"C{number}", markersize=3,
+            color, marks = ("0.5", "s--") if method == DAIS else (f"C{number}", "o-")
+            left.plot(one["seconds"], 100 * (1 - one["closed"]).clip(1e-3), marks, color=color, markersize=3,
                       alpha=0.8, label=method if seed == runs["seed"].values[0] else None)  # fmt: skip
     for share in SHARES:
         left.axhline(100 * (1 - share), color="0.5", linestyle=":")
