@@ -37,7 +37,7 @@ def check_module_options(
         if isinstance(value, SVI):
             raise ValueError(
                 f"Cannot train with {name}=<SVI> because the trainer takes its place; try SVIModule(svi.model, "
-                "svi.guide, svi.loss)."
+                "svi.guide), with the ELBO that svi was given as third argument."
             )
         if not callable(value) or isinstance(value, type):
             cause, remedy = "it is not callable", f"the Pyro {name} itself"

@@ -30,12 +30,6 @@ from pyro_amortized.lightning import AggressiveTraining, SVIModule  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore")  # advice of Lightning's on loaders, loggers and checkpoints
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    pyro.clear_param_store()
-    torch.manual_seed(0)
-
-
 @pytest.mark.thinned
 @pytest.mark.parametrize("kind", list(GUIDES))
 def test_trains_as_svi_does(kind: str, tmp_path: Path) -> None:

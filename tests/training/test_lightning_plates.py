@@ -21,12 +21,6 @@ from pyro_amortized.training.plates import DataPlate, find_plate  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore")  # advice of Lightning's on loaders, loggers and checkpoints
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    pyro.clear_param_store()
-    torch.manual_seed(0)
-
-
 def beside_another(index: Tensor, x: Tensor) -> None:
     m = pyro.sample("m", dist.Normal(0.0, 10.0))
     with pyro.plate("calibration", 5):

@@ -42,12 +42,6 @@ from pyro_amortized.lightning import SVIModule  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore")  # advice of Lightning's on loaders, loggers and checkpoints
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    pyro.clear_param_store()
-    torch.manual_seed(0)
-
-
 class Codes(PyroModule):
     """A model of codes, whose codebook moves by the statistics of all processes."""
 

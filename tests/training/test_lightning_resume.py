@@ -22,12 +22,6 @@ from pyro_amortized.lightning import SVIModule  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore")  # advice of Lightning's on loaders, loggers and checkpoints
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    pyro.clear_param_store()
-    torch.manual_seed(0)
-
-
 class Varied(torch.utils.data.Sampler[list[int]]):
     """Batches of changing sizes, shuffled by torch's own generator."""
 
