@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ def left_to_do(trainer: Trainer) -> dict[str, Any]:
 
     Returns:
         Whether there is a ``validation``; which of the ``schedulers`` that watch a metric are to step then; and the
-        ``metrics``, which these and other callbacks look at.
+        ``metrics``, which these and other callbacks look at; and whether the epoch was at its end, ``of_epoch``.
     """
     loop: Any = trainer.fit_loop.epoch_loop
     batch: Any = loop.batch_progress.current
@@ -34,12 +35,23 @@ def left_to_do(trainer: Trainer) -> dict[str, Any]:
             and (due[config.interval][1] + 1) % config.frequency == 0
             for config in trainer.lr_scheduler_configs
         ],
+        "of_epoch": bool(trainer.is_last_batch),
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
     }
 
 
 def catch_up(trainer: Trainer, module: LightningModule, left: Mapping[str, Any]) -> None:
-    """Does what was left to do."""
+    """Does what was left to do.
+
+    Warns where Lightning goes on otherwise than an unbroken run would: after the end of an epoch with ``max_steps``.
+    """
+    if left["of_epoch"] and trainer.max_steps != -1:
+        warnings.warn(
+            "this run was saved at the end of an epoch and goes on with max_steps, by which Lightning may start the "
+            "next epoch otherwise than an unbroken run: its losses may differ. Try max_epochs, or checkpoints within "
+            "an epoch with a torchdata.stateful_dataloader.StatefulDataLoader.",
+            stacklevel=2,
+        )
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in left["metrics"].items()})
     if left["validation"]:
         loop = trainer.fit_loop.epoch_loop.val_loop

@@ -144,6 +144,12 @@ def test_a_run_resumed_within_an_epoch(options: dict[str, Any], tmp_path: Path) 
         assert found == expected
 
 
+def test_steps_as_the_limit_are_warned_of_at_the_end_of_an_epoch(tmp_path: Path) -> None:
+    train(tmp_path, 2)
+    with pytest.warns(UserWarning, match="goes on with max_steps.* Try max_epochs"):
+        train(tmp_path / "resumed", 4, ckpt=tmp_path / "last.ckpt", options={"max_steps": 12})
+
+
 def run_until_killed(path: str, epochs: int) -> None:
     torch.set_num_threads(1)
     last = Path(path) / "last.ckpt"
