@@ -94,12 +94,13 @@ def check_optimizer(optimizer: Any, modules: Iterable[nn.Module]) -> Optimizer:
     return optimizer
 
 
-def check_averaged(callbacks: Sequence[Any]) -> None:
+def check_averaged(trainer: Any) -> None:
     """Raises a ValueError if callbacks average parameters, of which they have taken a copy before these are found."""
-    averaging = [c for c in callbacks if any(kind.__name__.endswith("WeightAveraging") for kind in type(c).__mro__)]
+    kinds = {type(c): [kind.__name__ for kind in type(c).__mro__] for c in trainer.callbacks}
+    averaging = [kind for kind, names in kinds.items() if any(name.endswith("WeightAveraging") for name in names)]
     if averaging:
         raise ValueError(
-            f"Cannot average parameters by {type(averaging[0]).__name__} because it has copied the module before its "
+            f"Cannot average parameters by {averaging[0].__name__} because it has copied the module before its "
             "parameters were found; try module.initialize(batch) before trainer.fit."
         )
 

@@ -174,7 +174,7 @@ class SVIModule(LightningModule):
             check_single(loaders)
         loader = next(all_loaders(loaders))
         if not self._ready:
-            check_averaged(self.trainer.callbacks)  # type: ignore[attr-defined]
+            check_averaged(self.trainer)
             batch = self._on_before_batch_transfer(first_batch(loader))  # by hooks of the data's, as in training
             self.initialize(self.trainer.strategy.broadcast(self._apply_batch_transfer_handler(batch)))
         if stage == "fit" and self._plate is not None:
