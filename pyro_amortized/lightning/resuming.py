@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,15 +15,16 @@ def left_to_do(trainer: Trainer) -> dict[str, Any]:
     """What a trainer that saves would have done next, and leaves out when it resumes.
 
     Returns:
-        Whether there is a ``validation``; which of the ``schedulers`` that watch a metric are to step then; and the
-        ``metrics``, which these and other callbacks look at; and whether the epoch was at its end, ``of_epoch``.
+        Whether there is a ``validation``; which of the ``schedulers`` that watch a metric are to step then; the
+        ``metrics``, which these and other callbacks look at; whether the epoch is at its end, ``of_epoch``; and the
+        number of ``steps`` after this one, by which loggers count.
     """
     loop: Any = trainer.fit_loop.epoch_loop
     batch: Any = loop.batch_progress.current
     epoch: Any = trainer.fit_loop.epoch_progress.current
     after_batch = not trainer.validating and batch.completed < batch.processed
-    at_end = after_batch or trainer.validating or epoch.processed == epoch.ready
-    of_epoch = at_end and trainer.is_last_batch and epoch.completed < epoch.ready
+    within = after_batch or trainer.validating
+    of_epoch = (within or epoch.processed == epoch.ready) and trainer.is_last_batch and epoch.completed < epoch.ready
     of_step = after_batch and not loop._should_accumulate()
     due = {"epoch": (of_epoch, trainer.current_epoch), "step": (of_step, loop.batch_idx)}
     return {
@@ -35,26 +35,19 @@ def left_to_do(trainer: Trainer) -> dict[str, Any]:
             and (due[config.interval][1] + 1) % config.frequency == 0
             for config in trainer.lr_scheduler_configs
         ],
-        "of_epoch": bool(trainer.is_last_batch),
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "of_epoch": bool(trainer.is_last_batch),
+        "steps": loop._batches_that_stepped + int(within and not loop._should_accumulate()),
     }
 
 
 def catch_up(trainer: Trainer, module: LightningModule, left: Mapping[str, Any]) -> None:
-    """Does what was left to do.
-
-    Warns where Lightning goes on otherwise than an unbroken run would: after the end of an epoch with ``max_steps``.
-    """
-    if left["of_epoch"] and trainer.max_steps != -1:
-        warnings.warn(
-            "this run was saved at the end of an epoch and goes on with max_steps, by which Lightning may start the "
-            "next epoch otherwise than an unbroken run: its losses may differ. Try max_epochs, or checkpoints within "
-            "an epoch with a torchdata.stateful_dataloader.StatefulDataLoader.",
-            stacklevel=2,
-        )
+    """Does what was left to do."""
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in left["metrics"].items()})
     if left["validation"]:
         loop = trainer.fit_loop.epoch_loop.val_loop
+        epochs = trainer.fit_loop.epoch_progress.current
+        epochs.completed = epochs.ready - 1
         loop.restarting = False
         trainer.validating = True
         module.on_validation_model_zero_grad()
@@ -63,6 +56,19 @@ def catch_up(trainer: Trainer, module: LightningModule, left: Mapping[str, Any])
     for config, due in zip(trainer.lr_scheduler_configs, left["schedulers"], strict=False):
         if due and config.monitor in trainer.callback_metrics:
             module.lr_scheduler_step(config.scheduler, trainer.callback_metrics[config.monitor])
+    if left["of_epoch"]:
+        _end_epoch(trainer, left["steps"])
+
+
+def _end_epoch(trainer: Trainer, steps: int) -> None:
+    """Puts the trainer between two epochs; left alone, one with ``max_steps`` would go on within the one that ended."""
+    loop = trainer.fit_loop
+    for epochs in (loop.epoch_progress.total, loop.epoch_progress.current):
+        epochs.started = epochs.processed = epochs.completed = epochs.ready
+    for resumed in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
+        resumed._restarting = False
+        resumed.reset_restart_stage()
+    loop.epoch_loop._batches_that_stepped = steps
 
 
 def go_on(trainer: Trainer) -> None:

@@ -91,8 +91,10 @@ def by_step(optimizer: Any) -> Any:
         ({"every_n_train_steps": 3}, by_step, {}),
         ({"monitor": "val_elbo"}, never_better, {"check_val_every_n_epoch": 2}),
         ({"every_n_train_steps": 3}, never_better, {"precision": "64-true"}),
+        ({}, never_better, {"max_steps": 16}),
+        ({}, by_step, {"max_steps": 18, "limit_val_batches": 0}),
     ],
-    ids=["monitored", "epoch", "validation", "last step", "by step", "every second epoch", "64 bits"],
+    ids=["monitored", "epoch", "validation", "last step", "by step", "every second epoch", "64 bits", "steps", "alone"],
 )
 def test_what_was_due_when_a_checkpoint_was_written_is_done(
     saves: dict[str, Any], scheduler: Any, options: dict[str, Any], tmp_path: Path
@@ -134,7 +136,9 @@ def test_validations_lie_where_they_were_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"val_check_interval": 2}], ids=["at its end", "twice"])
+@pytest.mark.parametrize(
+    "options", [{}, {"val_check_interval": 2}, {"max_steps": 8}], ids=["at its end", "twice", "steps"]
+)
 def test_a_run_resumed_within_an_epoch(options: dict[str, Any], tmp_path: Path) -> None:
     """With a scheduler that steps when the epoch ends, and validations at the checkpoint, or later."""
     expected = train(tmp_path / "whole", 3, mid=True, scheduler=never_better, options=options)
@@ -142,12 +146,6 @@ def test_a_run_resumed_within_an_epoch(options: dict[str, Any], tmp_path: Path) 
         ckpt = tmp_path / "whole" / f"step={step}.ckpt"
         found = train(tmp_path / str(step), 3, ckpt=ckpt, mid=True, scheduler=never_better, options=options)
         assert found == expected
-
-
-def test_steps_as_the_limit_are_warned_of_at_the_end_of_an_epoch(tmp_path: Path) -> None:
-    train(tmp_path, 2)
-    with pytest.warns(UserWarning, match="goes on with max_steps.* Try max_epochs"):
-        train(tmp_path / "resumed", 4, ckpt=tmp_path / "last.ckpt", options={"max_steps": 12})
 
 
 def run_until_killed(path: str, epochs: int) -> None:
