@@ -62,7 +62,7 @@ def catch_up(trainer: Trainer, module: LightningModule, left: Mapping[str, Any])
 
 def _end_epoch(trainer: Trainer, steps: int) -> None:
     """Puts the trainer between two epochs; left alone, one with ``max_steps`` would go on within the one that ended."""
-    loop = trainer.fit_loop
+    loop: Any = trainer.fit_loop
     for epochs in (loop.epoch_progress.total, loop.epoch_progress.current):
         epochs.started = epochs.processed = epochs.completed = epochs.ready
     for resumed in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
