@@ -26,6 +26,7 @@ __all__ = [
     "check_optimizer",
     "check_single",
     "warn_of_pending",
+    "warn_of_shared",
 ]
 
 
@@ -199,5 +200,16 @@ def warn_of_pending(names: Sequence[str]) -> None:
         warnings.warn(
             f"the parameters {names} of pyro.param and pyro.module wait for the first batch of a trainer, and until "
             "then the model makes new ones: call module.initialize(batch) before using model or guide without one.",
+            stacklevel=3,
+        )
+
+
+def warn_of_shared(names: Sequence[str]) -> None:
+    """Warns of parameters that are loaded into another module as well."""
+    if names:
+        warnings.warn(
+            f"the parameters {names} of pyro.param are also those of another SVIModule, since Pyro keeps one of each "
+            "name, and it has the loaded values from now on: to compare two of them, write the model as a plain "
+            "nn.Module, whose parameters are its own, or load one after the other.",
             stacklevel=3,
         )

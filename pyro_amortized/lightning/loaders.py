@@ -23,7 +23,7 @@ __all__ = [
     "give_generators",
     "loaders_of",
     "plain_tensors",
-    "restart_loaders",
+    "reload_for_validation",
 ]
 
 _LOOPS = {"fit": "fit_loop", "validate": "validate_loop", "test": "test_loop", "predict": "predict_loop"}
@@ -86,23 +86,26 @@ def give_generators(trainer: Trainer) -> None:
     One that is for training too keeps what it has.
     """
     if trainer.val_dataloaders is None and trainer.enable_validation:
-        trainer.validating = True
-        trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        trainer.training = True
+        _make_for_validation(trainer)
     others = {id(loader) for loader in all_loaders(trainer.train_dataloader)}
     for loader in all_loaders(trainer.val_dataloaders):
         if isinstance(loader, DataLoader) and loader.generator is None and id(loader) not in others:
             loader.generator = torch.Generator()
 
 
-def restart_loaders(trainer: Trainer) -> None:
-    """Starts the loaders for training anew: those resumed at the end of an epoch would give no batch in the next.
-
-    Unless the trainer ends this epoch, which was saved after its validation, and then starts them itself.
-    """
+def reload_for_validation(trainer: Trainer) -> None:
+    """Makes loaders for validation anew, with generators, if that is due and they are needed after this batch."""
+    loop = trainer.fit_loop.epoch_loop
     fetcher: Any = trainer.fit_loop._data_fetcher
-    if not trainer.fit_loop.epoch_loop.restarted_on_last:
-        iter(fetcher)
+    if loop.val_loop._should_reload_val_dl and loop._should_check_val_fx(fetcher):
+        _make_for_validation(trainer)
+        give_generators(trainer)
+
+
+def _make_for_validation(trainer: Trainer) -> None:
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.setup_data()
+    trainer.training = True
 
 
 @contextmanager

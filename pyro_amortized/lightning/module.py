@@ -26,6 +26,7 @@ from pyro_amortized.lightning.checks import (
     check_optimizer,
     check_single,
     warn_of_pending,
+    warn_of_shared,
 )
 from pyro_amortized.lightning.files import write_whole_files
 from pyro_amortized.lightning.history import History, Record
@@ -37,13 +38,13 @@ from pyro_amortized.lightning.loaders import (
     give_generators,
     loaders_of,
     plain_tensors,
-    restart_loaders,
+    reload_for_validation,
 )
-from pyro_amortized.lightning.resuming import catch_up, go_on, left_to_do
+from pyro_amortized.lightning.resuming import accumulated, catch_up, go_on, left_to_do, restore_of_process
 from pyro_amortized.training.generators import generator_state, restore_generators
 from pyro_amortized.training.gradients import differentiable_loss
 from pyro_amortized.training.kl_annealing import KLAnnealing
-from pyro_amortized.training.parameters import StoreParameters, find_parameters, owners
+from pyro_amortized.training.parameters import ModulesCalled, StoreParameters, find_parameters, owners
 from pyro_amortized.training.plates import DataPlate, RowsOfPlate, find_plate, is_of_batch
 
 __all__ = ["SVIModule"]
@@ -128,7 +129,7 @@ class SVIModule(LightningModule):
         self._trained = (model, guide)
         self.model, self.guide = self.annealing.bare if self.annealing is not None else (model, guide)
         self.methods_of = nn.ModuleList(owners((self.model, self.guide)))
-        self.store = StoreParameters()
+        self.store, self.called = StoreParameters(), ModulesCalled()
         self.elbo: Any = Trace_ELBO() if elbo is None else elbo
         self.to_args = to_args
         self._optimizer, self._scheduler = optimizer, scheduler
@@ -157,12 +158,14 @@ class SVIModule(LightningModule):
         if self._ready:
             return
         args, kwargs = call_of(batch, None, self.to_args, self.model)
-        names = find_parameters(self, lambda: self.elbo.loss(self.model, self.guide, *args, **kwargs))
+        names, called = find_parameters(self, lambda: self.elbo.loss(self.model, self.guide, *args, **kwargs))
         read = partial(call_of, model_kwargs=None, to_args=self.to_args, model=self.model)
         self._plate = find_plate(self.model, batch, read, self._requested, getattr(self.guide, "plate", None))
-        self.store.adopt(names, {id(parameter) for parameter in self.parameters()})
+        self.called.adopt(called, names)
+        shared = self.store.adopt(names, {id(parameter) for parameter in self.parameters()})
         self._ready = True
         if self._pending:
+            warn_of_shared(shared)
             self.load_state_dict(self._pending)
             self._pending = {}
 
@@ -189,10 +192,11 @@ class SVIModule(LightningModule):
         if self._ready:
             return super().load_state_dict(state_dict, strict, assign)
         self._pending = dict(state_dict)
-        found = super().load_state_dict({n: v for n, v in state_dict.items() if n[:6] != "store."}, False, assign)
+        pending = [name for name in state_dict if name.startswith(("store.", "called."))]
+        found = super().load_state_dict({n: v for n, v in state_dict.items() if n not in pending}, False, assign)
         if strict:
             check_loaded(found.missing_keys, [n for n in found.unexpected_keys if not n.startswith("guide.")])
-        warn_of_pending([n.removeprefix("store.").replace("/", ".") for n in state_dict if n.startswith("store.")])
+        warn_of_pending([name.partition(".")[2].replace("/", ".") for name in pending])
         return found
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -269,10 +273,14 @@ class SVIModule(LightningModule):
             args, kwargs = call_of(plain, None, self.to_args, self.model)
             return check_median(self.guide)(*args, **kwargs)
 
-    def on_validation_model_zero_grad(self) -> None:
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Makes loaders for validation that are due to be made anew, before this starts and they draw a number."""
+        reload_for_validation(self.trainer)
+
+    def on_validation_start(self) -> None:
         """Keeps the generators' states: training draws the same numbers, whether it is interrupted by validations."""
-        super().on_validation_model_zero_grad()
-        self._before_validation = generator_state()
+        if self.trainer.state.fn == "fit":
+            self._before_validation = generator_state()
 
     def on_validation_end(self) -> None:
         """Puts them back."""
@@ -308,8 +316,8 @@ class SVIModule(LightningModule):
         checkpoint["svi"] = {
             "generators": of_all_processes(self._before_validation or generator_state()),
             "of_loaders": of_all_processes([generator.get_state() for generator in generators]),
-            "in_epoch": not self.trainer.is_last_batch,
             "left": left_to_do(self.trainer),
+            "gradients": of_all_processes(accumulated(self.trainer, self)),
             "histories": of_all_processes(self._record.state()),
             "annealing_steps": 0 if self.annealing is None else self.annealing.num_steps,
         }
@@ -318,8 +326,9 @@ class SVIModule(LightningModule):
         """Keeps what was saved for the moment when training goes on."""
         if self._trainer is not None and self._trainer.precision == "64-true":
             self.double()  # which the trainer does after it has loaded
-        self._resumed = checkpoint.get("svi")
-        if self._resumed is None:  # one of the weights alone
+        goes_on = self._trainer is None or self._trainer.state.fn == "fit"  # a test is of the weights alone
+        self._resumed = checkpoint.get("svi") if goes_on else None
+        if self._resumed is None:
             return
         histories = self._resumed["histories"]
         self._record.restore(histories[self.global_rank if len(histories) == num_processes() else 0])
@@ -330,30 +339,27 @@ class SVIModule(LightningModule):
         """Puts the generators into the state at the checkpoint, from which loaders draw the order of the data."""
         if self.trainer.ckpt_path is None:
             self._resumed = None
-        self._restore_generators()
+        restore_of_process(self._resumed, self.global_rank)
 
     def on_train_start(self) -> None:
         """Puts loaders where they were; those for validation get generators of their own, not to disturb them."""
         give_generators(self.trainer)
         if self._resumed is None:
             return
-        self._restore_generators()
+        restore_of_process(self._resumed, self.global_rank)
         catch_up(self.trainer, self, self._resumed["left"])
         if len(self._resumed["of_loaders"]) == num_processes():
             states = self._resumed["of_loaders"][self.global_rank]
             for generator, state in zip(generators_of(self.trainer.train_dataloader), states, strict=False):
                 generator.set_state(state.cpu())
-            if not self._resumed["in_epoch"]:
-                restart_loaders(self.trainer)
+            gradients = self._resumed["gradients"][self.global_rank]
+            for name, parameter in self.named_parameters():
+                parameter.grad = gradients[name].to(parameter) if name in gradients else None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Does so again in an epoch that goes on, where the loader has drawn the order from its own state."""
         if self._resumed is not None:
-            if self._resumed["in_epoch"]:
-                self._restore_generators()
+            if not self._resumed["left"]["of_epoch"]:
+                restore_of_process(self._resumed, self.global_rank)
             go_on(self.trainer)
             self._resumed = None
-
-    def _restore_generators(self) -> None:
-        if self._resumed is not None and len(self._resumed["generators"]) == num_processes():
-            restore_generators(self._resumed["generators"][self.global_rank])

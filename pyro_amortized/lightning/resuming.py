@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 
-__all__ = ["catch_up", "go_on", "left_to_do"]
+from pyro_amortized.diagnostics.processes import num_processes
+from pyro_amortized.training.generators import restore_generators
+
+__all__ = ["accumulated", "catch_up", "go_on", "left_to_do", "restore_of_process"]
 
 
 def left_to_do(trainer: Trainer) -> dict[str, Any]:
@@ -38,7 +41,15 @@ def left_to_do(trainer: Trainer) -> dict[str, Any]:
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         "of_epoch": bool(trainer.is_last_batch),
         "steps": loop._batches_that_stepped + int(within and not loop._should_accumulate()),
+        "reloaded": (trainer.fit_loop._last_train_dl_reload_epoch, loop.val_loop._last_val_dl_reload_epoch),
     }
+
+
+def accumulated(trainer: Trainer, module: LightningModule) -> dict[str, torch.Tensor]:
+    """The gradients of batches of which the optimizer has not made a step yet."""
+    if not trainer.fit_loop.epoch_loop._should_accumulate():
+        return {}
+    return {name: p.grad.detach() for name, p in module.named_parameters() if p.grad is not None}
 
 
 def catch_up(trainer: Trainer, module: LightningModule, left: Mapping[str, Any]) -> None:
@@ -50,7 +61,6 @@ def catch_up(trainer: Trainer, module: LightningModule, left: Mapping[str, Any])
         epochs.completed = epochs.ready - 1
         loop.restarting = False
         trainer.validating = True
-        module.on_validation_model_zero_grad()
         loop.run()
         trainer.training = True
     for config, due in zip(trainer.lr_scheduler_configs, left["schedulers"], strict=False):
@@ -58,15 +68,21 @@ def catch_up(trainer: Trainer, module: LightningModule, left: Mapping[str, Any])
             module.lr_scheduler_step(config.scheduler, trainer.callback_metrics[config.monitor])
     if left["of_epoch"]:
         _end_epoch(trainer, left["steps"])
+    of_training, of_validation = left["reloaded"]
+    trainer.fit_loop._last_train_dl_reload_epoch = of_training
+    trainer.fit_loop.epoch_loop.val_loop._last_val_dl_reload_epoch = of_validation
 
 
 def _end_epoch(trainer: Trainer, steps: int) -> None:
-    """Puts the trainer between two epochs; left alone, one with ``max_steps`` would go on within the one that ended."""
+    """Puts the trainer between two epochs, as one is that has not been resumed, which starts its loaders next.
+
+    Left alone, one with ``max_steps`` would go on within the epoch that ended.
+    """
     loop: Any = trainer.fit_loop
     for epochs in (loop.epoch_progress.total, loop.epoch_progress.current):
         epochs.started = epochs.processed = epochs.completed = epochs.ready
     for resumed in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
-        resumed._restarting = False
+        resumed._restarting = resumed._resuming_from_checkpoint = False
         resumed.reset_restart_stage()
     loop.epoch_loop._batches_that_stepped = steps
 
@@ -74,3 +90,9 @@ def _end_epoch(trainer: Trainer, steps: int) -> None:
 def go_on(trainer: Trainer) -> None:
     """Makes the rest of a resumed epoch one like others: at its end schedulers step that watch a metric."""
     trainer.fit_loop._restarting = False
+
+
+def restore_of_process(saved: Mapping[str, Any] | None, rank: int) -> None:
+    """Puts the generators of this process back to where they were, if there were as many processes."""
+    if saved is not None and len(saved["generators"]) == num_processes():
+        restore_generators(saved["generators"][rank])

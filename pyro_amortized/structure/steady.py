@@ -42,6 +42,11 @@ def _check_observed_again(first: Structure, second: Structure) -> None:
     """Raises a ValueError if observed values differ between two runs with the same arguments and random numbers."""
     for name, value in (first.observed or {}).items():
         again = (second.observed or {}).get(name)
+        if value.layout != torch.strided:
+            raise ValueError(
+                f"Cannot guide this model because it observes a sparse tensor at site {name!r}, of which guides cannot "
+                "tell the entries apart; try x.to_dense() in the model, which then holds one batch densely at a time."
+            )
         if again is None or value.shape != again.shape or not torch.allclose(value, again, 0.0, 0.0, equal_nan=True):
             raise ValueError(
                 f"Cannot guide this model because it observes other values of site {name!r} each time that it runs, so "

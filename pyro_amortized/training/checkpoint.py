@@ -30,7 +30,9 @@ def save_checkpoint(path: str | os.PathLike[str], **parts: Any) -> None:
     Args:
         path: The file.
         **parts: What belongs to the run: modules, guides, torch's and Pyro's optimizers, schedulers, loaders with a
-            ``state_dict``; or plain values, such as ``step=step``.
+            ``state_dict``; or plain values, such as ``step=step``. Modules that a model calls which is a function are
+            parts too, ``decoder=decoder``: the parameter store has their parameters, not the statistics of their batch
+            normalisation.
 
     Raises:
         ValueError: If a part is neither, or the file cannot be written or would not be read again.
@@ -214,6 +216,12 @@ def _restore_store(saved: dict[str, torch.Tensor], of_parts: set[int]) -> None:
             f"Cannot load parameters {absent} because the model and the guide have not made them yet, and only they "
             "know their constraints; try one evaluation of the loss before, svi.evaluate_loss(x)."
         )
+    for name, value in saved.items():
+        if entries[name].shape != value.shape:
+            raise ValueError(
+                f"Cannot load parameter {name!r} because the model makes it of shape {tuple(entries[name].shape)}, and "
+                f"{tuple(value.shape)} was saved; try the model that was saved."
+            )
     with torch.no_grad():
         for name, value in saved.items():
             entries[name].copy_(value)

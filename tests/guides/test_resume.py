@@ -156,6 +156,19 @@ def test_files_and_parts_that_do_not_belong_together_are_refused(tmp_path: Path)
         load_checkpoint(tmp_path / "absent.pt")
 
 
+def test_parameters_of_another_shape_are_refused(tmp_path: Path) -> None:
+    """Also where they could be broadcast."""
+    for saved, made in (((1,), (4,)), ((4,), (1,))):
+        pyro.clear_param_store()
+        pyro.param("scale", torch.ones(saved))
+        save_checkpoint(tmp_path / "run.pt")
+        pyro.clear_param_store()
+        pyro.param("scale", torch.zeros(made))
+        with pytest.raises(ValueError, match=r"Cannot load parameter 'scale' because the model makes it of shape"):
+            load_checkpoint(tmp_path / "run.pt")
+        assert not pyro.param("scale").any()
+
+
 class Scaled(PyroModule):
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
 """Training by Lightning's Trainer in one process."""
 
 import csv
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -79,8 +80,8 @@ def test_parameters_of_functions_are_trained_and_stay_in_the_store(tmp_path: Pat
     module = SVIModule(model, guide, optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.01))
     module.initialize(data())
     assert {name for name, _ in module.named_parameters()} == {
-        "store.decoder$$$weight",
-        "store.decoder$$$bias",
+        "called.decoder.weight",
+        "called.decoder.bias",
         "store.scale",
         "store.encoder/weight",
         "store.spread",
@@ -89,7 +90,7 @@ def test_parameters_of_functions_are_trained_and_stay_in_the_store(tmp_path: Pat
     quiet(tmp_path).fit(module, loader())
     for name, value in pyro.get_param_store().items():
         assert not torch.equal(value, before[name])
-    assert dict(module.named_parameters())["store.decoder$$$weight"] is decoder.weight
+    assert dict(module.named_parameters())["called.decoder.weight"] is decoder.weight
     assert pyro.param("scale") is not None
     assert pyro.param("scale").item() == pytest.approx(module.state_dict()["store.scale"].exp().item())
 
@@ -115,13 +116,117 @@ def test_checkpoints_hold_everything(kind: str, built: bool, tmp_path: Path) -> 
     model, guide = make()
     if built:
         infer.Trace_ELBO().loss(model, guide, *data())
-    waits = any(name.startswith("store.") for name in state)
+    waits = any(name.startswith(("store.", "called.")) for name in state)
     with pytest.warns(UserWarning, match=r"call module.initialize\(batch\)") if waits else nullcontext():
         loaded = SVIModule.load_from_checkpoint(tmp_path / "training.ckpt", model=model, guide=guide, weights_only=True)
     assert loaded.history.dataset.equals(module.history.dataset)
     loaded.initialize(data())
     torch.testing.assert_close(dict(loaded.state_dict()), state)
     assert seeded_loss(loaded) == pytest.approx(expected, rel=1e-6)
+
+
+def batch_normalised(parts: bool = False) -> tuple[Any, nn.Module]:
+    """A function as a model, whose decoder is a module with statistics and dropout, called as a whole or by parts."""
+    decoder = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8, affine=False), nn.Dropout(0.8), nn.Linear(8, 3))
+
+    def model(x: Tensor, index: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            for part in decoder if parts else [decoder]:
+                z = part(z)
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    return model, decoder
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_modules_that_functions_call_are_parts_of_the_whole(parts: bool, tmp_path: Path) -> None:
+    """Validation sees them in evaluation mode, and checkpoints hold their statistics."""
+    model, decoder = batch_normalised(parts)
+    module = SVIModule(model, AmortizedGuide(model), optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    module.initialize(data())
+    assert decoder[1].num_batches_tracked == 0
+    assert all(part.training for part in decoder.modules())
+    batches = DataLoader(TensorDataset(*data()), batch_size=SIZE)
+    trainer = quiet(tmp_path)
+    trainer.fit(module, batches, batches)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    validated = [trainer.validate(module, batches, verbose=False)[0]["val_loss"] for _ in range(20)]
+    assert decoder[1].num_batches_tracked == 2
+    decoder.eval()
+    evaluated = [infer.Trace_ELBO().loss(model, module.guide, *data()) for _ in range(20)]
+    error = torch.tensor(validated + evaluated).reshape(2, -1).var(1).mean().div(20).mul(2).sqrt()
+    assert abs(sum(validated) - sum(evaluated)) / 20 < 4 * error
+    decoder.train()
+    varied = [infer.Trace_ELBO().loss(model, module.guide, *data()) for _ in range(20)]
+    assert abs(sum(validated) - sum(varied)) / 20 > 4 * error
+    pyro.clear_param_store()
+    other, loaded = batch_normalised(parts)
+    with pytest.warns(UserWarning, match="wait for the first batch"):
+        again = SVIModule.load_from_checkpoint(
+            tmp_path / "last.ckpt", model=other, guide=AmortizedGuide(other), weights_only=True
+        )
+    again.initialize(data())
+    torch.testing.assert_close(dict(again.state_dict()), state, rtol=0.0, atol=0.0)
+    assert loaded[1].running_mean.abs().sum() > 0
+
+
+def test_a_second_checkpoint_of_a_function_loaded_beside_the_first(tmp_path: Path) -> None:
+    """Pyro keeps one parameter of a name, which a warning says; models that are modules have their own."""
+
+    def trained(model: Any, guide: Any) -> None:
+        trainer = quiet(tmp_path, max_epochs=1)
+        trainer.fit(SVIModule(model, guide), loader())
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+    def load(model: Any, name: str) -> SVIModule:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*wait for the first batch.*")
+            guide = AmortizedGuide(model, name=name)
+            return SVIModule.load_from_checkpoint(tmp_path / "last.ckpt", model=model, guide=guide, weights_only=True)
+
+    def function(x: Tensor, index: Tensor) -> None:
+        weight = pyro.param("weight", lambda: torch.ones(2, 3))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ weight, 1.0).to_event(1), obs=x)
+
+    trained(function, AmortizedGuide(function))
+    pyro.clear_param_store()
+    first, second = load(function, "first"), load(function, "second")
+    first.initialize(data())
+    with pytest.warns(UserWarning, match=r"\['weight'\] of pyro.param are also those of another.*as a plain nn.Module"):
+        second.initialize(data())
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2, 3))
+
+        def forward(self, x: Tensor, index: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(z @ self.weight, 1.0).to_event(1), obs=x)
+
+    model = Plain()
+    trained(model, AmortizedGuide(model))
+    third, fourth = load(Plain(), "third"), load(Plain(), "fourth")
+    for module in (third, fourth):
+        module.initialize(data())
+    assert third.model.weight is not fourth.model.weight
+
+
+def test_a_test_of_a_checkpoint_leaves_the_history(tmp_path: Path) -> None:
+    model = Factors()
+    module, trainer = SVIModule(model, AmortizedGuide(model)), quiet(tmp_path, max_epochs=1)
+    trainer.fit(module, loader())
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    quiet(tmp_path).fit(module, loader())
+    before = module.history.dataset
+    trainer.test(module, loader(), ckpt_path=tmp_path / "first.ckpt", verbose=False)
+    assert module.history.dataset.equals(before)
 
 
 def test_checkpoints_of_another_model_are_refused_at_once() -> None:

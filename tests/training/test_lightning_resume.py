@@ -38,12 +38,12 @@ def train(
     epochs: int,
     kind: str = "amortized",
     ckpt: Path | None = None,
-    mid: bool = False,
+    mid: int = 0,
     scheduler: Any = None,
     options: dict[str, Any] | None = None,
     **saves: Any,
 ) -> list[float]:
-    """The losses of a run, of training and validation, that saves a checkpoint after every epoch, or step."""
+    """The losses of a run that saves after every epoch, or after every step of batches of ``mid`` datapoints."""
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     pyro.clear_param_store()
@@ -51,11 +51,11 @@ def train(
     model = Factors()
     Guide, of_guide = GUIDES[kind]
     module = SVIModule(model, Guide(model, **of_guide), scheduler=scheduler)
-    saves = {"every_n_train_steps": 1} if mid else saves
+    saves = {"every_n_train_steps": 1} if mid and not saves else saves
     saving = ModelCheckpoint(path, save_top_k=-1, filename="{step}", save_last=True, **saves)
     if mid:
         stateful = pytest.importorskip("torchdata.stateful_dataloader")
-        batches = stateful.StatefulDataLoader(TensorDataset(*data()), batch_size=4, shuffle=True)
+        batches = stateful.StatefulDataLoader(TensorDataset(*data()), batch_size=mid, shuffle=True)
     else:
         batches = DataLoader(TensorDataset(*data()), batch_sampler=Varied())
     trainer = quiet(path, max_epochs=epochs, callbacks=[saving], enable_checkpointing=True, **options or {})
@@ -141,11 +141,48 @@ def test_validations_lie_where_they_were_made(tmp_path: Path) -> None:
 )
 def test_a_run_resumed_within_an_epoch(options: dict[str, Any], tmp_path: Path) -> None:
     """With a scheduler that steps when the epoch ends, and validations at the checkpoint, or later."""
-    expected = train(tmp_path / "whole", 3, mid=True, scheduler=never_better, options=options)
+    expected = train(tmp_path / "whole", 3, mid=4, scheduler=never_better, options=options)
     for step in (2, 6, 7):
         ckpt = tmp_path / "whole" / f"step={step}.ckpt"
-        found = train(tmp_path / str(step), 3, ckpt=ckpt, mid=True, scheduler=never_better, options=options)
+        found = train(tmp_path / str(step), 3, ckpt=ckpt, mid=4, scheduler=never_better, options=options)
         assert found == expected
+
+
+def test_gradients_that_wait_for_a_step_are_saved(tmp_path: Path) -> None:
+    """Of five batches, two to a step, the third is validated after, and saved, before the fourth."""
+    options = {"accumulate_grad_batches": 2, "val_check_interval": 3}
+    expected = train(tmp_path / "whole", 3, mid=2, options=options, save_on_train_epoch_end=False)
+    for step in (1, 4, 7):
+        ckpt = tmp_path / "whole" / f"step={step}.ckpt"
+        assert any(torch.load(ckpt, weights_only=True)["svi"]["gradients"])
+        found = train(tmp_path / "resumed", 3, ckpt=ckpt, mid=2, options=options, save_on_train_epoch_end=False)
+        assert found == expected
+
+
+@pytest.mark.parametrize("every", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_loaders_that_are_made_anew_every_few_epochs(every: int, tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    class Data(lightning.LightningDataModule):
+        def train_dataloader(self) -> DataLoader:
+            return loader(shuffle=True)
+
+        def val_dataloader(self) -> DataLoader:
+            return loader()
+
+    def losses(ckpt: Path | None = None) -> list[float]:
+        pyro.clear_param_store()
+        lightning.seed_everything(0)
+        model = Factors()
+        module, saving = SVIModule(model, AmortizedGuide(model)), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+        options = {"callbacks": [saving], "enable_checkpointing": True, "reload_dataloaders_every_n_epochs": every}
+        quiet(tmp_path, max_epochs=6, **options).fit(module, datamodule=Data(), ckpt_path=ckpt)
+        history = module.history.dataset
+        return history["train_loss"].values.tolist() + history["val_loss"].values.tolist()
+
+    expected = losses()
+    for epoch in range(5):
+        assert losses(tmp_path / f"epoch={epoch}.ckpt") == expected
 
 
 def run_until_killed(path: str, epochs: int) -> None:
