@@ -50,7 +50,7 @@ def check_log_joint(log_joint: LocalLogJoint, z: Tensor) -> None:
     if not close(log_joint(z[:1]), reference[:1]):
         raise ValueError(
             "Cannot evaluate the model's log-joint because two runs at the same latent values give different "
-            "numbers; try model.eval() if it holds dropout or batch normalisation, and keep random numbers in "
+            "numbers; try eval() of modules that hold dropout or batch normalisation, and keep random numbers in "
             "pyro.sample sites."
         )
     _check_finite(reference, log_joint.layout)
@@ -67,7 +67,7 @@ def _check_independence(log_joint: LocalLogJoint, z: Tensor, values: Tensor) -> 
     if not close(log_joint(mixed)[:, 1:], values[:1, 1:]):
         raise ValueError(
             f"Cannot evaluate datapoints on their own because the log-joint of one datapoint in plate "
-            f"{log_joint.layout.plate!r} depends on the latents of others; try model.eval() if the model holds batch "
+            f"{log_joint.layout.plate!r} depends on the latents of others; try eval() of modules that hold batch "
             "normalisation, or move what datapoints share out of the plate."
         )
 

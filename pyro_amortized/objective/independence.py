@@ -153,7 +153,7 @@ def _refuse(call: ModelCall, name: str, grouped: str | None) -> None:
         )
     raise ValueError(
         f"Cannot evaluate datapoints on their own because the log-joint of one datapoint in plate "
-        f"{call.structure.plate!r} depends on the latents of others, by site {name!r}; try model.eval() if the model "
-        "holds batch normalisation, moving what datapoints share out of the plate, or an AmortizedGuide as it is, "
+        f"{call.structure.plate!r} depends on the latents of others, by site {name!r}; try eval() of modules "
+        "that hold batch normalisation, moving what datapoints share out of the plate, or an AmortizedGuide as it is, "
         "trained by SVI, whose ELBO is right: without refinement, diagnostics and log weights."
     )

@@ -211,7 +211,7 @@ class IWELBO(ELBO):
     def _warn(self, cause: str) -> None:
         warnings.warn(
             f"IWELBO makes its {self.num_particles} draws one after the other because the model {cause}; try "
-            "model.eval() if it holds dropout or batch normalisation, and indexing from the right, a[..., index], or "
+            "eval() of modules that hold dropout or batch normalisation, and indexing from the right, a[..., index], or "
             "vectorize_particles=False.",
             stacklevel=6,
         )
