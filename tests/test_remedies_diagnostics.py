@@ -117,13 +117,13 @@ case(
 case(
     "a decoder with dropout",
     lambda: report_of(Decoder(nn.Dropout(0.5))),
-    r"model.eval\(\)",
+    r"eval\(\) of modules",
     lambda: report_of(Decoder(nn.Dropout(0.5)).eval()),
 )
 case(
     "a decoder with batch normalisation",
     lambda: report_of(Decoder(nn.BatchNorm1d(4))),
-    r"model.eval\(\)",
+    r"eval\(\) of modules",
     lambda: report_of(Decoder(nn.BatchNorm1d(4)).eval()),
 )
 case(

@@ -323,7 +323,7 @@ def _refined(guide: PerDatapointGuide, x: Tensor) -> SemiAmortizedGuide:
 def test_dropout_in_the_model_is_refused() -> None:
     dropout = nn.Dropout(0.5)
     model = with_site(lambda z, x: _normal(dropout(z), x))
-    with pytest.raises(ValueError, match=r"try model.eval"):
+    with pytest.raises(ValueError, match=r"eval\(\) of modules"):
         simulate(model, AmortizedGuide(model), (torch.ones(4),))
 
 

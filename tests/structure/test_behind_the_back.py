@@ -654,6 +654,22 @@ def test_batches_of_an_iterator_are_refused_and_work_as_an_argument() -> None:
     AmortizedGuide(model)(torch.full((5,), float(next(batches))))
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_sparse_data_are_refused_and_work_made_dense() -> None:
+    def observes(read: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None]:
+        def model(x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(z, 1.0, validate_args=False).to_event(1), obs=read(x))
+
+        return model
+
+    x = torch.eye(3).to_sparse_csr()
+    with pytest.raises(ValueError, match=r"observes a sparse tensor at site 'x'.* try x.to_dense\(\) in the model"):
+        AmortizedGuide(observes(lambda x: x))(x)
+    AmortizedGuide(observes(Tensor.to_dense))(x)
+
+
 @pytest.mark.parametrize("draw", [lambda: torch.rand(()).item(), np.random.rand, lambda: __import__("random").random()])
 def test_random_structure_is_refused(draw: Callable[[], float]) -> None:
     def model(x: Tensor) -> None:
