@@ -300,7 +300,7 @@ def _check_same_model(call: ModelCall, trace: Trace) -> None:
             raise ValueError(
                 f"Cannot simulate data because the log-probability of site {name!r} is another when the model runs on "
                 "the simulated data: the model looks at its observed data elsewhere, or draws random numbers of its "
-                "own; try the values that pyro.sample returns in place of the argument, and eval() of modules that draw."
+                "own; try the values that pyro.sample returns in place of the argument, and eval() of modules in it."
             )
 
 

@@ -211,8 +211,8 @@ class IWELBO(ELBO):
     def _warn(self, cause: str) -> None:
         warnings.warn(
             f"IWELBO makes its {self.num_particles} draws one after the other because the model {cause}; try "
-            "eval() of modules that hold dropout or batch normalisation, and indexing from the right, a[..., index], or "
-            "vectorize_particles=False.",
+            "eval() of modules that hold dropout or batch normalisation, and indexing from the right, a[..., index], "
+            "or vectorize_particles=False.",
             stacklevel=6,
         )
 
