@@ -38,7 +38,8 @@ class Flow(VariationalFamily):
 
     Draws come with their log-densities in one pass, at the cost of the networks. The log-density of any other point
     takes an inversion, which for autoregressive transforms costs D passes, and which planar ones do not have. New flows
-    are close to the identity, but for planar ones.
+    are close to the identity, but for planar ones. An affine transform scales by at most :math:`e^{2}`, smoothly
+    limited, without which training diverges.
 
     Args:
         latent_dim: D; ``num_params`` is 2D + D(D - 1)/2 + ``context_dim``, or 2D + ``context_dim``.
@@ -187,6 +188,10 @@ class _LowerAffine(transforms.LowerCholeskyAffine):
         return self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1).expand(x.shape[:-1])
 
 
+_LOG_SCALE = 2.0
+"""Limit on the log scales of affine transforms: a few draws far out would blow up the others' gradients."""
+
+
 class _Gated(nn.Module):
     """The network of a conditional affine transform, times one plus the first entry of the context."""
 
@@ -199,10 +204,11 @@ class _Gated(nn.Module):
         """The order of the dimensions, which autoregressive transforms ask for."""
         return self.permutation
 
-    def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, ...]:
-        """Location and logarithm of the scale."""
+    def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Location and logarithm of the scale, which stays within its limit."""
         gate = 1.0 + context[..., :1]
-        return tuple(gate * output for output in self.network(x, context=context))
+        loc, log_scale = self.network(x, context=context)
+        return gate * loc, _LOG_SCALE * (gate * log_scale / _LOG_SCALE).tanh()
 
 
 def _affine_autoregressive(dim: int, context_dim: int, hidden_dims: list[int]) -> nn.Module:
