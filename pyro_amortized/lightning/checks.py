@@ -27,6 +27,7 @@ __all__ = [
     "check_single",
     "warn_of_pending",
     "warn_of_shared",
+    "warn_of_unregistered",
 ]
 
 
@@ -211,5 +212,16 @@ def warn_of_shared(names: Sequence[str]) -> None:
             f"the parameters {names} of pyro.param are also those of another SVIModule, since Pyro keeps one of each "
             "name, and it has the loaded values from now on: to compare two of them, write the model as a plain "
             "nn.Module, whose parameters are its own, or load one after the other.",
+            stacklevel=3,
+        )
+
+
+def warn_of_unregistered(kinds: Sequence[str]) -> None:
+    """Warns of modules that functions call without training them."""
+    if kinds:
+        warnings.warn(
+            f"the model or the guide calls modules ({', '.join(kinds)}) with parameters that are not trained, since "
+            "pyro.module has not been given them, so that they stay in the mode in which they are and are not saved: "
+            'call pyro.module("name", module) in the function, or module.requires_grad_(False).eval() before.',
             stacklevel=3,
         )

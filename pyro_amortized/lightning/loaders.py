@@ -23,7 +23,7 @@ __all__ = [
     "give_generators",
     "loaders_of",
     "plain_tensors",
-    "reload_for_validation",
+    "prepares_validation",
 ]
 
 _LOOPS = {"fit": "fit_loop", "validate": "validate_loop", "test": "test_loop", "predict": "predict_loop"}
@@ -93,13 +93,16 @@ def give_generators(trainer: Trainer) -> None:
             loader.generator = torch.Generator()
 
 
-def reload_for_validation(trainer: Trainer) -> None:
-    """Makes loaders for validation anew, with generators, if that is due and they are needed after this batch."""
+def prepares_validation(trainer: Trainer) -> bool:
+    """Whether there is a validation after this batch; makes loaders for it anew, with generators, if that is due."""
     loop = trainer.fit_loop.epoch_loop
     fetcher: Any = trainer.fit_loop._data_fetcher
-    if loop.val_loop._should_reload_val_dl and loop._should_check_val_fx(fetcher):
+    if not loop._should_check_val_fx(fetcher):
+        return False
+    if loop.val_loop._should_reload_val_dl:
         _make_for_validation(trainer)
         give_generators(trainer)
+    return True
 
 
 def _make_for_validation(trainer: Trainer) -> None:

@@ -27,6 +27,7 @@ from pyro_amortized.lightning.checks import (
     check_single,
     warn_of_pending,
     warn_of_shared,
+    warn_of_unregistered,
 )
 from pyro_amortized.lightning.files import write_whole_files
 from pyro_amortized.lightning.history import History, Record
@@ -38,7 +39,7 @@ from pyro_amortized.lightning.loaders import (
     give_generators,
     loaders_of,
     plain_tensors,
-    reload_for_validation,
+    prepares_validation,
 )
 from pyro_amortized.lightning.resuming import accumulated, catch_up, go_on, left_to_do, restore_of_process
 from pyro_amortized.training.generators import generator_state, restore_generators
@@ -141,6 +142,7 @@ class SVIModule(LightningModule):
         self._resumed: dict[str, Any] | None = None
         self._evaluated: list[tuple[float, int]] = []
         self._before_validation: dict[str, Any] | None = None
+        self._at_end: dict[str, Any] | None = None
 
     @property
     def history(self) -> History:
@@ -158,11 +160,11 @@ class SVIModule(LightningModule):
         if self._ready:
             return
         args, kwargs = call_of(batch, None, self.to_args, self.model)
-        names, called = find_parameters(self, lambda: self.elbo.loss(self.model, self.guide, *args, **kwargs))
+        found = find_parameters(self, lambda: self.elbo.loss(self.model, self.guide, *args, **kwargs))
+        warn_of_unregistered(self.called.adopt(found))
+        shared = self.store.adopt(found.names, {id(parameter) for parameter in self.parameters()})
         read = partial(call_of, model_kwargs=None, to_args=self.to_args, model=self.model)
         self._plate = find_plate(self.model, batch, read, self._requested, getattr(self.guide, "plate", None))
-        self.called.adopt(called, names)
-        shared = self.store.adopt(names, {id(parameter) for parameter in self.parameters()})
         self._ready = True
         if self._pending:
             warn_of_shared(shared)
@@ -274,13 +276,8 @@ class SVIModule(LightningModule):
             return check_median(self.guide)(*args, **kwargs)
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Makes loaders for validation that are due to be made anew, before this starts and they draw a number."""
-        reload_for_validation(self.trainer)
-
-    def on_validation_start(self) -> None:
-        """Keeps the generators' states: training draws the same numbers, whether it is interrupted by validations."""
-        if self.trainer.state.fn == "fit":
-            self._before_validation = generator_state()
+        """Keeps the generators' states before a validation: training draws the same numbers, interrupted or not."""
+        self._before_validation = generator_state() if prepares_validation(self.trainer) else None
 
     def on_validation_end(self) -> None:
         """Puts them back."""
@@ -314,7 +311,7 @@ class SVIModule(LightningModule):
         """Saves what a resumed run needs to go on with the same numbers."""
         generators = generators_of(self.trainer.train_dataloader)
         checkpoint["svi"] = {
-            "generators": of_all_processes(self._before_validation or generator_state()),
+            "generators": of_all_processes(self._before_validation or self._at_end or generator_state()),
             "of_loaders": of_all_processes([generator.get_state() for generator in generators]),
             "left": left_to_do(self.trainer),
             "gradients": of_all_processes(accumulated(self.trainer, self)),
@@ -337,6 +334,7 @@ class SVIModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Puts the generators into the state at the checkpoint, from which loaders draw the order of the data."""
+        self._at_end = None
         if self.trainer.ckpt_path is None:
             self._resumed = None
         restore_of_process(self._resumed, self.global_rank)
@@ -348,6 +346,7 @@ class SVIModule(LightningModule):
             return
         restore_of_process(self._resumed, self.global_rank)
         catch_up(self.trainer, self, self._resumed["left"])
+        restore_of_process(self._resumed, self.global_rank)
         if len(self._resumed["of_loaders"]) == num_processes():
             states = self._resumed["of_loaders"][self.global_rank]
             for generator, state in zip(generators_of(self.trainer.train_dataloader), states, strict=False):
@@ -363,3 +362,7 @@ class SVIModule(LightningModule):
                 restore_of_process(self._resumed, self.global_rank)
             go_on(self.trainer)
             self._resumed = None
+
+    def on_train_end(self) -> None:
+        """Keeps the generators' states, which saving draws from with some loaders."""
+        self._at_end = generator_state()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,8 +20,9 @@ def left_to_do(trainer: Trainer) -> dict[str, Any]:
 
     Returns:
         Whether there is a ``validation``; which of the ``schedulers`` that watch a metric are to step then; the
-        ``metrics``, which these and other callbacks look at; whether the epoch is at its end, ``of_epoch``; and the
-        number of ``steps`` after this one, by which loggers count.
+        ``metrics``, which these and other callbacks look at; whether the epoch is at its end, ``of_epoch``, and its
+        ``hooks`` are still to be called; the number of ``steps`` after this one, by which loggers count; and the epochs
+        in which loaders were ``reloaded``.
     """
     loop: Any = trainer.fit_loop.epoch_loop
     batch: Any = loop.batch_progress.current
@@ -29,7 +31,7 @@ def left_to_do(trainer: Trainer) -> dict[str, Any]:
     within = after_batch or trainer.validating
     of_epoch = (within or epoch.processed == epoch.ready) and trainer.is_last_batch and epoch.completed < epoch.ready
     of_step = after_batch and not loop._should_accumulate()
-    due = {"epoch": (of_epoch, trainer.current_epoch), "step": (of_step, loop.batch_idx)}
+    due = {"epoch": (of_epoch and not within, trainer.current_epoch), "step": (of_step, loop.batch_idx)}
     return {
         "validation": after_batch and loop._should_check_val_fx(trainer.fit_loop._data_fetcher),
         "schedulers": [
@@ -40,6 +42,7 @@ def left_to_do(trainer: Trainer) -> dict[str, Any]:
         ],
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         "of_epoch": bool(trainer.is_last_batch),
+        "hooks": of_epoch and within,
         "steps": loop._batches_that_stepped + int(within and not loop._should_accumulate()),
         "reloaded": (trainer.fit_loop._last_train_dl_reload_epoch, loop.val_loop._last_val_dl_reload_epoch),
     }
@@ -53,7 +56,15 @@ def accumulated(trainer: Trainer, module: LightningModule) -> dict[str, torch.Te
 
 
 def catch_up(trainer: Trainer, module: LightningModule, left: Mapping[str, Any]) -> None:
-    """Does what was left to do."""
+    """Does what was left to do; warns where it is not known what was done."""
+    loaders: Any = trainer.fit_loop._combined_loader
+    if num_processes() > 1 and any(hasattr(loader, "load_state_dict") for loader in loaders.flattened):
+        warnings.warn(
+            "Lightning saves where the loader of the first process is, for all processes: a run of several that goes "
+            "on with a stateful loader has other batches than an unbroken one. Try a plain DataLoader, and "
+            "checkpoints at the end of epochs.",
+            stacklevel=2,
+        )
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in left["metrics"].items()})
     if left["validation"]:
         loop = trainer.fit_loop.epoch_loop.val_loop
@@ -67,24 +78,28 @@ def catch_up(trainer: Trainer, module: LightningModule, left: Mapping[str, Any])
         if due and config.monitor in trainer.callback_metrics:
             module.lr_scheduler_step(config.scheduler, trainer.callback_metrics[config.monitor])
     if left["of_epoch"]:
-        _end_epoch(trainer, left["steps"])
+        _end_epoch(trainer, left["steps"], left["hooks"])
     of_training, of_validation = left["reloaded"]
     trainer.fit_loop._last_train_dl_reload_epoch = of_training
     trainer.fit_loop.epoch_loop.val_loop._last_val_dl_reload_epoch = of_validation
 
 
-def _end_epoch(trainer: Trainer, steps: int) -> None:
+def _end_epoch(trainer: Trainer, steps: int, hooks: bool) -> None:
     """Puts the trainer between two epochs, as one is that has not been resumed, which starts its loaders next.
 
-    Left alone, one with ``max_steps`` would go on within the epoch that ended.
+    Left alone it would not call what is due at the end, such as early stopping, and with ``max_steps`` go on within the
+    epoch that ended.
     """
     loop: Any = trainer.fit_loop
-    for epochs in (loop.epoch_progress.total, loop.epoch_progress.current):
-        epochs.started = epochs.processed = epochs.completed = epochs.ready
     for resumed in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
         resumed._restarting = resumed._resuming_from_checkpoint = False
         resumed.reset_restart_stage()
     loop.epoch_loop._batches_that_stepped = steps
+    for epochs in (loop.epoch_progress.total, loop.epoch_progress.current):
+        epochs.started = epochs.ready
+        epochs.processed = epochs.completed = epochs.ready - int(hooks)
+    if hooks:
+        loop.on_advance_end()
 
 
 def go_on(trainer: Trainer) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
@@ -16,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_amortized.encoders.modes import evaluating
 
-__all__ = ["ModulesCalled", "StoreParameters", "find_parameters", "owners", "parameters_of"]
+__all__ = ["Found", "ModulesCalled", "StoreParameters", "find_parameters", "owners", "parameters_of"]
 
 
 def owners(functions: Iterable[Callable[..., Any]]) -> Iterator[nn.Module]:
@@ -31,11 +33,17 @@ def parameters_of(trace: Any) -> set[Tensor]:
 
 
 class _ParameterSites(Messenger):
-    """Notes the names of the ``pyro.param`` sites that a run meets."""
+    """Notes the names of the ``pyro.param`` sites that a run meets, and the modules that ``pyro.module`` registers.
 
-    def __init__(self) -> None:
+    Args:
+        evaluate: Is told of every such module, before it runs.
+    """
+
+    def __init__(self, evaluate: Callable[[nn.Module], None]) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.registered: dict[nn.Module, str] = {}
+        self.evaluate = evaluate
 
     def _pyro_post_param(self, msg: Any) -> None:
         name, start, value = msg["name"], (*msg["args"][1:], None)[0], msg["value"]
@@ -47,48 +55,84 @@ class _ParameterSites(Messenger):
             )
         if name not in self.names:
             self.names.append(name)
+            self._note_module()
+
+    def _note_module(self) -> None:
+        """Notes the argument of ``pyro.module``, which sends no message itself, if it is what makes this parameter."""
+        frame = inspect.currentframe()
+        while frame is not None and frame.f_code is not pyro.module.__code__:
+            frame = frame.f_back
+        if frame is not None and frame.f_locals["nn_module"] not in self.registered:
+            self.registered[frame.f_locals["nn_module"]] = frame.f_locals["name"]
+            self.evaluate(frame.f_locals["nn_module"])
 
 
-def find_parameters(module: nn.Module, evaluate: Callable[[], Any]) -> tuple[list[str], list[nn.Module]]:
-    """Names of the parameters in Pyro's store that an evaluation meets, which builds them if it is the first.
+@dataclass(frozen=True)
+class Found:
+    """What an evaluation of the loss has met.
+
+    Attributes:
+        names: Of parameters in Pyro's store.
+        registered: The names of modules given to ``pyro.module`` that are no part of the whole.
+        called: All modules that were called and are no part of the whole, those around others first.
+    """
+
+    names: list[str]
+    registered: dict[nn.Module, str]
+    called: list[nn.Module]
+
+
+def find_parameters(module: nn.Module, evaluate: Callable[[], Any]) -> Found:
+    """Finds what a loss is a function of by an evaluation, which builds it if it is the first.
 
     Args:
         module: What holds model and guide, for the time in evaluation mode, and so all that they call.
         evaluate: Evaluates the loss.
 
-    Returns:
-        The names, and the modules that were called and are no part of ``module``, those around others first.
-
     Raises:
         ValueError: If the store holds another parameter than the module that is registered under its name.
     """
-    with evaluating(module), _others_evaluating(module) as called, torch.no_grad(), _ParameterSites() as sites:
+    with (
+        evaluating(module),
+        _OthersEvaluating(module) as others,
+        torch.no_grad(),
+        _ParameterSites(others.note) as sites,
+    ):
         evaluate()
     parts = set(module.modules())  # of which a guide has built some only now
-    return sites.names, [other for other in called if other not in parts]
+    registered = {other: name for other, name in sites.registered.items() if other not in parts}
+    return Found(sites.names, registered, [other for other in others.called if other not in parts])
 
 
-@contextmanager
-def _others_evaluating(module: nn.Module) -> Iterator[list[nn.Module]]:
+class _OthersEvaluating:
     """Notes the modules that are called and are no part of this one, and runs them in evaluation mode.
 
     But for traced graphs, as refinement has them of models: what these hold belongs to others.
     """
-    called: list[nn.Module] = []
-    modes: dict[nn.Module, bool] = {}
-    parts = set(module.modules())
 
-    def note(other: nn.Module, _: Any) -> None:
-        if other not in modes and other not in parts and not isinstance(other, GraphModule):
-            called.append(other)
-            modes[other], other.training = other.training, False
+    def __init__(self, module: nn.Module) -> None:
+        self.called: list[nn.Module] = []
+        self._parts, self._modes = set(module.modules()), dict[nn.Module, bool]()
 
-    handle = register_module_forward_pre_hook(note)
-    try:
-        yield called
-    finally:
-        handle.remove()
-        for other, training in modes.items():
+    def note(self, other: nn.Module, inputs: Any = None) -> None:
+        """Puts a module into evaluation mode."""
+        if other in self._parts or isinstance(other, GraphModule):
+            return
+        if inputs is not None and other not in self.called:
+            self.called.append(other)
+        if other not in self._modes:
+            for part in other.modules():
+                self._modes.setdefault(part, part.training)
+                part.training = False
+
+    def __enter__(self) -> _OthersEvaluating:
+        compiles = "torch._dynamo" in sys.modules  # which is not to look into the hook
+        self._handle = register_module_forward_pre_hook(torch.compiler.disable(self.note) if compiles else self.note)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._handle.remove()
+        for other, training in self._modes.items():
             other.training = training
 
 
@@ -131,21 +175,34 @@ class StoreParameters(nn.Module):
 class ModulesCalled(nn.ModuleDict):
     """The modules that functions call, by what ``pyro.module`` calls them: their mode and buffers go with the whole."""
 
-    def adopt(self, called: Iterable[nn.Module], names: Iterable[str]) -> None:
-        """Takes modules all of whose parameters are in the store; others are none of the model's.
+    def adopt(self, found: Found) -> list[str]:
+        """Takes modules that ``pyro.module`` was given, and others that are called and hold no further parameters.
 
-        Args:
-            called: The modules, those around others first.
-            names: Names in the store.
+        Returns:
+            What is called and left out, since it holds parameters that are not registered.
         """
+        for module, name in found.registered.items():
+            self._take(module, name)
         store = pyro.get_param_store().get_state()["params"]
-        name_of = {id(store[name]): name for name in names if name in store}
-        for module in called:
-            own = {id(p): n for n, p in module.named_parameters() if p.requires_grad}
-            if not own.keys() <= name_of.keys() or module in set(self.modules()):
-                continue
-            first = [name_of[key].removesuffix(name).rstrip("$.") for key, name in own.items()][:1]
-            name = "".join(first).replace(".", "/") or type(module).__name__
-            while hasattr(self, name) or name in self:
-                name += "_"
-            self[name] = module
+        known = {id(store[name]) for name in found.names if name in store}
+        foreign: list[nn.Module] = []
+        for module in found.called:
+            own = {id(p) for p in module.parameters() if p.requires_grad}
+            if own - known and not _is_part(module, foreign):
+                foreign.append(module)
+            wraps = not set(module.modules()).isdisjoint(set(self.modules()) - {self})
+            if not _is_part(module, foreign) and not (wraps and own <= {id(p) for p in self.parameters()}):
+                self._take(module, type(module).__name__)
+        return [type(module).__name__ for module in foreign]
+
+    def _take(self, module: nn.Module, name: str) -> None:
+        if module in set(self.modules()):
+            return
+        name = name.replace(".", "/")
+        while hasattr(self, name) or name in self:
+            name += "_"
+        self[name] = module
+
+
+def _is_part(module: nn.Module, wholes: Iterable[nn.Module]) -> bool:
+    return any(module in set(whole.modules()) for whole in wholes)

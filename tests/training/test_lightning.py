@@ -173,6 +173,90 @@ def test_modules_that_functions_call_are_parts_of_the_whole(parts: bool, tmp_pat
     assert loaded[1].running_mean.abs().sum() > 0
 
 
+class Decodes(nn.Module):
+    """A module whose parts are called by a method of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+        self.register_buffer("calls", torch.tensor(0))
+        self.seen: list[bool] = []
+
+    def decode(self, z: Tensor) -> Tensor:
+        self.seen.append(self.training)
+        self.calls += self.training
+        return z @ self.layer.weight.T + self.layer.bias
+
+
+def test_modules_that_are_registered_need_not_be_called(tmp_path: Path) -> None:
+    decoder = Decodes()
+
+    def model(x: Tensor, index: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder.decode(z), 1.0).to_event(1), obs=x)
+
+    guide = AmortizedGuide(model)
+    module = SVIModule(model, guide)
+    module.initialize(data())
+    assert decoder.training
+    assert "called.decoder.calls" in module.state_dict()
+    guide.setup(*data())
+    decoder.seen.clear()
+    quiet(tmp_path).validate(module, loader(SIZE), verbose=False)
+    assert decoder.seen == [False]
+
+
+@pytest.mark.parametrize("remedy", ["pyro.module", "frozen"])
+def test_modules_that_hold_other_parameters_are_warned_of(remedy: str) -> None:
+    net = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    registers: list[Any] = []
+
+    def model(x: Tensor, index: Tensor) -> None:
+        for part in registers:
+            pyro.module("net", part)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(net(z), 1.0).to_event(1), obs=x)
+
+    match = r"calls modules \(Sequential\) .*: call pyro.module\(.* or module.requires_grad_\(False\).eval\(\) before"
+    module = SVIModule(model, AmortizedGuide(model))
+    with pytest.warns(UserWarning, match=match):
+        module.initialize(data())
+    assert not module.called
+    if remedy == "frozen":
+        net.requires_grad_(False).eval()
+    else:
+        registers.append(net)
+    pyro.clear_param_store()
+    module = SVIModule(model, AmortizedGuide(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        module.initialize(data())
+    assert len(module.called) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", ["registered", "called"])
+def test_compiled_modules_of_functions(compiled: str, tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    fast = torch.compile(net, backend="eager")
+
+    def model(x: Tensor, index: Tensor) -> None:
+        pyro.module("net", fast if compiled == "registered" else net)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(fast(z), 1.0).to_event(1), obs=x)
+
+    module = SVIModule(model, AmortizedGuide(model))
+    module.initialize(data())
+    assert net[1].num_batches_tracked == 0
+    assert list(module.called) == ["net"]
+    quiet(tmp_path).fit(module, loader(SIZE), loader(SIZE))
+    assert net[1].num_batches_tracked == 2
+
+
 def test_a_second_checkpoint_of_a_function_loaded_beside_the_first(tmp_path: Path) -> None:
     """Pyro keeps one parameter of a name, which a warning says; models that are modules have their own."""
 

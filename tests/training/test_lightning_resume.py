@@ -41,6 +41,7 @@ def train(
     mid: int = 0,
     scheduler: Any = None,
     options: dict[str, Any] | None = None,
+    callbacks: list[Any] | None = None,
     **saves: Any,
 ) -> list[float]:
     """The losses of a run that saves after every epoch, or after every step of batches of ``mid`` datapoints."""
@@ -58,7 +59,8 @@ def train(
         batches = stateful.StatefulDataLoader(TensorDataset(*data()), batch_size=mid, shuffle=True)
     else:
         batches = DataLoader(TensorDataset(*data()), batch_sampler=Varied())
-    trainer = quiet(path, max_epochs=epochs, callbacks=[saving], enable_checkpointing=True, **options or {})
+    callbacks = [*(callbacks or []), saving]
+    trainer = quiet(path, max_epochs=epochs, callbacks=callbacks, enable_checkpointing=True, **(options or {}))
     trainer.fit(module, batches, DataLoader(TensorDataset(*data()), batch_size=4), ckpt_path=ckpt)
     history = module.history.dataset
     return history["train_loss"].values.tolist() + history["val_loss"].values.tolist()
@@ -146,6 +148,34 @@ def test_a_run_resumed_within_an_epoch(options: dict[str, Any], tmp_path: Path) 
         ckpt = tmp_path / "whole" / f"step={step}.ckpt"
         found = train(tmp_path / str(step), 3, ckpt=ckpt, mid=4, scheduler=never_better, options=options)
         assert found == expected
+
+
+@pytest.mark.parametrize("saves", [{"every_n_train_steps": 3}, {"save_on_train_epoch_end": False}])
+def test_early_stopping_looks_at_the_epoch_that_a_resumed_run_ends(saves: dict[str, Any], tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import EarlyStopping
+
+    def losses(name: str, ckpt: Path | None = None) -> list[float]:
+        stopping = EarlyStopping("val_loss", patience=1, mode="max", min_delta=1e9)  # after the second epoch
+        return train(tmp_path / name, 6, ckpt=ckpt, callbacks=[stopping], **saves)
+
+    expected = losses("whole")
+    assert len(expected) == 2 * 3 + 2
+    for step in (3, 6):
+        assert losses("resumed", tmp_path / "whole" / f"step={step}.ckpt") == expected
+
+
+@pytest.mark.slow
+def test_validation_loaders_that_draw_leave_training_alone(tmp_path: Path) -> None:
+    def losses(validated: bool) -> list[float]:
+        pyro.clear_param_store()
+        lightning.seed_everything(0)
+        model = Factors()
+        module = SVIModule(model, AmortizedGuide(model))
+        val = loader(shuffle=True, num_workers=1) if validated else None
+        quiet(tmp_path, max_epochs=3).fit(module, loader(shuffle=True), val)
+        return module.history.dataset["train_loss"].values.tolist()
+
+    assert losses(True) == losses(False)
 
 
 def test_gradients_that_wait_for_a_step_are_saved(tmp_path: Path) -> None:
