@@ -197,15 +197,13 @@ def test_modules_that_are_registered_need_not_be_called(tmp_path: Path) -> None:
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
             pyro.sample("x", dist.Normal(decoder.decode(z), 1.0).to_event(1), obs=x)
 
-    guide = AmortizedGuide(model)
-    module = SVIModule(model, guide)
+    module = SVIModule(model, AmortizedGuide(model))
     module.initialize(data())
     assert decoder.training
     assert "called.decoder.calls" in module.state_dict()
-    guide.setup(*data())
     decoder.seen.clear()
     quiet(tmp_path).validate(module, loader(SIZE), verbose=False)
-    assert decoder.seen == [False]
+    assert set(decoder.seen) == {False}
 
 
 @pytest.mark.parametrize("remedy", ["pyro.module", "frozen"])
