@@ -84,7 +84,7 @@ _LOADING = {
         "they are sparse",
         "collate_fn=lambda rows: torch.stack([r.to_dense() for r in rows])",
     ),
-    "sparse array length is ambiguous": (
+    "length is ambiguous": (
         "SciPy's sparse arrays have no length",
         "a Dataset whose __getitem__ is torch.from_numpy(array[[row]].toarray()[0])",
     ),

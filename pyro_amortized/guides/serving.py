@@ -216,6 +216,8 @@ def _export(
 def _copied(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """The program with parameters of its own, which training goes on without, as it will be once it has been saved."""
     file = io.BytesIO()
+    for parameter in program.state_dict.values():
+        vars(parameter).pop("unconstrained", None)  # Pyro's, made anew when it is asked for, which cannot be saved
     with _plainly():
         torch.export.save(program, file)
         file.seek(0)

@@ -1,3 +1,4 @@
+import inspect
 import math
 import time
 import warnings
@@ -13,7 +14,7 @@ INF = math.inf
 NAN = math.nan
 
 Shape = tuple[int, ...]
-Oracle = Callable[[torch.Tensor, bool], tuple[torch.Tensor, torch.Tensor]]
+Oracle = Callable[[torch.Tensor, bool], tuple[torch.Tensor, torch.Tensor] | None]
 
 
 def normal(shape: Shape, seed: int = 0) -> torch.Tensor:
@@ -49,11 +50,16 @@ def arviz_psislw() -> Oracle:
     if not hasattr(arviz, "psislw"):
         pytest.skip("this arviz has no psislw")
 
-    def oracle(log_weights: torch.Tensor, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    has_option = "normalize" in inspect.signature(arviz.psislw).parameters
+
+    def oracle(log_weights: torch.Tensor, normalize: bool) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if not normalize and not has_option:
+            return None  # of an older version, which always does
+        options = {"normalize": normalize} if has_option else {}
         # A column without a tail, or one that overflows, makes NumPy warn.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            smoothed, khat = arviz.psislw(log_weights.movedim(0, -1).contiguous().numpy(), normalize=normalize)
+            smoothed, khat = arviz.psislw(log_weights.movedim(0, -1).contiguous().numpy(), **options)
         return torch.as_tensor(smoothed).movedim(-1, 0), torch.as_tensor(khat, dtype=torch.float64)
 
     return oracle
@@ -66,7 +72,10 @@ def assert_equal_to_arviz(log_weights: torch.Tensor, oracle: Oracle) -> None:
     assert compared.double().mean() > 0.7
     normalised = smoothed - smoothed.logsumexp(dim=0)
     for ours, normalize in ((normalised, True), (smoothed, False)):
-        theirs, their_khat = oracle(log_weights, normalize)
+        known = oracle(log_weights, normalize)
+        if known is None:
+            continue
+        theirs, their_khat = known
         # Sorted, for which of two equal weights gets the larger of two smoothed values is arbitrary.
         ours, theirs = ours.sort(dim=0).values[:, compared], theirs.sort(dim=0).values[:, compared]
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)

@@ -284,7 +284,7 @@ def _dtype(z: Tensor, x: Tensor) -> None:
             r"site 'x' has the distribution NoSampler.*try a pro",
         ),
         (
-            lambda z, x: pyro.sample("x", dist.LogNormal(900 * z, 1.0), obs=x),
+            lambda z, x: pyro.sample("x", dist.LogNormal(900 * (1 + z.abs()), 1.0), obs=x),
             r"'x' are not finite; try a prior",
         ),
     ],
