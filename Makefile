@@ -66,7 +66,8 @@ release-check: $(VENV)/.release  ## build the distributions and check all that c
 test-oldest:  ## run the default tests with the oldest versions that the package takes, in .venv-oldest
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
-	.venv-oldest/bin/python -m pytest -W ignore::DeprecationWarning -W ignore::FutureWarning $(TEST_ARGS)
+	.venv-oldest/bin/python -m pytest -W ignore::DeprecationWarning -W ignore::FutureWarning \
+		-W "ignore:Attempted to insert a get_attr" -W "ignore:Node " $(TEST_ARGS)
 
 bench: $(VENV)/.examples  ## run the benchmarks
 	$(BIN)/python benchmarks/run.py
