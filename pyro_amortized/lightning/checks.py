@@ -200,7 +200,7 @@ def warn_of_pending(names: Sequence[str]) -> None:
     if names:
         warnings.warn(
             f"the parameters {names} of pyro.param and pyro.module wait for the first batch of a trainer, and until "
-            "then the model makes new ones: call module.initialize(batch) before using model or guide without one.",
+            "then the model has others: call module.initialize(batch) before using model or guide without one.",
             stacklevel=3,
         )
 

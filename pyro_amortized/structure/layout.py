@@ -75,7 +75,12 @@ def datapoint_plate(
     if requested not in holders and not grouped:
         raise ValueError(
             f"Cannot use plate {requested!r} as the datapoint plate because no observed site lies in it; try "
-            + (f"one of {sorted(holders)}, or " if holders else "")
+            + (
+                f"groups={{{sorted(holders)[0]!r}: ...}} with the argument that holds the index, where its entries "
+                f"belong to those of {requested!r}, or one of {sorted(holders)}, or "
+                if holders
+                else ""
+            )
             + "calling the guide with the data that the model observes."
         )
     return requested

@@ -275,8 +275,11 @@ def test_what_is_no_long_format_is_refused() -> None:
         with pytest.raises(ValueError, match=f"PlateEncoder in {Guide.__name__}"):
             Guide(radon, name=Guide.__name__, **GROUPS)(y, floor, index, uranium)
     guide = AmortizedGuide(radon, name="right", plate="county")
-    with pytest.raises(ValueError, match="no observed site lies in it"):
+    with pytest.raises(
+        ValueError, match=r"no observed site lies in it; try groups=\{'obs': \.\.\.\} with the argument"
+    ):
         guide(y, floor, index, uranium)
+    AmortizedGuide(radon, name="grouped", plate="county", groups={"obs": "county_index"})(y, floor, index, uranium)
 
 
 @pytest.mark.slow
