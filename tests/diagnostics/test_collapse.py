@@ -552,6 +552,15 @@ def test_collapse_is_told_from_use() -> None:
     assert "No collapse" in alive.verdict
 
 
+def test_dimensions_that_are_active_but_close_to_the_prior_are_named() -> None:
+    """The means of one vary by .02 of the prior's variance: its KL divergence is below .1 nats for 99.7 % of data."""
+    x = make_data()
+    weak = torch.tensor([[1.0, 0.15, 1.0], [1.0, 0.0, 1.0]])
+    report = collapse_report(independent, AmortizedGuide(independent, Linear(weak, SCALE)), (x,))
+    assert report.active_units == 3
+    assert "All 3 latent dimensions are active, 1 of them hardly: the KL divergence of z[1] is below 0.1" in str(report)
+
+
 def test_a_divergence_without_information_is_told() -> None:
     x = make_data()
     report = collapse_report(independent, with_normal(independent, [2.0, 0.0, 0.0], [1.0] * 3, x), (x,))

@@ -191,6 +191,10 @@ def _share(flags: np.ndarray[Any, Any]) -> str:
     return f"{flags.sum()}/{len(flags)}" if len(flags) > 1 else "yes" if flags[0] else "no"
 
 
+def _shown(names: np.ndarray[Any, Any]) -> str:
+    return ", ".join(map(str, names[:10])) + (", ..." if len(names) > 10 else "")
+
+
 def _surgery(attrs: Mapping[str, Any]) -> str:
     """The decomposition of the KL divergence, of the datapoints that the mutual information was estimated from."""
     count, bound = attrs["mutual_information_datapoints"], attrs["mutual_information_bound"]
@@ -212,14 +216,20 @@ def _verdict(data: xarray.Dataset) -> list[str]:
     count, attrs = len(names), data.attrs
     if not dead.any():
         information = f"{attrs['mutual_information']:.2f} nats of information on the datapoint"
+        close = data["collapsed"].values
+        if close.any():
+            return [
+                f"All {count} latent dimensions are active, {close.sum()} of them hardly: the KL divergence of "
+                f"{_shown(names[close])} is below {attrs['epsilon']:g} nats for {100 * (1 - attrs['delta']):g} % of "
+                f"the datapoints. Together they hold {information}."
+            ]
         return [f"No collapse: all {count} latent dimensions are active; together they hold {information}."]
-    shown = ", ".join(map(str, names[dead][:10])) + (", ..." if dead.sum() > 10 else "")
     if dead.all():
         lines = [f"{_nothing_active(attrs, count)} Try {_REMEDIES}."]
     else:
         lines = [
-            f"{dead.sum()} of {count} latent dimensions are dead: {shown}. If the model should use them, try "
-            f"{_REMEDIES}; if the held-out ELBO does not rise, it has no need of them."
+            f"{dead.sum()} of {count} latent dimensions are dead: {_shown(names[dead])}. If the model should use them, "
+            f"try {_REMEDIES}; if the held-out ELBO does not rise, it has no need of them."
         ]
     misplaced = dead & (kl > attrs["epsilon"])
     if misplaced.any():
@@ -252,7 +262,7 @@ def _code_verdict(data: xarray.Dataset) -> list[str]:
     if not active.any():
         lines.append(f"Collapsed: every datapoint has the same codes; they tell nothing of x. Try {remedies}.")
     elif not active.all():
-        shown = ", ".join(map(str, names[~active][:10])) + (", ..." if (~active).sum() > 10 else "")
+        shown = _shown(names[~active])
         lines.append(f"{(~active).sum()} of {len(names)} positions have the same code everywhere: {shown}.")
     else:
         lines.append(
