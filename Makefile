@@ -25,7 +25,7 @@ test: $(VENV)/.test  ## run the default test suite (options in TEST_ARGS)
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
 test-slow: $(VENV)/.test  ## run the slow tests
-	$(BIN)/python -m pytest -m slow $(TEST_ARGS)
+	$(BIN)/python -m pytest -m "slow and not fake_device" $(TEST_ARGS)
 
 test-device: $(VENV)/.test  ## run the tests of devices without one, on memory of the host (needs a C++ compiler)
 	$(BIN)/python -m pytest -m fake_device tests/test_devices.py
