@@ -51,6 +51,12 @@ class Report:
         """What the numbers say, in words."""
         return ""
 
+    def __str__(self) -> str:
+        return f"{type(self).__name__}\n{self.dataset}"
+
+    def __repr__(self) -> str:
+        return str(self)
+
     def _repr_html_(self) -> str:
         """The verdict, the table and, folded away, the dataset."""
         lines, words = str(self).splitlines(), self.verdict.split()

@@ -26,6 +26,7 @@ from pyro_amortized.guides.checks import (
     check_initial_value,
     check_options,
     check_refinable,
+    warn_of_unamortized,
 )
 from pyro_amortized.guides.global_guide import (
     build_global_guide,
@@ -201,6 +202,8 @@ class LocalGuide(PosteriorGuide):
         structure = call.structure
         check_steady(self._structures, call.of_model(self.model), observed=self._needs_observed)
         check_absent(call.of_model(self.model))
+        if self._needs_inputs:
+            warn_of_unamortized(call, self.model)
         init_loc = self._initial_locations(call)
         if structure.layout is not None:
             self._like = init_loc.new_empty(0)

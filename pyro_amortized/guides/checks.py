@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from pyro_amortized.checks import check_function, check_positive, is_traced
 from pyro_amortized.encoders.devices import has_to_wait
 from pyro_amortized.families import VariationalFamily
+from pyro_amortized.guides.call import Call
 from pyro_amortized.inference.base import InferenceStrategy
 from pyro_amortized.inference.refined import Refined
 from pyro_amortized.structure.plates import PlateFrame
 from pyro_amortized.structure.running import Site
+from pyro_amortized.structure.signature import named_arguments
 from pyro_amortized.structure.structure import Structure
 
 __all__ = [
@@ -32,6 +35,7 @@ __all__ = [
     "check_summed_out",
     "check_values",
     "created_plates",
+    "warn_of_unamortized",
 ]
 
 
@@ -185,6 +189,33 @@ def check_global_plates(structure: Structure, built: Structure) -> None:
                 f"{before.full_size} when the guide was set up, and they are no datapoints of this guide: the global "
                 f"guide knows those of the set-up alone; try {structure.amortizing(name)} for any number of them."
             )
+
+
+def warn_of_unamortized(call: Call, model: Callable[..., Any]) -> None:
+    """A warning if nothing is amortized of a model whose arguments hold an index into a plate of latents."""
+    structure = call.structure
+    if structure.plate is None or structure.layout is not None or structure.discrete:
+        return
+    size = structure.datapoints.size
+    arguments = named_arguments(model, call.args, call.kwargs)
+    for name in structure.global_plates:
+        entries = structure.frames[name].size
+        index = [key for key, x in arguments.items() if name != structure.plate and _is_index(x, size, entries)]
+        if index:
+            warnings.warn(
+                f"The datapoint plate {structure.plate!r} holds no latents: nothing is amortized, and latents of plate "
+                f"{name!r} have parameters of their own in the global guide. {index[0]!r} looks like the index "
+                f"that ties the two: to amortize them: {structure.amortizing(name, repr(index[0]))}.",
+                stacklevel=2,
+            )
+            return
+
+
+def _is_index(x: Any, size: int, entries: int) -> bool:
+    """Whether an argument holds positions among so many entries, one for each datapoint."""
+    if not isinstance(x, Tensor) or x.shape != (size,) or x.is_floating_point() or x.is_complex():
+        return False
+    return x.dtype != torch.bool and bool(((x >= 0) & (x < entries)).all())
 
 
 def check_predictable(missing: Sequence[str], shown_masks: Sequence[str]) -> None:

@@ -37,8 +37,6 @@ class History(Report):
             )
         return "\n".join(lines)
 
-    __repr__ = __str__
-
     @in_style
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draws the losses over the steps of training; those of training as they come, and smoothed.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 from weakref import WeakSet
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-__all__ = ["kept_generators", "kept_state", "modes_of_modules", "untouched"]
+__all__ = ["kept_generators", "kept_state", "modes_of_modules", "untouched", "watched_calls"]
 
 
 class _NumpyGenerator:
@@ -48,6 +49,22 @@ class _NumpyGenerator:
 
 
 _NUMPY = _NumpyGenerator()
+
+
+@contextmanager
+def watched_calls(note: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Tells of every module before it is called, but for traced graphs: what these hold belongs to others."""
+
+    def tell(module: nn.Module, inputs: Any) -> None:
+        if not isinstance(module, GraphModule):
+            note(module)
+
+    compiles = "torch._dynamo" in sys.modules  # which is not to look into the hook
+    hook = register_module_forward_pre_hook(torch.compiler.disable(tell) if compiles else tell)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager
@@ -98,19 +115,15 @@ def kept_state(*, first: bool = False) -> Iterator[None]:
     known = set(store.keys())
     kept = {module: _buffers(module) for module in list(_WITH_BUFFERS)}
 
-    def keep(module: nn.Module, inputs: Any) -> None:
-        if (
-            module._buffers and module not in kept and not isinstance(module, GraphModule)
-        ):  # whose buffers are constants
+    def keep(module: nn.Module) -> None:
+        if module._buffers and module not in kept:
             kept[module] = _buffers(module)
             _WITH_BUFFERS.add(module)
 
-    hook = register_module_forward_pre_hook(keep) if first else None
     try:
-        yield
+        with watched_calls(keep) if first else nullcontext():
+            yield
     finally:
-        if hook is not None:
-            hook.remove()
         for module, buffers in kept.items():
             for name, buffer, value in buffers:
                 if getattr(module, name) is not buffer:

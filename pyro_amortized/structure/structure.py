@@ -85,10 +85,10 @@ class Structure:
         local = [site.name for site in self.layout.sites] if self.layout is not None else []
         return frozenset([*self.global_sites, *local, *(site.name for site in self.discrete)])
 
-    def amortizing(self, plate: str) -> str:
+    def amortizing(self, plate: str, index: str = "...") -> str:
         """The guide that would amortize the latents of a plate in which no data lie."""
-        groups = "" if self.plate in (None, plate) else f", groups={{{self.plate!r}: ...}}"
-        index = f", with the index that ties entries of {self.plate!r} to it" if groups else ""
+        groups = "" if self.plate in (None, plate) else f", groups={{{self.plate!r}: {index}}}"
+        index = f", with the index that ties entries of {self.plate!r} to it" if groups and index == "..." else ""
         return f"AmortizedGuide(model, plate={plate!r}{groups}){index}"
 
     def worked_out(self) -> Structure:

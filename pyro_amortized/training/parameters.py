@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +12,9 @@ import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.fx import GraphModule
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_amortized.encoders.modes import evaluating
+from pyro_amortized.structure.state import watched_calls
 
 __all__ = ["Found", "ModulesCalled", "StoreParameters", "find_parameters", "owners", "parameters_of"]
 
@@ -96,7 +94,7 @@ def find_parameters(module: nn.Module, evaluate: Callable[[], Any]) -> Found:
         evaluating(module),
         _OthersEvaluating(module) as others,
         torch.no_grad(),
-        _ParameterSites(others.note) as sites,
+        _ParameterSites(others.evaluate) as sites,
     ):
         evaluate()
     parts = set(module.modules())  # of which a guide has built some only now
@@ -105,33 +103,31 @@ def find_parameters(module: nn.Module, evaluate: Callable[[], Any]) -> Found:
 
 
 class _OthersEvaluating:
-    """Notes the modules that are called and are no part of this one, and runs them in evaluation mode.
-
-    But for traced graphs, as refinement has them of models: what these hold belongs to others.
-    """
+    """Notes the modules that are called and are no part of this one, and runs them in evaluation mode."""
 
     def __init__(self, module: nn.Module) -> None:
         self.called: list[nn.Module] = []
         self._parts, self._modes = set(module.modules()), dict[nn.Module, bool]()
 
-    def note(self, other: nn.Module, inputs: Any = None) -> None:
+    def evaluate(self, other: nn.Module) -> None:
         """Puts a module into evaluation mode."""
-        if other in self._parts or isinstance(other, GraphModule):
-            return
-        if inputs is not None and other not in self.called:
-            self.called.append(other)
-        if other not in self._modes:
+        if other not in self._parts and other not in self._modes:
             for part in other.modules():
                 self._modes.setdefault(part, part.training)
                 part.training = False
 
+    def _note(self, other: nn.Module) -> None:
+        if other not in self._parts and other not in self.called:
+            self.called.append(other)
+        self.evaluate(other)
+
     def __enter__(self) -> _OthersEvaluating:
-        compiles = "torch._dynamo" in sys.modules  # which is not to look into the hook
-        self._handle = register_module_forward_pre_hook(torch.compiler.disable(self.note) if compiles else self.note)
+        self._watch = watched_calls(self._note)
+        self._watch.__enter__()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._handle.remove()
+        self._watch.__exit__(None, None, None)
         for other, training in self._modes.items():
             other.training = training
 

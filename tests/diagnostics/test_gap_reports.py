@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_amortized import AmortizedGuide, GapEstimate, estimate_gaps
 from pyro_amortized.diagnostics.gaps.gaps import warn_of_violations
+from pyro_amortized.diagnostics.report import Report
 
 pytestmark = pytest.mark.usefixtures("_float64")
 
@@ -81,7 +82,9 @@ def test_plot_leaves_out_what_is_far_above(gaps: GapEstimate) -> None:
     plt.close("all")
 
 
-def test_reports_have_an_html_form(gaps: GapEstimate) -> None:
+def test_reports_show_themselves(gaps: GapEstimate) -> None:
+    assert repr(gaps) == str(gaps)
+    assert repr(Report(gaps.dataset)).startswith("Report\n<xarray.Dataset>")
     html = gaps._repr_html_()
     assert html.count(" ".join(gaps.verdict.split()).replace('"', "&quot;")) == 1
     assert "log evidence  log p(x)" in html

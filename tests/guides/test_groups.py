@@ -407,7 +407,9 @@ def test_latents_of_a_plate_without_data_are_not_answered_for_other_ones() -> No
         return torch.randn(3 * num), torch.arange(num).repeat_interleave(3), num
 
     guide = AmortizedGuide(model)
-    guide(*data(5))
+    told = r"'index' looks like .* AmortizedGuide\(model, plate='group', groups=\{'obs': 'index'\}\)"
+    with pytest.warns(UserWarning, match=told):
+        guide(*data(5))
     assert "global latents: a (in group)" in str(guide)
     remedy = r"AmortizedGuide\(model, plate='group', groups=\{'obs': ...\}\), with the index that ties entries of 'obs'"
     for ask in (guide, guide.median):

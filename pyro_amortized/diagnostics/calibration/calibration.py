@@ -37,7 +37,7 @@ _MAX_POINTS = 99
 _SHOWN = 12
 
 
-@dataclass
+@dataclass(repr=False)
 class CalibrationReport(Report):
     """Ranks of simulated latents among draws from the guide, and whether they are uniform.
 

@@ -31,7 +31,7 @@ _PREFIX = "posterior_"
 _KEPT = ("certified", "local", "all")
 
 
-@dataclass
+@dataclass(repr=False)
 class CertifiedPosterior(Report):
     """Draws from every datapoint's posterior, and what speaks for them.
 

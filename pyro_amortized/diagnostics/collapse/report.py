@@ -23,7 +23,7 @@ EPSILONS = np.logspace(-4, 1, 51)
 _REMEDIES = "KL annealing, free bits, an aggressive encoder, a SemiAmortizedGuide, or a weaker likelihood"
 
 
-@dataclass
+@dataclass(repr=False)
 class CollapseReport(Report):
     r"""What a guide's latents tell of the data.
 

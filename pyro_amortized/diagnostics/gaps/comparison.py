@@ -34,7 +34,7 @@ _SHOWN = {
 }
 
 
-@dataclass
+@dataclass(repr=False)
 class GapComparison(Report):
     """Gap decompositions of several cases, a case being a guide on a data set.
 

@@ -56,7 +56,7 @@ _SMALL = 0.05
 """A mean gap below this, in nats, is small however well it is known."""
 
 
-@dataclass
+@dataclass(repr=False)
 class GapEstimate(Report):
     """Gaps of every datapoint.
 

@@ -38,7 +38,7 @@ _MAX_LENGTH = 5.0
 """Longest step in any variational parameter; most of them are logarithms or in units of the posterior."""
 
 
-@dataclass
+@dataclass(repr=False)
 class LocalOptimum:
     """The local optimum of every datapoint, with the ELBO there and at the guide's own phi.
 
@@ -74,6 +74,8 @@ class LocalOptimum:
             f"LocalOptimum of {len(self.phi)} datapoints: ELBO {self.initial_elbo.mean():.3f} -> "
             f"{self.elbo.mean():.3f} nats, {int(self.converged.sum())} converged"
         )
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return f"<p>{escape(str(self))}</p>{self.dataset._repr_html_()}"

@@ -46,7 +46,7 @@ class AtypicalDataWarning(UserWarning):
     """Data look to an encoder unlike those that it knows, so that its answers may be far off."""
 
 
-@dataclass
+@dataclass(repr=False)
 class TypicalityReport(Report):
     """How unlike the reference data every datapoint looks.
 
