@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_amortized.encoders.standardize import log_shrinkage
+from pyro_amortized.encoders.standardize import FAR
 
 __all__ = ["LEAST_NORMALIZED", "Head", "hidden_layers"]
 
@@ -48,6 +48,7 @@ class Head(nn.Linear):
     """
 
     size: Tensor
+    limits: Tensor
 
     def __init__(self, features: Tensor, num_outputs: int, room: float = 1.0) -> None:
         num_features = features.shape[-1]
@@ -55,10 +56,14 @@ class Head(nn.Linear):
         self.room = room
         size = features.detach().square().mean().sqrt() * num_features**0.5
         self.register_buffer("size", torch.where(size > 0, size, num_features**0.5))
+        unit = room * self.size
+        self.register_buffer("limits", torch.stack([FAR * unit, (FAR - 1.0) * unit, FAR - unit.log()]))
 
     def forward(self, features: Tensor) -> Tensor:
         """Outputs ``(..., P)`` of features ``(..., H)``."""
-        size = self.size if self.room == 1.0 else self.room * self.size
-        norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
-        output = F.linear(features * (log_shrinkage(norm / size) / self.size), self.weight, self.bias)
+        far, near, offset = self.limits.unbind()  # log_shrinkage(norm / (room size)) / size, in fewer operations
+        norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True).clamp(min=far)
+        shrinkage = ((norm - near).log() + offset) / norm
+        scaled = features * (shrinkage if self.room == 1.0 else self.room * shrinkage)
+        output = F.linear(scaled, self.weight, self.bias)
         return output.to(self.weight.dtype)  # under autocast, where it has fewer digits than scales need

@@ -59,7 +59,7 @@ class Normal(_Gaussian):
 
     def marginals(self, phi: Tensor) -> tuple[Tensor, Tensor]:
         """Locations and scales, each of shape ``(*, D)``."""
-        loc, log_scale = phi.split(self.latent_dim, -1)
+        loc, log_scale = phi.chunk(2, -1)
         return loc, log_scale.exp()
 
     def log_conditionals(self, phi: Tensor, z: Tensor) -> Tensor:

@@ -298,7 +298,7 @@ def check_values(
     unasked = torch.is_grad_enabled() and not pyro.distributions.is_validation_enabled()
     if is_traced() or (unasked and has_to_wait(phi)):
         return
-    if not phi.numel() or phi.detach().abs().amax().item() < _MODERATE:
+    if not phi.numel() or all(-_MODERATE < bound.item() < _MODERATE for bound in phi.detach().aminmax()):
         return
     bad = _degenerate(phi.detach().reshape(-1, phi.shape[-1]), family).nonzero().squeeze(-1).tolist()
     if not bad:

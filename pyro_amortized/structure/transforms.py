@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ from torch.distributions import (
     AffineTransform,
     ComposeTransform,
     IndependentTransform,
+    StickBreakingTransform,
     Transform,
     biject_to,
     constraints,
     mixture_same_family,
 )
+from torch.nn.functional import logsigmoid, pad
 
 __all__ = ["bounds", "is_identity", "kind_of", "to_support"]
 
@@ -40,6 +43,29 @@ class _StrictlyOrdered(OrderedTransform):
         first, steps = x[..., :1], x[..., 1:].exp()
         least = 2.0 * torch.finfo(x.dtype).eps * (first.abs() + steps.sum(-1, keepdim=True)).detach()
         return torch.cat([first, torch.maximum(steps, least)], -1).cumsum(-1)
+
+
+class _StickBreaking(StickBreakingTransform):
+    """torch's, by sums of logarithms in place of products: quick to differentiate twice, and no piece is ever zero."""
+
+    def _call(self, x: Tensor) -> Tensor:
+        logit = self._logit(x)
+        log_pieces = pad(logsigmoid(logit), (0, 1)) + pad(logsigmoid(-logit).cumsum(-1), (1, 0))
+        return log_pieces.clamp(min=math.log(2.0 * torch.finfo(x.dtype).tiny)).softmax(-1)  # which sum to 1 but for rounding
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        y = y.clamp(min=torch.finfo(y.dtype).tiny)
+        rest = y.flip(-1).cumsum(-1).flip(-1)[..., 1:]
+        return y[..., :-1].log() - rest.log() - self._logit(torch.zeros_like(rest))
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        logit = self._logit(x)
+        return (logsigmoid(logit) + logsigmoid(-logit).cumsum(-1)).sum(-1)
+
+    @staticmethod
+    def _logit(x: Tensor) -> Tensor:
+        """Of the share of what is left that a piece takes; at x = 0 all pieces are equal."""
+        return x - torch.arange(x.shape[-1], 0, -1, dtype=x.dtype, device=x.device).log()
 
 
 def bounds(transform: Any) -> list[Tensor]:
@@ -72,8 +98,10 @@ def _without_mixtures(support: Any) -> Any:
 def _plain(transform: Transform) -> Transform:
     """Drops shifts by 0 and scales by 1: torch's way to the positive numbers then is that of a ``LogNormal``.
 
-    Ordered vectors become strictly so.
+    Ordered vectors become strictly so, and sticks are broken by sums of logarithms.
     """
+    if type(transform) is StickBreakingTransform:
+        return _StickBreaking()
     if type(transform) is OrderedTransform:
         return _StrictlyOrdered()
     if isinstance(transform, IndependentTransform):

@@ -197,7 +197,7 @@ def test_mlp_is_standardisation_then_normalised_layers() -> None:
 def test_a_head_divides_by_the_size_of_the_first_features() -> None:
     features = 3.0 * torch.randn(7, 40)
     head, large = Head(features, 4), Head(100.0 * features, 4)
-    large.load_state_dict({**head.state_dict(), "size": large.size})
+    large.load_state_dict({**large.state_dict(), "weight": head.weight, "bias": head.bias})
     torch.testing.assert_close(head(features), large(100.0 * features))
     by_hand = features @ head.weight.T / (features.square().mean() * 40).sqrt() + head.bias
     torch.testing.assert_close(head(features), by_hand)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import uniform_bounds
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyro_amortized import AmortizedGuide, PerDatapointGuide
 from pyro_amortized.structure.layout import SiteLayout
@@ -132,6 +133,25 @@ def test_ordered_values_keep_their_order_where_steps_are_below_rounding_errors(d
     assert not prior.support.check(pyros)[:2].any()
     torch.testing.assert_close(value, pyros, rtol=4 * torch.finfo(dtype).eps, atol=0.0)
     assert torch.equal(value[2:], pyros[2:])  # what Pyro can tell apart is the same
+
+
+@pytest.mark.parametrize("size", [2, 50, 1000])
+def test_sticks_are_torchs_where_these_are_exact(size: int) -> None:
+    layout, _ = layout_of(model_of(lambda: dist.Dirichlet(torch.ones(size))), torch.randn(SIZE))
+    site, torchs = site_of(layout), dist.transforms.StickBreakingTransform()
+    u = 2.0 * torch.randn(7, size - 1)
+    value, log_det = site.constrain(u)
+    torch.testing.assert_close(value, torchs(u), rtol=1e-10, atol=0.0)
+    torch.testing.assert_close(log_det, torchs.log_abs_det_jacobian(u, torchs(u)), rtol=1e-10, atol=0.0)
+    torch.testing.assert_close(site.transform.inv(value), u, rtol=1e-9, atol=1e-9)
+
+    single = u.float()
+    assert (site.transform.inv(site.transform(single)) - single).abs().max() < 1e-4
+    assert size < 1000 or (torchs.inv(torchs(single)) - single).abs().max() > 1.0
+    value, log_det = site.constrain(torch.stack([single[0] + 1e4, single[0] - 1e4]))
+    assert constraints.simplex.check(value).all()
+    assert (value >= torch.finfo(torch.float32).tiny).all()
+    assert log_det.isfinite().all()
 
 
 @pytest.mark.parametrize("plates", PLATES)
