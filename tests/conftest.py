@@ -7,6 +7,8 @@ import pyro
 import pytest
 import torch
 
+collect_ignore_glob = ["*/conftest.py"]  # which hold no docstrings to test, and all have one name
+
 torch.set_num_threads(1)  # on tensors as small as those of the tests, further threads only wait for each other
 
 

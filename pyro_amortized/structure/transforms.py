@@ -51,7 +51,8 @@ class _StickBreaking(StickBreakingTransform):
     def _call(self, x: Tensor) -> Tensor:
         logit = self._logit(x)
         log_pieces = pad(logsigmoid(logit), (0, 1)) + pad(logsigmoid(-logit).cumsum(-1), (1, 0))
-        return log_pieces.clamp(min=math.log(2.0 * torch.finfo(x.dtype).tiny)).softmax(-1)  # which sum to 1 but for rounding
+        least = math.log(2.0 * torch.finfo(x.dtype).tiny)
+        return log_pieces.clamp(min=least).softmax(-1)  # the pieces sum to 1 already, but for rounding
 
     def _inverse(self, y: Tensor) -> Tensor:
         y = y.clamp(min=torch.finfo(y.dtype).tiny)
