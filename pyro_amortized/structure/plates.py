@@ -91,6 +91,8 @@ def plate_frames(trace: Trace, kinds: Mapping[str, str]) -> dict[str, PlateFrame
             size, full_size, kind = frame.size, frame.full_size, kinds.get(frame.name, "unsized")
             if kind == "unsized":
                 size = full_size = max(size_at(site, frame.dim), getattr(frames.get(frame.name), "size", 1))
+            elif frame.name in frames:
+                continue
             frames[frame.name] = PlateFrame(frame.name, frame.dim, int(size), int(full_size), kind)
     return frames
 

@@ -20,35 +20,58 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 __all__ = ["kept_generators", "kept_state", "modes_of_modules", "untouched", "watched_calls"]
 
 
-class _NumpyGenerator:
-    """NumPy's global generator. To read its state takes 0.1 ms, so it is read only where its memory has changed."""
+class _Generator:
+    """A generator of which to read the state takes long, so that it is read only where its memory has changed.
 
-    def __init__(self) -> None:
-        self._memory: bytes | None = None
-        self._state: Any = None
+    Args:
+        peek: A copy of the memory that holds the state; None if it is not known where that lies.
+        read: The state.
+        write: Puts a state back.
+    """
 
-    def read(self) -> Any:
-        """The state."""
+    def __init__(self, peek: Callable[[], Any], read: Callable[[], Any], write: Callable[[Any], None]) -> None:
+        self._peek, self._read, self._write = peek, read, write
+        self._last: tuple[Any, Any] = (None, None)
+
+    def keep(self) -> tuple[Any, Any]:
+        """The memory and the state."""
         memory = self._peek()
-        if memory is None or memory != self._memory:
-            self._memory, self._state = memory, np.random.get_state()
-        return self._state
+        if memory is None or memory != self._last[0]:
+            self._last = memory, self._read()
+        return self._last
 
-    def restore(self, state: Any) -> None:
-        """Puts a state back that was the last to be read."""
-        memory = self._peek()
-        if memory is None or memory != self._memory:
-            np.random.set_state(state)
-
-    @staticmethod
-    def _peek() -> bytes | None:
-        generator: Any = np.random.mtrand.get_bit_generator()
-        if not isinstance(generator, np.random.MT19937):
-            return None
-        return ctypes.string_at(generator.ctypes.state_address, 4 * 624 + ctypes.sizeof(ctypes.c_int))
+    def restore(self, kept: tuple[Any, Any]) -> None:
+        """Puts back what was kept."""
+        memory, state = kept
+        if memory is None or memory != self._peek():
+            self._write(state)
 
 
-_NUMPY = _NumpyGenerator()
+def _memory(generator: Any, kind: type) -> bytes:
+    """What an object holds of its own as an instance of a class that is written in C; in CPython alone."""
+    header = object.__basicsize__
+    return ctypes.string_at(id(generator) + header, kind.__basicsize__ - header)
+
+
+def _peek_numpy() -> tuple[bytes, bytes] | None:
+    generator: Any = np.random.mtrand.get_bit_generator()
+    if not (_IS_CPYTHON and isinstance(generator, np.random.MT19937)):
+        return None
+    words = ctypes.string_at(generator.ctypes.state_address, 4 * 624 + ctypes.sizeof(ctypes.c_int))
+    return words, _memory(np.random.mtrand._rand, np.random.RandomState)  # the half of a pair of normal draws
+
+
+def _peek_python() -> tuple[bytes, Any] | None:
+    generator: Any = random.getstate.__self__  # type: ignore[attr-defined]
+    kind = random.Random.__base__
+    if not _IS_CPYTHON or kind is None or kind.__basicsize__ < 4 * 624:  # its words would lie elsewhere
+        return None
+    return _memory(generator, kind), generator.gauss_next
+
+
+_IS_CPYTHON = sys.implementation.name == "cpython"
+_NUMPY = _Generator(_peek_numpy, np.random.get_state, np.random.set_state)
+_PYTHON = _Generator(_peek_python, random.getstate, random.setstate)
 
 
 @contextmanager
@@ -81,7 +104,7 @@ def untouched(*, first: bool = False) -> Iterator[None]:
 @contextmanager
 def kept_generators() -> Iterator[None]:
     """Leaves the generators of torch, NumPy and Python as they were."""
-    numpy_state, python_state, torch_state = _NUMPY.read(), random.getstate(), torch.get_rng_state()
+    numpy_state, python_state, torch_state = _NUMPY.keep(), _PYTHON.keep(), torch.get_rng_state()
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
         yield
@@ -89,7 +112,7 @@ def kept_generators() -> Iterator[None]:
         torch.set_rng_state(torch_state)
         if devices:
             torch.cuda.set_rng_state_all(devices)
-        random.setstate(python_state)
+        _PYTHON.restore(python_state)
         _NUMPY.restore(numpy_state)
 
 

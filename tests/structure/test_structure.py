@@ -513,13 +513,27 @@ def test_looks_leave_generators_buffers_modes_and_parameters_as_they_were() -> N
     assert state()[4:] == before[4:]
 
 
-def test_a_numpy_draw_between_two_looks_is_kept() -> None:
-    np.random.seed(0)
-    expected = np.random.rand(6).tolist()
-    np.random.seed(0)
+@pytest.mark.parametrize(
+    ("seed", "draw"),
+    [
+        (np.random.seed, np.random.rand),
+        (np.random.seed, np.random.randn),
+        (random.seed, random.random),
+        (random.seed, lambda: random.gauss(0.0, 1.0)),
+        (torch.manual_seed, lambda: torch.rand(()).item()),
+    ],
+    ids=["numpy", "numpy's pairs", "python", "python's pairs", "torch"],
+)
+def test_draws_within_looks_are_undone_and_those_between_are_kept(seed: Any, draw: Callable[[], float]) -> None:
+    seed(0)
+    expected = [draw() for _ in range(9)]
+    seed(0)
     found = []
     for _ in range(3):
         with untouched():
-            np.random.rand(1000)
-        found += [np.random.rand(), np.random.rand()]
+            draw()
+            with untouched():
+                found_within = [draw() for _ in range(1000)]
+            assert draw() == found_within[0]
+        found += [draw(), draw(), draw()]
     assert found == expected
