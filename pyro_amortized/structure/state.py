@@ -58,7 +58,8 @@ def _peek_numpy() -> tuple[bytes, bytes] | None:
     if not (_IS_CPYTHON and isinstance(generator, np.random.MT19937)):
         return None
     words = ctypes.string_at(generator.ctypes.state_address, 4 * 624 + ctypes.sizeof(ctypes.c_int))
-    return words, _memory(np.random.mtrand._rand, np.random.RandomState)  # the half of a pair of normal draws
+    around: Any = np.random.get_state
+    return words, _memory(around.__self__, np.random.RandomState)  # which has the half of a pair of normal draws
 
 
 def _peek_python() -> tuple[bytes, Any] | None:
