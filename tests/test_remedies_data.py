@@ -53,6 +53,166 @@ case(
 )
 
 
+# Batches for tensors, and guides for models
+
+LIST: Any = [X]
+ORDER = r"estimate_gaps\(model, guide, \(x,\)\)"
+
+case(
+    "a batch for its tensors",
+    lambda: step(model, made(), LIST),
+    r"svi.step\(\*batch\)",
+    lambda: step(model, made(), *LIST),
+)
+case(
+    "a loader for tensors, at first",
+    lambda: AmortizedGuide(model)(loader()),
+    r"estimate_gaps\(model, guide, loader\)",
+    lambda: estimate_gaps(model, made(), loader()),
+)
+case(
+    "a guide for the model",
+    lambda: estimate_gaps(made(), model, (X,)),
+    ORDER,
+    lambda: estimate_gaps(model, made(), (X,)),
+)  # type: ignore[arg-type]
+case("no model", lambda: estimate_gaps(made(), (X,)), ORDER, lambda: estimate_gaps(model, made(), (X,)))  # type: ignore[arg-type]
+case("no model to export", lambda: to_arviz(made(), (X,)), ORDER, lambda: to_arviz(model, made(), (X,)))  # type: ignore[arg-type]
+
+
+def of_two(x: Tensor, y: Tensor) -> None:
+    model(x + y)
+
+
+case(
+    "batches of too few tensors",
+    lambda: estimate_gaps(of_two, made(model), loader()),
+    r"lambda batch: \(\*batch, ...\), with what is missing",
+    lambda: posterior_summary(model, made(), loader(X2), to_args=lambda batch: (batch[0].sum(-1),)),
+)
+
+
+# Answers that depend on the batch
+
+
+def normalized(**options: Any) -> AmortizedGuide:
+    guide = made(
+        model, AmortizedGuide, nn.Sequential(nn.Unflatten(-1, (-1, 1)), nn.Linear(1, 4), nn.BatchNorm1d(4, **options))
+    )
+    guide(X)
+    return guide
+
+
+def dropping() -> nn.Module:
+    return nn.Sequential(nn.Unflatten(-1, (-1, 1)), nn.Linear(1, 40), nn.Dropout(0.5))
+
+
+for name, ask in {
+    "gaps": estimate_gaps,
+    "a summary": posterior_summary,
+    "an export": to_arviz,
+    "collapse": partial(collapse_report, num_samples=20),
+}.items():
+    case(
+        f"batch normalisation in training, {name}",
+        lambda ask=ask: ask(model, normalized(), (X,)),
+        r"guide.eval\(\)",
+        lambda ask=ask: ask(model, normalized().eval(), (X,)),
+    )
+case(
+    "batch normalisation by the batch alone",
+    lambda: estimate_gaps(model, normalized(track_running_stats=False).eval(), (X,)),
+    "track_running_stats=True in training",
+    lambda: estimate_gaps(model, normalized(track_running_stats=True).eval(), (X,)),
+)
+case(
+    "a summary with dropout",
+    lambda: posterior_summary(model, made(model, AmortizedGuide, dropping()), (X,)),
+    r"guide.eval\(\)",
+    lambda: posterior_summary(model, made(model, AmortizedGuide, dropping()).eval(), (X,)),
+)
+
+
+# Latents outside of plates
+
+
+def outside(x: Tensor, inside: bool = False) -> None:
+    prior = dist.Normal(0.0, 1.0)
+    z = None if inside else pyro.sample("z", prior.expand([len(x)]).to_event(1))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(pyro.sample("z", prior) if z is None else z, 1.0), obs=x)
+
+
+case(
+    "latents outside of the datapoint plate",
+    lambda: made(outside).median(X[:4]),
+    r"sampling it inside of the datapoint plate, `with pyro.plate\('rows', len\(x\)\):`",
+    lambda: made(partial(outside, inside=True)).median(X[:4]),
+)
+
+
+def without_plate(x: Tensor) -> None:
+    pyro.sample(
+        "x", dist.Normal(pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0).to_event(1)), 1.0).to_event(1), obs=x
+    )
+
+
+case(
+    "latents without any plate",
+    lambda: made(without_plate)(X[:4]),
+    r"sampling it inside of the datapoint plate, `with pyro.plate\('data', len\(x\)\):`",
+    lambda: made(model)(X[:4]),
+)
+
+
+# Indices of long format
+
+
+def grouped(y: Tensor, index: Tensor, sizes: Tensor) -> None:
+    with pyro.plate("group", len(sizes)):
+        a = pyro.sample("a", dist.Normal(0.0, sizes))
+    with pyro.plate("obs", len(y)):
+        pyro.sample("y", dist.Normal(a[index], 1.0), obs=y)
+
+
+LABELS = torch.tensor([3, 5, 8, 9])
+ROWS = torch.tensor([3, 3, 5, 9, 9, 5])
+POSITIONS = torch.tensor([0, 0, 1, 3, 3, 1])
+
+
+def ask_groups(*indices: Tensor) -> None:
+    pyro.clear_param_store()
+    guide = AmortizedGuide(grouped, plate="group", groups={"obs": "index"})
+    found = [guide.median(X, index, torch.ones(4))["a"] for index in indices]
+    assert all(torch.equal(values, found[0]) for values in found)
+
+
+case(
+    "an index from 1",
+    lambda: ask_groups(POSITIONS + 1),
+    "index - 1, if it counts from 1",
+    lambda: ask_groups(POSITIONS),
+)
+case(
+    "an index from 1, later",
+    lambda: ask_groups(POSITIONS, POSITIONS + 1),
+    "index - 1, if it counts from 1",
+    lambda: ask_groups(POSITIONS, POSITIONS + 1 - 1),
+)
+case(
+    "labels for an index",
+    lambda: ask_groups(ROWS),
+    r"torch.searchsorted\(labels, index\)",
+    lambda: ask_groups(POSITIONS, torch.searchsorted(LABELS, ROWS)),
+)
+case(
+    "numbers with fractions for an index",
+    lambda: ask_groups(POSITIONS.float()),
+    r"index.long\(\)",
+    lambda: ask_groups(POSITIONS, POSITIONS.float().long()),
+)
+
+
 # Calibration
 
 case(

@@ -454,6 +454,30 @@ case(
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
+def coin(enumerate_: bool) -> Callable[[Tensor], None]:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.5), infer={"enumerate": "parallel"} if enumerate_ else {})
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + k, 1.0), obs=x)
+
+    return model
+
+
+case(
+    "refined draws of discrete latents",
+    lambda: made(coin(False), DiscreteAmortizedGuide).refined(2),
+    r"a model that sums the discrete latents out, infer=\{\"enumerate\": \"parallel\"\}, with AmortizedGuide",
+    lambda: made(coin(True)).refined(2).median(X),
+)
+case(
+    "probabilities of latents that the model sums out",
+    lambda: made(coin(True), DiscreteAmortizedGuide).probabilities(X),
+    r"sites without infer=\{\"enumerate\": \"parallel\"\} in the model",
+    lambda: made(coin(False), DiscreteAmortizedGuide).probabilities(X)["k"].tolist(),
+)
+
+
 @pytest.mark.parametrize("name", case)
 def test_the_remedy_helps(name: str) -> None:
     case.check(name)

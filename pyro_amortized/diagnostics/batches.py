@@ -244,7 +244,8 @@ def _check_taken(
     found = _mismatch(model, args, kwargs)
     if found is not None:
         signature, error = found
-        remedy = "lambda batch: (batch[0],)"
+        few = isinstance(batch, tuple | list) and "missing" in str(error)
+        remedy = "lambda batch: (*batch, ...), with what is missing" if few else "lambda batch: (batch[0],)"
         if isinstance(batch, Mapping):
             taken = [f"batch[{name!r}]" for name in batch if name in signature.parameters] or ["batch"]
             remedy = "lambda batch: (" + "".join(f"{value}, " for value in taken).rstrip(" ") + ")"

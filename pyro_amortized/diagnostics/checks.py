@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_amortized.checks import check_count, check_real, check_seed
 from pyro_amortized.diagnostics.batches import is_single
@@ -17,6 +18,7 @@ from pyro_amortized.structure.structure import Structure
 
 __all__ = [
     "Effort",
+    "check_apart",
     "check_effort",
     "check_model",
     "check_repeatable",
@@ -50,11 +52,16 @@ def check_request(guide: Any, model_args: Any) -> None:
 
 
 def check_model(model: Any) -> None:
-    """Raises a ValueError unless a model can be called."""
+    """Raises a ValueError unless a model can be called, and is no guide."""
     if not callable(model):
         raise ValueError(
             f"Cannot diagnose a guide of {model!r} because that is no model; try the Pyro model that the guide was "
             "made with, as the first argument."
+        )
+    if isinstance(model, LocalGuide):
+        raise ValueError(
+            f"Cannot take a guide, {type(model).__name__}, for the model because the Pyro model that it was made with "
+            "comes first, and the guide second; try estimate_gaps(model, guide, (x,))."
         )
 
 
@@ -93,6 +100,18 @@ def _latents(structure: Structure) -> dict[str, str]:
     return found
 
 
+def check_apart(guide: LocalGuide) -> None:
+    """Refuses guides in which datapoints are normalised by what else is in their batch."""
+    for name, module in guide.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            remedy = "guide.eval()" if module.running_mean is not None else "track_running_stats=True in training"
+            raise ValueError(
+                f"Cannot ask this guide about single datapoints because {type(module).__name__} {name!r} normalises "
+                "them by the other ones of their batch, so that answers depend on what else is asked, and each call "
+                f"changes them; try {remedy}."
+            )
+
+
 @dataclass(frozen=True)
 class Effort:
     """What was asked for, explained at ``estimate_gaps``."""
@@ -127,7 +146,8 @@ def check_unscaled(structure: Structure) -> None:
 
 
 def check_repeatable(guide: LocalGuide, call: ModelCall, phi: Tensor) -> None:
-    """Refuses encoders that give another answer when asked again about the same datapoints."""
+    """Refuses encoders whose answer for a datapoint is another in another call, or in another batch."""
+    check_apart(guide)
     if call.structure.random_plates:
         return
     if not torch.equal(guide.variational_parameters(*call.args, **call.kwargs), phi):

@@ -93,8 +93,8 @@ def bind(
         ValueError: If the guide is none of this package, the model has no local latents, its log-joint is not finite at
             draws from the guide, or it is not the same in two runs.
     """
-    check_request(guide, model_args)
     check_model(model)
+    check_request(guide, model_args)
     args, kwargs = next(calls(model_args, model_kwargs))
     with torch.no_grad(), seeded(generator(seed, 10)):
         guide.setup(*args, **kwargs)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_amortized.diagnostics.checks import check_model, check_same_model
+from pyro_amortized.diagnostics.checks import check_model, check_repeatable, check_same_model
 from pyro_amortized.diagnostics.problem import bind
 from pyro_amortized.diagnostics.shards import Shards
 from pyro_amortized.export.batch import Batch, Options
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 __all__ = ["Exporter", "check_guide"]
 
 
-def check_guide(guide: Any) -> None:
-    """Raises a ValueError unless this is a guide of this package."""
+def check_guide(model: Any, guide: Any) -> None:
+    """Raises a ValueError unless these are a model and a guide of this package."""
+    check_model(model)
     if not isinstance(guide, LocalGuide):
         raise ValueError(
             f"Cannot export the posterior of a {type(guide).__name__} because it is no guide of this package; try an "
@@ -86,7 +87,6 @@ class Exporter:
         shards: Shards,
         marginal: Marginal | None = None,
     ) -> None:
-        check_model(model)
         self.model = model
         self.guide = guide
         self.options = options
@@ -172,7 +172,10 @@ class Exporter:
         with guide.repeatable():
             inferred = _drawn(guide.infer(*args, **kwargs))
             structure, phi = inferred.structure, inferred.phi
-        check_same_model(guide, ModelCall(self.model, args, kwargs, structure))
+            call = ModelCall(self.model, args, kwargs, structure)
+            check_same_model(guide, call)
+            if self._number == 0 and phi is not None:
+                check_repeatable(guide, call, phi)
         return structure, phi
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

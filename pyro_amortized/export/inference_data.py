@@ -132,7 +132,7 @@ def to_arviz(
     is_marginal = _is_marginal(log_likelihood)
     number = (_NUM_MARGINAL if is_marginal else _NUM_SAMPLES) if num_samples is None else num_samples
     options = _checked(number, num_prior_samples, prior, resample, groups, seed)
-    check_guide(guide)
+    check_guide(model, guide)
     total, num_samples, marginal = num_calls(model_args), options.num_samples, None
     shards = Shards(model_args)
     _check_shared(shards, store, options)

@@ -73,7 +73,7 @@ def posterior_summary(
         {'quantile': 3, 'data': 10}
         >>> median = summary["z"].sel(quantile=0.5)
     """
-    check_guide(guide)
+    check_guide(model, guide)
     probs = _checked(quantiles)
     num_samples, seed = check_count("num_samples", num_samples, 0, 1000), check_seed(seed)
     names = {"quantiles", "posterior"} if num_samples else {"quantiles"}

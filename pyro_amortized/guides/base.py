@@ -21,7 +21,7 @@ from pyro_amortized.families import VariationalFamily, build_family
 from pyro_amortized.families.base import FamilySpec, check_family_spec
 from pyro_amortized.guides.call import Call
 from pyro_amortized.guides.checks import (
-    check_global_plates,
+    check_global_latents,
     check_initial,
     check_initial_value,
     check_options,
@@ -165,8 +165,8 @@ class LocalGuide(PosteriorGuide):
         elif structure.layout is not self.layout and built is not None:
             plates, by_step = (self._sharing.plates, self._sharing.by_step) if self._sharing else ((), False)
             built.check_same(structure, plates=plates, by_step=by_step)
-        if structure.global_plates and built is not None and type(global_of(self)).__module__.startswith("pyro."):
-            check_global_plates(structure, built)
+        if structure.global_sites and built is not None and type(global_of(self)).__module__.startswith("pyro."):
+            check_global_latents(structure, built)
         if self._sharing is not None:
             family = self._sharing.family_of(structure, self._family, partial(self._parents, call))
             if family is not self._family:

@@ -24,6 +24,7 @@ from pyro_amortized.structure.structure import Structure
 
 __all__ = [
     "check_created",
+    "check_global_latents",
     "check_initial",
     "check_initial_value",
     "check_known",
@@ -179,8 +180,18 @@ def check_summed_out(structure: Structure, built: Structure, hidden: Collection[
         )
 
 
-def check_global_plates(structure: Structure, built: Structure) -> None:
+def check_global_latents(structure: Structure, built: Structure) -> None:
     """Raises a ValueError if latents that are guided as global ones have become more or fewer."""
+    for name, shape in structure.global_shapes.items():
+        before_shape = built.global_shapes.get(name, shape)
+        if shape != before_shape:
+            plate = "data" if structure.plate is None else structure.plate
+            raise ValueError(
+                f"Cannot guide latent {name!r} because it has shape {shape} in this call and had {before_shape} when "
+                "the guide was set up, and lies in no plate: it is taken for one of all datapoints; if each of them "
+                f"has one of its own, try sampling it inside of the datapoint plate, `with pyro.plate({plate!r}, "
+                "len(x)):`, and data beside it."
+            )
     for name in structure.global_plates:
         before, now = built.frames.get(name), structure.frames[name]
         if before is not None and before.full_size != now.full_size:
@@ -234,6 +245,12 @@ def check_refinable(guide: Any, options: Mapping[str, Any]) -> None:
     if not guide._ready:
         raise ValueError(
             "Cannot refine this guide because it has not been set up; try training it, or guide.setup(...)."
+        )
+    if guide.draws_discrete:
+        raise ValueError(
+            f"Cannot refine this guide because it draws discrete latents, {sorted(guide.draws_discrete)}, which no "
+            "gradient step moves; try a model that sums the discrete latents out, "
+            'infer={"enumerate": "parallel"}, with AmortizedGuide.'
         )
     if guide.layout is None:
         raise ValueError("Cannot refine this guide because the model has no local latents; try this guide as it is.")

@@ -327,9 +327,20 @@ class DiscreteAmortizedGuide(AmortizedGuide):
         Returns:
             Probabilities by site name: ``(*plates, *events, K)`` of K categories, ``(*plates, *events)`` of a one for
             Bernoulli sites.
+
+        Raises:
+            ValueError: If the guide has no discrete latents, as where the model sums them out.
         """
         with isolated():
             call = self._read(args, kwargs)
+            if not self._discrete:
+                summed = [*call.structure.enumerated]
+                cause = f"the model sums out {summed}" if summed else "the model has none"
+                raise ValueError(
+                    f"Cannot give probabilities of discrete latents because this guide guides none: {cause}; try "
+                    'sites without infer={"enumerate": "parallel"} in the model, or for latents that it sums out '
+                    "pyro.infer.infer_discrete."
+                )
             latent, logits = self._latent(call), self._features(call)[2]
             return {
                 name: torch.sigmoid(x).squeeze(-1) if site.kind == "bernoulli" else x.softmax(-1)

@@ -34,7 +34,11 @@ def describe(guide: Any) -> str:
     lines += [f"  in long format: plates {', '.join(guide.groups)}"] if guide.groups else []
     lines += [f"  family: {type(family).__name__} of {family.latent_dim} dimensions"] if family is not None else []
     encoder = getattr(start_of(modules.get("inference")), "encoder", None)
-    lines += [f"  encoder sees: {_seen(guide)}"] if encoder is not None else []
+    seen = _seen(guide) if encoder is not None else ""
+    lines += [f"  encoder sees: {seen}"] if seen else []
+    steps = getattr(guide, "num_steps", 0)
+    rule = getattr(modules.get("inference"), "update", None)
+    lines += [f"  refined by: {steps} steps of {type(rule).__name__}"] if rule is not None else []
     parts = {"encoder": encoder, "inference": modules.get("inference"), "global guide": modules.get("global_guide")}
     lines += [f"  {what}: {type(module).__name__}" for what, module in parts.items() if module is not None]
     return "\n".join([*lines, f"  parameters: {sum(p.numel() for p in guide.parameters()):,}"])

@@ -65,6 +65,11 @@ class ReadingGuide(SavedGuide):
         return built is not None and built.latents != {*built.global_sites}
 
     @property
+    def draws_discrete(self) -> tuple[str, ...]:
+        """Names of the discrete latents that the guide draws itself; known once the guide has been set up."""
+        return () if self._built_structure is None else tuple(site.name for site in self._built_structure.discrete)
+
+    @property
     def _needs_observed(self) -> bool:
         """Whether the observed values are asked for in every call."""
         return True

@@ -15,7 +15,7 @@ from pyro_amortized.structure.plates import PlateFrame
 from pyro_amortized.structure.signature import named_arguments
 from pyro_amortized.structure.sites import latent_sites
 
-__all__ = ["Group", "GroupSpec", "check_groups", "group_indices", "read_groups"]
+__all__ = ["Group", "GroupSpec", "check_groups", "check_index_failed", "group_indices", "read_groups"]
 
 GroupSpec = Mapping[str, "str | Callable[..., Any]"]
 """For each plate in long format, the name of the argument that is its index, or a function of the arguments."""
@@ -140,10 +140,33 @@ def _index(
     elif not known:
         raise ValueError(
             f"Cannot group the entries of plate {name!r} by positions {int(index.min())} to {int(index.max())} "
-            f"because plate {parent!r} has {size} entries in this call, 0 to {size - 1}; try positions among those, "
-            "index = torch.unique(index, return_inverse=True)[1]."
+            f"because plate {parent!r} has {size} entries in this call, 0 to {size - 1}; try {_to_positions(index)}."
         )
     return index.long()
+
+
+def _to_positions(index: Tensor) -> str:
+    """What makes positions of an index that counts from 1, or of labels."""
+    if int(index.min()) == 1:
+        return "index - 1, if it counts from 1"
+    return (
+        "positions among those; of labels, torch.unique(index, return_inverse=True)[1] where each has rows, else "
+        "torch.searchsorted(labels, index) with all labels, sorted"
+    )
+
+
+def check_index_failed(spec: GroupSpec, model: Callable[..., Any], args: Any, kwargs: Any, error: Exception) -> None:
+    """Raises a ValueError that shows the indices if the model fails in a way that one of them may be to blame for."""
+    given = {name: x for name, x in named_arguments(model, args, kwargs).items() if name in spec.values()}
+    for name, x in given.items():
+        if isinstance(x, Tensor) and x.dim() == 1 and len(x) and not x.is_complex():
+            kind = str(x.dtype).removeprefix("torch.")
+            whole = not x.is_floating_point() and x.dtype != torch.bool
+            raise ValueError(
+                f"Cannot run the model because of an index ({error}): argument {name!r} ties rows to groups by "
+                f"{len(x)} numbers of type {kind}, {x.min().item()} to {x.max().item()}, where whole ones from 0 to the "
+                f"number of groups less 1 are wanted; try {_to_positions(x) if whole else 'index.long()'}."
+            ) from error
 
 
 def read_groups(

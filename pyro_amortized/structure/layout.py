@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_amortized.structure.local_site import LocalSite, check_local_site, inner_dimensions, local_site
 from pyro_amortized.structure.plates import PlateFrame
-from pyro_amortized.structure.sites import is_data, latent_sites, sample_sites
+from pyro_amortized.structure.sites import check_value, is_data, latent_sites, sample_sites
 
 __all__ = ["SiteLayout", "datapoint_plate"]
 
@@ -59,6 +59,7 @@ def datapoint_plate(
         names = [frame.name for frame in site["cond_indep_stack"]]
         if is_data(site) and names:
             holders.update(dict.fromkeys(names))
+            check_value(site)
             (outermost if torch.as_tensor(site["value"]).numel() else of_factors)[names[0]] = None
     if not outermost and not encodes:
         outermost = of_factors

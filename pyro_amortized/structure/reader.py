@@ -16,12 +16,13 @@ from torch import Tensor
 
 from pyro_amortized.structure.cache import call_key, versions
 from pyro_amortized.structure.discrete import DiscreteSite, discrete_sites
-from pyro_amortized.structure.groups import GroupSpec, group_indices, read_groups
+from pyro_amortized.structure.groups import GroupSpec, check_index_failed, group_indices, read_groups
 from pyro_amortized.structure.layout import SiteLayout, datapoint_plate
 from pyro_amortized.structure.masking import site_mask
 from pyro_amortized.structure.observed import observed_values
 from pyro_amortized.structure.periodic import check_periodic
 from pyro_amortized.structure.plates import PlateFrame, batch_depth, probe, subsample_indices
+from pyro_amortized.structure.running import Site
 from pyro_amortized.structure.sameness import run_key
 from pyro_amortized.structure.sites import is_data, is_enumerated, latent_sites, sample_sites
 from pyro_amortized.structure.structure import Structure
@@ -231,7 +232,11 @@ class StructureReader:
             ValueError: If the structure is one that no guide can serve, or the model changes its arguments.
         """
         before = versions(args, kwargs)
-        trace, frames = probe(model, args, kwargs, values, first=self._parameters is None)
+        try:
+            trace, frames = probe(model, args, kwargs, values, first=self._parameters is None)
+        except IndexError as error:  # torch's
+            check_index_failed(self.groups, model, args, kwargs, error)
+            raise
         parameters = trace.param_nodes
         self._parameters = (
             parameters if self._parameters in (None, parameters) else None
@@ -282,6 +287,7 @@ def _read_structure(
         layout=layout,
         global_sites=tuple(global_sites),
         global_plates=tuple({f.name for site in global_sites.values() for f in site["cond_indep_stack"]}),
+        global_shapes={name: _shape_outside_plates(site) for name, site in global_sites.items()},
         discrete=discrete,
         global_weights={name: weight for name, weight in weights.items() if not weight.is_neutral},
         data_plates=_subsampled_data_plates(trace, frames, plate),
@@ -292,6 +298,15 @@ def _read_structure(
             name for name, site in sample_sites(trace).items() if not site["is_observed"] and is_enumerated(site)
         ),
     )
+
+
+def _shape_outside_plates(site: Site) -> tuple[int, ...]:
+    """The shape of a site's values, with size 1 at the dimensions of its plates."""
+    shape, event_dim = [*site["value"].shape], site["fn"].event_dim
+    for frame in site["cond_indep_stack"]:
+        if len(shape) - event_dim >= -frame.dim:
+            shape[frame.dim - event_dim] = 1
+    return tuple(shape)
 
 
 def _with_values(structure: Structure, trace: Trace) -> Structure:

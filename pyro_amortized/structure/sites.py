@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from pyro.distributions import Delta, MaskedDistribution
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 
 from pyro_amortized.structure.running import Site
 
-__all__ = ["is_computed", "is_data", "is_enumerated", "latent_sites", "sample_sites", "size_at"]
+__all__ = ["check_value", "is_computed", "is_data", "is_enumerated", "latent_sites", "sample_sites", "size_at"]
 
 
 def sample_sites(trace: Trace) -> dict[str, Site]:
@@ -40,6 +41,18 @@ def latent_sites(trace: Trace) -> dict[str, Site]:
 def is_data(site: Site) -> bool:
     """Whether a site is observed, rather than latent or computed of latents."""
     return site["is_observed"] and not is_computed(site)
+
+
+def check_value(site: Site) -> None:
+    """Raises a ValueError if what a site observes is no tensor, and nothing that torch makes one of."""
+    try:
+        torch.as_tensor(site["value"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"Cannot read what site {site['name']!r} observes because it is a {type(site['value']).__name__} and no "
+            "tensor; try the tensors of a batch as the model's arguments, svi.step(*batch), and for diagnostics the "
+            "loader in place of the arguments, estimate_gaps(model, guide, loader)."
+        ) from error
 
 
 def is_computed(site: Site) -> bool:

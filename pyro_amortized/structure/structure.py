@@ -28,6 +28,7 @@ class Structure:
         layout: The local latents, or None if there are none.
         global_sites: Names of the global latent sites.
         global_plates: Names of the plates that hold them.
+        global_shapes: Their shapes by name, with size 1 at the dimensions of plates.
         indices: Indices of the explicitly subsampled plates.
         observed: Observed values in the datapoint plate by site, each of shape ``(N, ...)``, for the indices at hand;
             None if the model has not run in this call.
@@ -58,6 +59,7 @@ class Structure:
     data: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     groups: Mapping[str, Group] = field(default_factory=dict)
+    global_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def datapoints(self) -> PlateFrame:

@@ -82,6 +82,15 @@ def test_plot_leaves_out_what_is_far_above(gaps: GapEstimate) -> None:
     plt.close("all")
 
 
+def test_the_verdict_says_what_was_held(gaps: GapEstimate) -> None:
+    assert "Global latents" not in gaps.verdict
+    held = GapEstimate(gaps.dataset.assign_attrs(global_latents="held at the guide's median: pop"))
+    assert (
+        held.verdict == f"{gaps.verdict} Global latents are held at the guide's median: pop; how far off these are "
+        "is not part of it."
+    )
+
+
 def test_reports_show_themselves(gaps: GapEstimate) -> None:
     assert repr(gaps) == str(gaps)
     assert repr(Report(gaps.dataset)).startswith("Report\n<xarray.Dataset>")

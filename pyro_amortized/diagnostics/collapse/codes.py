@@ -13,6 +13,7 @@ from pyro.distributions import Independent
 from torch import Tensor
 
 from pyro_amortized.diagnostics.batches import ModelArgs, ToArgs, calls, num_calls
+from pyro_amortized.diagnostics.checks import check_apart
 from pyro_amortized.diagnostics.collapse.report import report_dataset
 from pyro_amortized.diagnostics.problem import progress_bar
 from pyro_amortized.guides import VectorQuantizedGuide
@@ -75,6 +76,7 @@ def find_codes(
 def _find(
     model: Callable[..., Any], guide: VectorQuantizedGuide, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Codes:
+    check_apart(guide)
     with isolated():
         structure, codes = guide.find_codes(*args, **kwargs)
         if not structure.random_plates and not all(map(torch.equal, codes, guide.find_codes(*args, **kwargs)[1])):

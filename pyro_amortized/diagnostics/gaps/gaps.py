@@ -23,7 +23,7 @@ from pyro_amortized.diagnostics.evidence.evidence import estimate_evidence, reli
 from pyro_amortized.diagnostics.gaps.by_level import leading_level, level_lines, with_levels
 from pyro_amortized.diagnostics.gaps.importance_weighted import importance_weighted_bound
 from pyro_amortized.diagnostics.gaps.plots import draw_stacks
-from pyro_amortized.diagnostics.gaps.unseen import advice_on_inputs, unseen_arguments
+from pyro_amortized.diagnostics.gaps.unseen import advice_on_inputs, on_globals, unseen_arguments
 from pyro_amortized.diagnostics.optimum.local_optimum import solve
 from pyro_amortized.diagnostics.problem import LocalProblem, bind, progress_bar, to_dataset
 from pyro_amortized.diagnostics.report import Report, fill, in_style, join, new_axes, put_title
@@ -129,7 +129,7 @@ class GapEstimate(Report):
     @property
     def verdict(self) -> str:
         """In words: whether the numbers can be trusted, which gap dominates, and what to try."""
-        return " ".join(filter(None, (_trust(self), _dominance(self), self.concentration)))
+        return " ".join(filter(None, (_trust(self), _dominance(self), self.concentration, on_globals(self.dataset))))
 
     @property
     def concentration(self) -> str:

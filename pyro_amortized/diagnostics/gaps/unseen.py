@@ -17,7 +17,7 @@ from pyro_amortized.structure.signature import named_arguments
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["advice_on_inputs", "unseen_arguments"]
+__all__ = ["advice_on_inputs", "on_globals", "unseen_arguments"]
 
 _UNSEEN, _SHOWN = "unseen_arguments", "encoder_input_to_try"
 
@@ -31,6 +31,12 @@ def advice_on_inputs(dataset: xarray.Dataset) -> str:
         f"with (global latents, the model's parameters) may be off too: try encoder_input={dataset.attrs[_SHOWN]}, and "
         "training again; else "
     )
+
+
+def on_globals(dataset: xarray.Dataset) -> str:
+    """Says that global latents were held, if there are any."""
+    held = dataset.attrs.get("global_latents", "none")
+    return "" if held == "none" else f"Global latents are {held}; how far off these are is not part of it."
 
 
 @torch.no_grad()
