@@ -164,8 +164,8 @@ def check_index_failed(spec: GroupSpec, model: Callable[..., Any], args: Any, kw
             whole = not x.is_floating_point() and x.dtype != torch.bool
             raise ValueError(
                 f"Cannot run the model because of an index ({error}): argument {name!r} ties rows to groups by "
-                f"{len(x)} numbers of type {kind}, {x.min().item()} to {x.max().item()}, where whole ones are wanted, 0 to "
-                f"the number of groups less 1; try {_to_positions(x) if whole else 'index.long()'}."
+                f"{len(x)} numbers of type {kind}, {x.min().item()} to {x.max().item()}, where whole ones "
+                f"from 0 to the number of groups less 1 are wanted; try {_to_positions(x) if whole else 'index.long()'}."
             ) from error
 
 
