@@ -162,10 +162,11 @@ def check_index_failed(spec: GroupSpec, model: Callable[..., Any], args: Any, kw
         if isinstance(x, Tensor) and x.dim() == 1 and len(x) and not x.is_complex():
             kind = str(x.dtype).removeprefix("torch.")
             whole = not x.is_floating_point() and x.dtype != torch.bool
+            remedy = _to_positions(x) if whole else "index.long()"
             raise ValueError(
                 f"Cannot run the model because of an index ({error}): argument {name!r} ties rows to groups by "
                 f"{len(x)} numbers of type {kind}, {x.min().item()} to {x.max().item()}, where whole ones "
-                f"from 0 to the number of groups less 1 are wanted; try {_to_positions(x) if whole else 'index.long()'}."
+                f"from 0 to the number of groups less 1 are wanted; try {remedy}."
             ) from error
 
 
