@@ -36,6 +36,7 @@ from pyro_amortized import (
     Normal,
     PerDatapointGuide,
     SemiAmortizedGuide,
+    SequenceEncoder,
     Structured,
     VectorQuantizedGuide,
     collapse_report,
@@ -251,6 +252,25 @@ for family in ("normal", "structured"):
         r"features of shape \(N, H\)",
         lambda family=family: (by_step(family=family), by_step(family="flow", function=lambda x: x)),  # type: ignore[misc]
     )
+
+
+def of_whole(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z.unsqueeze(-1), 1.0).expand(x.shape).to_event(1), obs=x)
+
+
+def by_sequence(**options: Any) -> None:
+    encoder = SequenceEncoder(1, hidden_dims=(4,), **options)
+    train(of_whole, AmortizedGuide, encoder, data=X2, encoder_input=lambda x: x.unsqueeze(-1))
+
+
+case(
+    "features by step of latents of the whole",
+    by_sequence,
+    r"SequenceEncoder\(..., pooled=True\)",
+    lambda: by_sequence(pooled=True),
+)
 case(
     "more steps than the model has",
     lambda: by_step(function=lambda x: x.repeat(1, 2).unsqueeze(-1)),

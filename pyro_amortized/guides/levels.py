@@ -123,6 +123,6 @@ def refuse_sharing(features: Tensor | dict[str, Tensor], layout: SiteLayout, fam
     raise ValueError(
         f"Cannot share features of shape {tuple(features.shape)}, one for each of {features.shape[1]} steps, "
         f"because local sites {sites} of family {type(family).__name__} are not numbered alike (z_1, z_2, ..., the "
-        'same sites in every step, family="normal" or "structured"); try features of shape (N, H), or for plates '
-        "inside the datapoint plate a dict from plate to features."
+        'same sites in every step, family="normal" or "structured"); try features of shape (N, H), as of '
+        "SequenceEncoder(..., pooled=True), or for plates inside the datapoint plate a dict from plate to features."
     )
