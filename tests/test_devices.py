@@ -202,16 +202,16 @@ GUIDES: dict[str, Callable[[str], tuple[Any, Any]]] = {
 UNLESS_CUDA = {"groups": 1, "groups, semi-amortized": 1, "counts": 1}
 """Checks of values that CUDA makes by itself: whether positions and counts are in range."""
 READS = {
-    "semi-amortized": 1,
-    "semi-amortized, full rank": 1,
-    "distilled": 1,
-    "semi-amortized, global latents": 1,
+    "semi-amortized": 2,
+    "semi-amortized, full rank": 2,
+    "distilled": 2,
+    "semi-amortized, global latents": 2,
     "iterative": 1,
     # whether the features are finite, twice; whether the codebook has vectors, and dead ones; whether the last step is
     # over; whether the model has looked up all codes
     "vector quantized": 6,
 }
-"""How often a step of a guide reads a value: where a traced graph is checked once, else never."""
+"""How often a step of a guide reads a value: once for each traced graph in it, of gradients and of the ELBO."""
 
 
 class Reads(TorchDispatchMode):

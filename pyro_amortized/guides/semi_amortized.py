@@ -60,7 +60,7 @@ class SemiAmortizedGuide(RefiningGuide):
         fixed_noise: Whether every call uses the same noise, for all datapoints, so that results can be repeated exactly
             and do not depend on the batch.
         keep_best: Whether each datapoint gets the best phi on its way instead of the last; None for: outside training,
-            that is in ``eval()`` mode or without gradients.
+            that is in ``eval()`` mode or without gradients, and in training the start where the last one is worse.
         estimator: Estimator of the gradient: ``"stl"`` (sticking the landing; by default, but for flows), ``"plain"``,
             or ``"analytic_kl"`` (for the normal family).
         **options: ``family``, ``plate``, ``encoder_input``, ``global_guide``, ``create_plates``, ``init_loc_fn``,

@@ -62,7 +62,7 @@ class Refined(InferenceStrategy):
             can be repeated and do not depend on the batch. It differs from step to step all the same.
         keep_best: Whether to return the best phi met on the way, for each datapoint, instead of the last: of the start,
             the last two, and those after a half, a quarter, ... of the steps, judged by a further estimate of the ELBO
-            on common noise; None for: where no training is going on.
+            on common noise; None for: where no training is going on, and in training the start where the last is worse.
         checkpoint: Whether to recompute steps in the backward pass of ``"anchored"`` and ``"unrolled"`` instead of
             keeping what they computed: memory for one step instead of all, for about half as much time again.
         features: A network from the inputs to the features that a learned rule sees beside phi and the gradient.
@@ -183,7 +183,18 @@ class Refined(InferenceStrategy):
                     return phi, nats  # no gradient would pass the steps that have diverged
                 if step + 1 in compared:
                     best.offer(phi)
+        if best is None and self.keep_best is None and self.training and not learned:
+            phi = self._unless_worse(objective, start, phi)
         return (phi if best is None else best.phi), nats
+
+    def _unless_worse(self, objective: Objective, start: Tensor, phi: Tensor) -> Tensor:
+        """phi, but the start for datapoints where the steps have diverged: the ELBO is lower there, on common noise."""
+        noise = self._noise(objective, start, -1, max(_PAIRED, self.num_particles), whiten=True)
+        if isinstance(noise, int):  # of draws that are not common, which would not tell
+            return phi
+        with torch.no_grad():
+            before, after = (objective.value(x.detach(), noise) for x in (start, phi))
+        return torch.where((after < before).unsqueeze(-1), start, phi)
 
     def _step(self, phi: Tensor, noise: Any, objective: Objective, curved: bool, *state: Tensor) -> tuple[Tensor, ...]:
         grad, *curvature = _slopes(objective, phi, noise, curved)
@@ -244,6 +255,9 @@ def start_of(strategy: Any) -> Any:
 
 
 _SEED = 20180207
+
+_PAIRED = 8
+"""Least number of draws by which a refined phi is compared with its start in training."""
 
 
 @contextmanager
