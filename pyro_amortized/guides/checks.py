@@ -216,7 +216,7 @@ def warn_of_unamortized(call: Call, model: Callable[..., Any]) -> None:
             warnings.warn(
                 f"The datapoint plate {structure.plate!r} holds no latents: nothing is amortized, and latents of plate "
                 f"{name!r} have parameters of their own in the global guide. {index[0]!r} looks like the index "
-                f"that ties the two: to amortize them: {structure.amortizing(name, repr(index[0]))}.",
+                f"that ties the two. To amortize them: {structure.amortizing(name, repr(index[0]))}.",
                 stacklevel=2,
             )
             return
